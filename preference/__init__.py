@@ -1,0 +1,1 @@
+"""Preference tuning: what the scripts are made of, one idea a file."""
