@@ -1,0 +1,18 @@
+#!/bin/sh
+# Pass the tests: no network is needed but for the set-up, no GPU, a few minutes on two CPU cores.
+#
+#   sh run_tests.sh                         everything
+#   sh run_tests.sh -m "not slow"           the quick ones
+#   sh run_tests.sh tests/test_setup.py -k lock
+#
+# Extra arguments go to pytest. PYTHON=... names an environment (see setup.sh).
+
+set -eu
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+PYTHON=$(sh "$here/setup.sh" requirements-dev.txt) || exit 1
+export PYTHON
+cd "$here"
+
+# Two worker processes of one thread each use two cores better than one process of two threads: the models of the tests are tiny.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+exec "$PYTHON" -m pytest -q -n "${PYTEST_WORKERS:-2}" --dist loadfile --durations=15 "$@"
