@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.arguments import Arguments, ModelArguments
 from preference.hardware import Hardware
-
-logger = logging.getLogger(__name__)
 
 
 class ModelError(RuntimeError):
@@ -62,11 +59,8 @@ def load_model(source: str, args: Arguments, hardware: Hardware, bf16: bool) -> 
         ModelError: 4-bit weights were asked for where they cannot be had.
     """
     quantization = _quantization(args, hardware)
-    config = AutoConfig.from_pretrained(source, cache_dir=args.model.cache_dir, trust_remote_code=args.model.trust_remote_code)
-    config.use_cache = False  # a cache of keys and values serves generation; chatting switches it on again
     model = AutoModelForCausalLM.from_pretrained(
         source,
-        config=config,
         dtype=weights_dtype(args, hardware, bf16),
         quantization_config=quantization,
         # 4-bit weights are made on their device; the others are moved by the trainer, also under torchrun.

@@ -1,0 +1,138 @@
+"""What a run did to the model: metrics before and after, answers side by side, and the folder that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+# metric, its name in the table, its format, whether more is better (None: neither)
+ROWS = (
+    ("eval_loss", "loss", "{:.4f}", False),
+    ("eval_nll_loss", "NLL of chosen", "{:.4f}", False),
+    ("eval_rewards/accuracies", "preference accuracy", "{:.1%}", True),
+    ("eval_log_odds_chosen", "log odds, chosen over rejected", "{:+.4f}", True),
+    ("eval_rewards/margins", "reward margin", "{:+.4f}", True),
+    ("eval_logps/chosen", "log-probability of chosen", "{:+.3f}", None),
+    ("eval_logps/rejected", "log-probability of rejected", "{:+.3f}", None),
+)
+
+
+def comparison(before: Mapping[str, float], after: Mapping[str, float], names: tuple[str, str] = ("before", "after")) -> str:
+    """A table of the evaluation metrics that both have; several evaluation sets follow each other."""
+    prefixes = sorted({key[: -len("_loss")] for key in before if key.endswith("_loss") and not key.endswith("_nll_loss")})
+    lines: list[str] = []
+    for prefix in prefixes or ["eval"]:
+        title = "evaluation" if prefix == "eval" else prefix.removeprefix("eval_")
+        lines.append(f"{title:<32}{names[0]:>12}{names[1]:>12}{'change':>12}")
+        for key, label, form, better in ROWS:
+            name = prefix + key.removeprefix("eval")
+            if name not in before or name not in after:
+                continue
+            old, new = before[name], after[name]
+            signed = form.replace("{:.", "{:+.")
+            change = f"{(new - old) * 100:+.1f} pts" if "%" in form else signed.format(new - old)
+            mark = "" if better is None or new == old else "  better" if (new > old) == better else "  worse"
+            lines.append(f"{label:<32}{form.format(old):>12}{form.format(new):>12}{change:>12}{mark}")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int
+) -> list[str]:
+    """The model's most likely answer to each prompt (a list of token ids), without its stop token."""
+    training = model.training
+    model.eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], device=model.device)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            eos_token_id=list(stop_ids),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answer = out[0, len(prompt) :].tolist()
+        if answer and answer[-1] in stop_ids:
+            answer.pop()
+        answers.append(tokenizer.decode(answer, skip_special_tokens=False).strip())
+    model.train(training)
+    return answers
+
+
+def side_by_side(question: str, answers: Mapping[str, str], width: int | None = None) -> str:
+    """A question and the answers of several models in columns, for a terminal."""
+    width = width or min(160, shutil.get_terminal_size((120, 24)).columns)
+    column = (width - 3 * (len(answers) - 1)) // len(answers)
+    columns = [[name, "-" * min(column, _width(name))] + _wrap(text, column) for name, text in answers.items()]
+    height = max(map(len, columns))
+    body = [" | ".join(_pad(c[i] if i < len(c) else "", column) for c in columns).rstrip() for i in range(height)]
+    return "\n".join(["> " + line for line in _wrap(question, width - 2)] + body)
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal: East Asian characters take two."""
+    import unicodedata
+
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _pad(text: str, columns: int) -> str:
+    return text + " " * (columns - _width(text))
+
+
+def _wrap(text: str, columns: int) -> list[str]:
+    lines: list[str] = []
+    for paragraph in text.splitlines() or [""]:
+        if _width(paragraph) == len(paragraph):
+            lines += textwrap.wrap(paragraph, columns, break_on_hyphens=False) or [""]
+            continue
+        line = ""
+        for char in paragraph:  # scripts without spaces break anywhere
+            if _width(line + char) > columns:
+                lines.append(line)
+                line = ""
+            line += char
+        lines.append(line)
+    return lines
+
+
+def save_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def model_card(facts: Mapping[str, Any], table: str) -> str:
+    """A README.md for the saved folder, in the Hub's form: metadata first, then what was trained on what and how well."""
+    metadata = {"base_model": facts["base model"], "library_name": facts["library"], "tags": ["preference-tuning", facts["loss"]]}
+    head = ["---"]
+    for name, value in metadata.items():
+        head += [f"{name}:"] + [f"- {v}" for v in value] if isinstance(value, list) else [f"{name}: {json.dumps(value)}"]
+    body = [f"- **{name}**: {value}" for name, value in facts.items() if name != "library"]
+    evaluation = ["## Evaluation", "", "```", table, "```", ""] if table else []
+    return "\n".join(
+        [
+            *head, "---", "", f"# {Path(str(facts['base model'])).name}, tuned with {str(facts['loss']).upper()}", "",
+            *body, "", *evaluation,
+            "The prompt format that this model was trained with is saved as its chat template: `tokenizer.apply_chat_template`",
+            "renders the same text. Answers can be wrong; do not take them as medical, legal or financial advice.", "",
+        ]
+    )  # fmt: skip

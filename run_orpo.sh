@@ -1,0 +1,133 @@
+#!/bin/sh
+# Train a chat model on pairs of a chosen and a rejected answer.
+#
+#   sh run_orpo.sh                                          the starter model on the sample data, on this machine's GPU or CPU
+#   model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct template_name=auto train_file_dir=my_pairs sh run_orpo.sh
+#   sh run_orpo.sh --max_steps 20 --learning_rate 5e-5      any further flag of orpo_train.py; --help lists them
+#
+# Edit the values below, or set them from outside as above. "auto" means: chosen from the hardware, and said at the start.
+# Relative paths start at this file's folder.
+# Several GPUs: torchrun/README.md.
+
+# ---- the model
+model_name_or_path="${model_name_or_path:-models/SmolLM2-135M-Instruct}"  # a folder or a hub id; the default is made on first use
+tokenizer_name_or_path="${tokenizer_name_or_path:-}"   # empty: the model's own
+template_name="${template_name:-qwen}"                 # ChatML; auto takes the model's own template: do that with other models
+cache_dir="${cache_dir:-}"                             # empty: hub downloads in the hub's folder, prepared data in ./cache
+
+# ---- the data: files, or folders read recursively; data/README.md lists the formats
+train_file_dir="${train_file_dir:-data/train}"
+dataset_name="${dataset_name:-}"                       # a hub dataset instead: owner/name or owner/name:config:split
+validation_file_dir="${validation_file_dir-data/eval}" # empty: 5% of the training prompts are held out
+max_train_samples="${max_train_samples:--1}"           # -1: all rows; a small number makes a quick trial
+max_eval_samples="${max_eval_samples:--1}"
+max_source_length="${max_source_length:-1024}"         # a pair is kept if prompt + answer fits in the sum of both lengths;
+max_target_length="${max_target_length:-512}"          # longer pairs are dropped and listed in data_report.json
+
+# ---- the objective
+loss="${loss:-orpo}"                                   # orpo needs no SFT before it; dpo, simpo, ipo, hinge start from a tuned model
+orpo_beta="${orpo_beta:-0.1}"                          # weight of the odds-ratio term: higher separates harder and writes worse
+nll_scope="${nll_scope:-sequence}"                     # sequence as TRL and the authors' code; answer; answer_per_pair as the paper
+engine="${engine:-packed}"                             # packed: fast and light; trl: TRL's trainers, for comparison
+
+# ---- adapter or all weights
+use_peft="${use_peft:-true}"                           # true: LoRA, an eighth of the memory; false: all weights, learning_rate=5e-6
+qlora="${qlora:-false}"                                # true: frozen weights in 4 bits (a GPU and bitsandbytes); 8 B fit in 12 GB
+load_in_4bit="${load_in_4bit:-false}"                  # the same under its other name
+target_modules="${target_modules:-all}"                # all linear layers, or a list: q_proj,v_proj
+lora_rank="${lora_rank:-16}"                           # higher: more to learn with, more memory
+lora_alpha="${lora_alpha:-32}"                         # the adapter's weight is lora_alpha / lora_rank
+lora_dropout="${lora_dropout:-0.05}"
+
+# ---- the run
+per_device_train_batch_size="${per_device_train_batch_size:-auto}"  # pairs per micro-batch: memory and speed
+per_device_eval_batch_size="${per_device_eval_batch_size:-auto}"
+gradient_accumulation_steps="${gradient_accumulation_steps:-auto}"  # auto: 8 pairs per optimizer step on each device
+num_train_epochs="${num_train_epochs:-2}"              # ORPO overfits after a few passes: watch the evaluation
+max_steps="${max_steps:--1}"                           # a number of steps instead of epochs; -1: epochs
+learning_rate="${learning_rate:-auto}"                 # auto: 2e-4 with LoRA, 5e-6 for all weights
+eval_steps="${eval_steps:-0}"                          # evaluate every that many steps; 0: before and after training only
+save_steps="${save_steps:-0}"                          # checkpoint every that many steps; 0: the final model alone
+bf16="${bf16:-auto}"                                   # auto: where the hardware multiplies bfloat16
+gradient_checkpointing="${gradient_checkpointing:-false}"  # true: long rows on a small GPU; a third slower
+report_to="${report_to:-none}"                         # tensorboard, wandb, swanlab, trackio: nothing leaves this machine unless asked
+seed="${seed:-42}"
+do_train="${do_train:-true}"                           # false: only score the model on the evaluation files
+do_eval="${do_eval:-true}"                             # false: no table before -> after
+output_dir="${output_dir:-outputs/orpo}"               # an earlier run's files there are overwritten
+
+# ------------------------------------------------------------------------------------------------------------------------------
+set -eu
+names="model_name_or_path tokenizer_name_or_path template_name cache_dir train_file_dir dataset_name validation_file_dir
+max_train_samples max_eval_samples max_source_length max_target_length loss orpo_beta nll_scope engine use_peft qlora load_in_4bit
+target_modules lora_rank lora_alpha lora_dropout per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
+num_train_epochs max_steps learning_rate eval_steps save_steps bf16 gradient_checkpointing report_to seed do_train do_eval output_dir"
+
+# A flag on the command line replaces the value above; what has no value above goes on to orpo_train.py as it is.
+config=false
+words=$#
+while [ "$words" -gt 0 ]; do
+    word=$1
+    shift
+    words=$((words - 1))
+    case $word in --*=*) name=${word#--} value=${name#*=} name=${name%%=*} ;; --*) name=${word#--} value= ;; *) name= ;; esac
+    [ "$name" != config ] || config=true
+    if [ -z "$name" ] || ! printf '%s\n' $names | grep -qxF -- "$name"; then
+        set -- "$@" "$word"
+        continue
+    fi
+    case $word in
+    --*=*) ;;
+    *)
+        value=true # a bare switch
+        if [ "$words" -gt 0 ]; then
+            case $1 in --*) ;; *) value=$1 && shift && words=$((words - 1)) ;; esac
+        fi
+        ;;
+    esac
+    eval "$name=\$value"
+    [ "$config" = false ] || set -- "$@" "--$name" "$value"
+done
+
+# Only what this run uses is passed, so that orpo_train.py can refuse what it would ignore.
+add() { # add NAME...: the value of each, unless it is empty or auto
+    for name in "$@"; do
+        eval "value=\$$name"
+        case $value in '' | auto) ;; *) flags="$flags --$name $(quote "$value")" ;; esac
+    done
+}
+quote() {
+    case $1 in
+    *[!A-Za-z0-9_./,:=+-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
+    *) printf '%s' "$1" ;;
+    esac
+}
+true_() { case $1 in true | True | TRUE | 1 | yes) return 0 ;; *) return 1 ;; esac }
+flags=
+add model_name_or_path tokenizer_name_or_path template_name cache_dir
+if [ -n "$dataset_name" ]; then add dataset_name; else add train_file_dir; fi
+add max_source_length max_target_length loss engine use_peft
+if [ "$loss" = orpo ]; then add orpo_beta nll_scope; fi
+if true_ "$use_peft"; then add target_modules lora_rank lora_alpha lora_dropout; fi
+if true_ "$qlora"; then add qlora; fi
+if true_ "$load_in_4bit"; then add load_in_4bit; fi
+if true_ "$do_train"; then
+    add max_train_samples per_device_train_batch_size gradient_accumulation_steps learning_rate save_steps gradient_checkpointing
+    if [ "$max_steps" -gt 0 ]; then add max_steps; else add num_train_epochs; fi
+fi
+if true_ "$do_eval"; then
+    add validation_file_dir max_eval_samples per_device_eval_batch_size
+    if true_ "$do_train"; then add eval_steps; fi
+fi
+add bf16 report_to seed do_train do_eval output_dir
+
+# With --config FILE the file stands in for the values above; flags on the command line still override it.
+[ "$config" = false ] || flags=
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+PYTHON=$(sh "$here/setup.sh") || exit 1
+for word in "$@"; do flags="$flags $(quote "$word")"; done
+launch=$(quote "$PYTHON")
+if [ -n "${TORCHRUN_ARGS:-}" ]; then launch="$launch -m torch.distributed.run $TORCHRUN_ARGS"; fi
+cd "$here"
+printf '+ %s orpo_train.py%s\n' "$launch" "$flags"
+eval "exec $launch orpo_train.py $flags"
