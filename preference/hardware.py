@@ -27,7 +27,9 @@ def detect(use_cpu: bool = False) -> Hardware:
     if torch.cuda.is_available() and not use_cpu:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         # Emulated bfloat16 (before Ampere) is slower than float32.
-        return Hardware("cuda", properties.name, properties.total_memory, torch.cuda.is_bf16_supported(including_emulation=False))
+        return Hardware(
+            "cuda", properties.name, properties.total_memory, torch.cuda.is_bf16_supported(including_emulation=False)
+        )
     if torch.backends.mps.is_available() and not use_cpu:
         return Hardware("mps", "Apple GPU", torch.mps.recommended_max_memory(), False)
     return Hardware("cpu", f"CPU ({torch.get_num_threads()} threads)", _system_memory(), _cpu_has_bf16())
@@ -51,8 +53,8 @@ def _system_memory() -> int:
 def batch_plan(pairs: int, accumulation: int, hardware: Hardware) -> tuple[int, int]:
     """Pairs per micro-batch and micro-batches per step; zeros are filled in from the hardware.
 
-    The default is `PAIRS_PER_STEP` pairs a step, cut into smaller micro-batches where memory is short. With the packed engine the
-    cut changes memory and speed, never the gradient.
+    The default is `PAIRS_PER_STEP` pairs a step, cut into smaller micro-batches where memory is short. With the packed
+    engine the cut changes memory and speed, never the gradient.
     """
     if pairs == 0:
         roomy = hardware.memory >= 40 * 2**30

@@ -18,7 +18,9 @@ class ModelError(RuntimeError):
 
 def load_tokenizer(source: str, args: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer, with a pad token; padding is masked by length, so any token serves."""
-    tokenizer = AutoTokenizer.from_pretrained(source, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
@@ -39,9 +41,13 @@ def _quantization(args: Arguments, hardware: Hardware) -> Any:
     if not args.quantized:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("4-bit weights need bitsandbytes, which is not installed: pip install bitsandbytes, or qlora=false")
+        raise ModelError(
+            "4-bit weights need bitsandbytes, which is not installed: pip install bitsandbytes, or qlora=false"
+        )
     if hardware.device != "cuda":
-        raise ModelError(f"4-bit training needs an NVIDIA GPU; this run is on {hardware.name}: qlora=false trains LoRA here")
+        raise ModelError(
+            f"4-bit training needs an NVIDIA GPU; this run is on {hardware.name}: qlora=false trains LoRA here"
+        )
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -94,15 +100,24 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int) -> Any:
         target_modules="all-linear" if everything else names,
     )
     if not everything:
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        missing = [name for name in names if not any(n == name or n.endswith(f".{name}") for n, _ in model.named_modules())]
+        linear = {
+            name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+        }
+        missing = [
+            name for name in names if not any(n == name or n.endswith(f".{name}") for n, _ in model.named_modules())
+        ]
         if missing:
-            raise ModelError(f"target_modules: the model has no {', '.join(missing)}; its linear layers are {', '.join(sorted(linear))}")
+            raise ModelError(
+                f"target_modules: the model has no {', '.join(missing)}; "
+                f"its linear layers are {', '.join(sorted(linear))}"
+            )
     torch.manual_seed(seed)
     return get_peft_model(model, config)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; 4-bit weights count as the numbers that they hold."""
-    sizes = [(p.numel() * (2 if p.__class__.__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()]
+    sizes = [
+        (p.numel() * (2 if p.__class__.__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()
+    ]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)

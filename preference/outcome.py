@@ -25,9 +25,13 @@ ROWS = (
 )
 
 
-def comparison(before: Mapping[str, float], after: Mapping[str, float], names: tuple[str, str] = ("before", "after")) -> str:
+def comparison(
+    before: Mapping[str, float], after: Mapping[str, float], names: tuple[str, str] = ("before", "after")
+) -> str:
     """A table of the evaluation metrics that both have; several evaluation sets follow each other."""
-    prefixes = sorted({key[: -len("_loss")] for key in before if key.endswith("_loss") and not key.endswith("_nll_loss")})
+    prefixes = sorted(
+        {key[: -len("_loss")] for key in before if key.endswith("_loss") and not key.endswith("_nll_loss")}
+    )
     lines: list[str] = []
     for prefix in prefixes or ["eval"]:
         title = "evaluation" if prefix == "eval" else prefix.removeprefix("eval_")
@@ -46,7 +50,11 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float], names: t
 
 @torch.no_grad()
 def greedy_answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
 ) -> list[str]:
     """The model's most likely answer to each prompt (a list of token ids), without its stop token."""
     training = model.training
@@ -121,18 +129,25 @@ def save_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def model_card(facts: Mapping[str, Any], table: str) -> str:
-    """A README.md for the saved folder, in the Hub's form: metadata first, then what was trained on what and how well."""
-    metadata = {"base_model": facts["base model"], "library_name": facts["library"], "tags": ["preference-tuning", facts["loss"]]}
+    """A README.md for the saved folder, in the Hub's form: metadata, then what was trained on what and how well."""
+    metadata = {
+        "base_model": facts["base model"],
+        "library_name": facts["library"],
+        "tags": ["preference-tuning", facts["loss"]],
+    }
     head = ["---"]
     for name, value in metadata.items():
-        head += [f"{name}:"] + [f"- {v}" for v in value] if isinstance(value, list) else [f"{name}: {json.dumps(value)}"]
+        head += (
+            [f"{name}:"] + [f"- {v}" for v in value] if isinstance(value, list) else [f"{name}: {json.dumps(value)}"]
+        )
     body = [f"- **{name}**: {value}" for name, value in facts.items() if name != "library"]
     evaluation = ["## Evaluation", "", "```", table, "```", ""] if table else []
     return "\n".join(
         [
             *head, "---", "", f"# {Path(str(facts['base model'])).name}, tuned with {str(facts['loss']).upper()}", "",
             *body, "", *evaluation,
-            "The prompt format that this model was trained with is saved as its chat template: `tokenizer.apply_chat_template`",
-            "renders the same text. Answers can be wrong; do not take them as medical, legal or financial advice.", "",
+            "The prompt format that this model was trained with is saved as its chat template, so that",
+            "`tokenizer.apply_chat_template` renders the same text. Answers can be wrong; do not take them as medical,",
+            "legal or financial advice.", "",
         ]
     )  # fmt: skip

@@ -15,7 +15,10 @@ def test_defaults_parse_and_remember_what_was_given():
     assert args.given == {"lora_rank", "bf16"}
 
 
-@pytest.mark.parametrize("word, near", [("--lora_rnak", "--lora_rank"), ("--learning-rat=1", "--learning_rate"), ("--orpobeta", "--orpo_beta")])
+@pytest.mark.parametrize(
+    "word, near",
+    [("--lora_rnak", "--lora_rank"), ("--learning-rat=1", "--learning_rate"), ("--orpobeta", "--orpo_beta")],
+)
 def test_unknown_flag_suggests_the_nearest(word, near):
     with pytest.raises(ArgumentError, match=f"did you mean {near}"):
         parse_arguments([word, "8"])
@@ -68,11 +71,19 @@ def test_config_file_is_typed_and_overridden(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("learning_rate: 1e-5\nuse_peft: false\ntemplate_name: 通用\nmax_steps: 7\n", encoding="utf-8")
     args = parse_arguments(["--config", str(file), "--max_steps", "9"])
-    assert (args.run.learning_rate, args.model.use_peft, args.data.template_name, args.run.max_steps) == (1e-5, False, "通用", 9)
+    assert (args.run.learning_rate, args.model.use_peft, args.data.template_name, args.run.max_steps) == (
+        1e-5,
+        False,
+        "通用",
+        9,
+    )
     assert parse_arguments([f"--config={file}"]).run.max_steps == 7
 
 
-@pytest.mark.parametrize("text, message", [("lerning_rate: 1", "did you mean --learning_rate"), ("- 1", "name: value"), ("seed: [1]", "one value")])
+@pytest.mark.parametrize(
+    "text, message",
+    [("lerning_rate: 1", "did you mean --learning_rate"), ("- 1", "name: value"), ("seed: [1]", "one value")],
+)
 def test_a_bad_config_file_names_itself(tmp_path, text, message):
     file = tmp_path / "run.yaml"
     file.write_text(text)
