@@ -1,0 +1,57 @@
+"""What all tests share: no network, the project on the path, the starter model, and the skips that say their reason."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (ROOT / "tests", ROOT):
+    sys.path.insert(0, str(folder))
+
+# Set before anything imports the hub's libraries, and inherited by the programs that tests start.
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[name] = "1"
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device; torch is imported only if there are such tests."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def starter_model() -> Path:
+    """The starter model's folder. run_tests.sh makes it during the set-up; a plain pytest makes it here, once."""
+    from preference.starter import STARTER_MODEL, StarterModelError, ensure_starter_model
+
+    try:
+        return ensure_starter_model(ROOT / STARTER_MODEL)
+    except StarterModelError as error:
+        pytest.skip(f"no starter model: {error}")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder ../shared of real datasets and tokenizers, which not every machine has."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("../shared is not there")
+    return path
