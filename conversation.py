@@ -1,0 +1,497 @@
+"""Conversation templates: text in, prompt and response text out, as the model's own chat template writes them.
+
+    from conversation import get_conv_template, TEMPLATES
+    conv = get_conv_template("qwen2_5")
+    conv.get_prompt(question, history=[[user, assistant], ...], system=None)   # ends where the assistant begins
+    conv.get_response(reply)                                                   # what is learned, stop text included
+
+    python conversation.py --list                                              # the table of families
+    python conversation.py --template qwen3 --model DIR [--data FILE --row N] [--ids]
+
+A family is data: how system, user and assistant turns are written. To add one, add an entry to _TABLE and a case to
+tests/test_conversation.py. Prompts hold every character that the official template writes, a BOS included, so they are
+tokenized with add_special_tokens=False. Facts behind the families, and what becomes of reasoning: docs/templates.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+ALTERNATE = "an optional system message, then user and assistant in turn"
+
+
+class ConversationError(ValueError):
+    """A conversation that the template cannot write, or a template that cannot be used; str() says the way out."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """How one family of models writes a conversation. All fields are literal text unless said otherwise.
+
+    A prompt is `begin`, the system turn, then for each pair of the history `user[0] question user[1] assistant seam
+    reply turn_end`, and at last `user[0] question user[1] assistant opens`. What is learned is `seam reply reply_end`.
+    """
+
+    name: str
+    models: str  # for --list: the models that were trained with it
+    user: tuple[str, str]  # before and after a question
+    assistant: str  # opens a reply, in the history and at the end of the prompt
+    reply_end: str  # what the model must learn to write behind its reply; outer white space apart, the stop text
+    turn_end: str  # what stands behind a reply in the history: mostly reply_end and a separator that is not learned
+    tokens: tuple[str, ...]  # control tokens: a tokenizer that has not each of them as one token is not of this family
+    system: tuple[str, str] = ("", "")  # before and after the system text
+    system_place: str = "turn"  # "turn", in the "first" or the "last" question, or "refused"
+    default_system: str | None = None  # written when there is no system message; None writes nothing
+    begin: str = ""  # once, at the very start
+    seam: str = ""  # between `assistant` and the reply; the model generates it, so it is learned
+    opens: str = ""  # the prompt ends with it, the history does not show it
+    reasoning: str = "text"  # what becomes of think blocks, see `_reply` and `_past`
+    strip: str = ""  # letters: S(ystem), U(ser), R(eply) lose outer white space
+    strip_folded: bool = False  # white space goes after the system text was put into the question, not before
+    skip_empty: str = ""  # letters: turns that are not written at all when their text is empty
+    alternates: bool = False  # the official template refuses roles that do not alternate
+    single_turn: bool = False  # the official template has no place for a history
+
+    @property
+    def stop_str(self) -> str:
+        """The end-of-turn text: generation stops here."""
+        return self.reply_end.strip()
+
+    @property
+    def markup(self) -> tuple[str, ...]:
+        """Control text that a reply may hold by right: the marks of reasoning, where the family knows them."""
+        return {"text": (), "channel": ("<|channel>", "<channel|>")}.get(self.reasoning, ("<think>", "</think>"))
+
+    def get_prompt(self, question: str, history: Iterable[Sequence[str]] = (), system: str | None = None) -> str:
+        """The text up to where the assistant begins, for `history` pairs (user, assistant), oldest first.
+
+        `system=None` writes the family's default, "" an empty system turn as the official template renders it.
+        Raises ConversationError where the official template refuses the conversation.
+        """
+        pairs = checked_history(history)
+        if self.single_turn and pairs:
+            raise ConversationError(f"template {self.name} is single-turn and cannot write a history of {len(pairs)}")
+        if self.system_place == "refused" and system is not None:
+            raise ConversationError(
+                f"template {self.name} has no system turn: its models were trained without one. Leave the system text "
+                "out, or pass fold_system=true to put it before the first question"
+            )
+        system = self.default_system if system is None else system
+        if system is None or (not system and "S" in self.skip_empty):
+            turn = ""
+        else:
+            turn = self.system[0] + self._clean("S", system) + self.system[1]
+        folded = {"first": 0, "last": len(pairs)}.get(self.system_place)  # the question that the system text is part of
+        text = self.begin + (turn if folded is None else "")
+        for i, (past_question, past_reply) in enumerate(pairs):
+            text += self._question(past_question, turn if i == folded else "") + self._past(past_reply)
+        return text + self._question(question, turn if folded == len(pairs) else "") + self.assistant + self.opens
+
+    def get_response(self, reply: str) -> str:
+        """What the model must learn to write after the prompt: seam, the reply as the template prints it, stop text."""
+        return self.seam + self._reply(reply) + self.reply_end
+
+    def jinja(self) -> str:
+        """This template as a jinja chat template, to be saved with the model: serving renders what was trained.
+
+        With add_generation_prompt it renders `get_prompt`; without, a last assistant message renders `get_response`
+        and the separator behind it.
+        """
+        return _jinja(self)
+
+    def _clean(self, role: str, text: str) -> str:
+        return text.strip() if role in self.strip else text
+
+    def _question(self, text: str, system: str) -> str:
+        if not text and "U" in self.skip_empty:
+            return ""
+        text = self._clean("U", system + text) if self.strip_folded else system + self._clean("U", text)
+        return self.user[0] + text + self.user[1]
+
+    def _past(self, reply: str) -> str:
+        """A reply of the history. Every policy but "text" leaves its reasoning out."""
+        if not reply and "R" in self.skip_empty:
+            return ""
+        reply = self._clean("R", reply)
+        if self.reasoning == "channel":
+            reply = _without_channels(reply)
+        elif self.reasoning != "text" and "</think>" in reply:
+            reply = reply.split("</think>")[-1]
+            reply = reply if self.reasoning == "open-raw" else reply.lstrip("\n")
+        return self.assistant + self.seam + reply + self.turn_end
+
+    def _reply(self, reply: str) -> str:
+        """A reply to learn. Policies: "text" is untouched; "channel" loses its thought channels; "block" always holds
+        a think block, empty if the reply has none; "closed" holds none, as the prompt already closed it; "open" and
+        "open-raw" close the block that the prompt opened."""
+        reply = self._clean("R", reply)
+        if self.reasoning == "text":
+            return reply
+        if self.reasoning == "channel":
+            return _without_channels(reply)
+        thought, answer = "", reply
+        if "</think>" in reply:
+            thought = self._clean("R", reply.split("</think>")[0].rstrip("\n").split("<think>")[-1]).strip("\n")
+            answer = reply.split("</think>")[-1]
+        closed = thought + "\n</think>\n\n"
+        before = {"block": "<think>\n" + closed, "closed": ""}.get(self.reasoning, closed)
+        return before + answer.lstrip("\n")
+
+
+def _without_channels(text: str) -> str:
+    """Gemma 4 writes reasoning as `<|channel>thought ... <channel|>` and shows none of it."""
+    return "".join(part.split("<|channel>")[0] for part in text.split("<channel|>")).strip()
+
+
+def checked_history(history: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """The history as pairs of text. Raises ConversationError for anything else, such as roles that do not alternate."""
+    pairs = list(history)
+    for i, pair in enumerate(pairs):
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ConversationError(f"history[{i}] must be [user, assistant], two texts, so that roles alternate")
+    return [(user, assistant) for user, assistant in pairs]
+
+
+def _jinja(c: Conversation) -> str:
+    """The body of Conversation.jinja: the same steps as get_prompt and get_response, for this family alone."""
+
+    def text(*parts: str) -> str:  # a jinja literal
+        return json.dumps("".join(parts), ensure_ascii=False)
+
+    def trim(role: str, value: str) -> str:
+        return f"({value}) | trim" if role in c.strip else value
+
+    def fail(condition: str, reason: str) -> str:
+        return "{%- if " + condition + " -%}{{- raise_exception(" + text(f"{c.name}: {reason}") + ") -}}{%- endif -%}"
+
+    default = "none" if c.default_system is None else text(c.default_system)
+    asked = "content" if c.strip_folded else trim("U", "content")
+    if c.system_place in ("first", "last"):
+        here = "loop.first" if c.system_place == "first" else "loop.index0 == (turns | length - 1) // 2 * 2"
+        asked = f"(turn if {here} else '') + ({asked})"
+    asked = trim("U", asked) if c.strip_folded else asked
+    unless = {role: " and content" if role in c.skip_empty else "" for role in "SUR"}
+    behind = c.turn_end.removeprefix(c.reply_end) if c.turn_end.startswith(c.reply_end) else ""
+    parts = [
+        "{%- set given = messages[0]['role'] == 'system' -%}",
+        "{%- set turns = messages[1:] if given else messages -%}",
+        "{%- set content = messages[0]['content'] if given else " + default + " -%}{%- set turn = '' -%}",
+        "{%- if content is not none" + unless["S"] + " -%}",
+        "{%- set turn = " + f"{text(c.system[0])} + ({trim('S', 'content')}) + {text(c.system[1])}",
+        " -%}{%- endif -%}",
+        fail("given", "no system message is supported") if c.system_place == "refused" else "",
+        fail("turns | length > 2", "single-turn") if c.single_turn else "",
+        "{{- " + text(c.begin) + (" + turn" if c.system_place == "turn" else "") + " -}}",
+        "{%- for message in turns -%}{%- set content = message['content'] -%}",
+        fail("(message['role'] == 'user') != (loop.index0 % 2 == 0)", ALTERNATE) if c.alternates else "",
+        fail("message['role'] not in ['user', 'assistant']", ALTERNATE),
+        "{%- if message['role'] == 'user'" + unless["U"] + " -%}",
+        "{{- " + f"{text(c.user[0])} + ({asked}) + {text(c.user[1])}" + " -}}",
+        "{%- elif message['role'] == 'assistant'" + unless["R"] + " -%}",
+        "{%- set content = " + trim("R", "content") + " -%}" + _jinja_reasoning(c),
+        "{%- if loop.last and not add_generation_prompt -%}",
+        "{{- " + f"{text(c.assistant, c.opens, c.seam)} + reply + {text(c.reply_end, behind)}" + " -}}{%- else -%}",
+        "{{- " + f"{text(c.assistant, c.seam)} + past + {text(c.turn_end)}" + " -}}{%- endif -%}{%- endif -%}",
+        "{%- endfor -%}{%- if add_generation_prompt -%}{{- " + text(c.assistant, c.opens) + " -}}{%- endif -%}",
+    ]
+    return "".join(parts)
+
+
+def _jinja_reasoning(c: Conversation) -> str:
+    """Sets `past` and `reply` from `content`: Conversation._past and ._reply in jinja."""
+    if c.reasoning == "text":
+        return "{%- set past = content -%}{%- set reply = content -%}"
+    if c.reasoning == "channel":
+        return (
+            "{%- set kept = namespace(text='') -%}{%- for part in content.split('<channel|>') -%}"
+            "{%- set kept.text = kept.text + part.split('<|channel>')[0] -%}{%- endfor -%}"
+            "{%- set past = kept.text | trim -%}{%- set reply = past -%}"
+        )
+    clean = ".strip()" if "R" in c.strip else ".strip('\\n')"
+    left = "" if c.reasoning == "open-raw" else ".lstrip('\\n')"
+    before = {"block": r"'<think>\n' + thought + '\n</think>\n\n' + ", "closed": ""}
+    return (
+        "{%- set thought = '' -%}{%- set past = content -%}{%- if '</think>' in content -%}"
+        "{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]" + clean + " -%}"
+        "{%- set past = content.split('</think>')[-1]" + left + " -%}{%- endif -%}{%- set reply = "
+        + before.get(c.reasoning, r"thought + '\n</think>\n\n' + ") + "past.lstrip('\\n') -%}"
+    )
+
+
+# -- families: builders for formats that several share, then the table
+
+
+def _chatml(name: str, models: str, **changes) -> Conversation:
+    """ChatML, the turn format of Qwen and many others."""
+    system, user = ("<|im_start|>system\n", "<|im_end|>\n"), ("<|im_start|>user\n", "<|im_end|>\n")
+    tokens = ("<|im_start|>", "<|im_end|>")
+    base = Conversation(name, models, user, "<|im_start|>assistant\n", "<|im_end|>", "<|im_end|>\n", tokens, system)
+    return replace(base, **changes)
+
+
+def _headers(name: str, models: str, start: str, end: str, stop: str, preamble: str = "", **changes) -> Conversation:
+    """Llama 3 and 4: the role between two header tokens. `preamble` opens the system turn."""
+    system, user, assistant = (f"{start}{role}{end}\n\n" for role in ("system", "user", "assistant"))
+    tokens = ("<|begin_of_text|>", start, end, stop)
+    base = Conversation(name, models, (user, stop), assistant, stop, stop, tokens, (system + preamble, stop))
+    return replace(base, begin="<|begin_of_text|>", **changes)
+
+
+def _role_lines(name: str, models: str, eos: str, closes: str = "\n", **changes) -> Conversation:
+    """Tulu's format: the role as plain text on a line of its own, EOS behind replies. `closes` ends the other turns."""
+    system, user = ("<|system|>\n", closes), ("<|user|>\n", closes)
+    return replace(Conversation(name, models, user, "<|assistant|>\n", eos, eos + "\n", (eos,), system), **changes)
+
+
+def _inst(name: str, models: str, user: tuple[str, str], seam: str, **changes) -> Conversation:
+    """Llama 2 and Mistral: questions between [INST] and [/INST], the system text inside one of them."""
+    base = Conversation(name, models, user, "", "</s>", "</s>", ("<s>", "</s>"), ("", "\n\n"), "last", begin="<s>")
+    return replace(base, seam=seam, alternates=True, **changes)
+
+
+def _gemma(name: str, models: str, start: str, stop: str, **changes) -> Conversation:
+    """Gemma: the assistant is called model, BOS is written, EOS is not the end of a turn."""
+    tokens, user = ("<bos>", start, stop), (start + "user\n", stop + "\n")
+    base = Conversation(name, models, user, start + "model\n", stop, stop + "\n", tokens, ("", "\n\n"), "first")
+    return replace(base, **({"begin": "<bos>", "strip": "UR", "alternates": True} | changes))
+
+
+def _deepseek(name: str, models: str, **changes) -> Conversation:
+    """DeepSeek from V2.5 on. The bars are full-width, the gaps are U+2581."""
+    bos, eos, user, assistant = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
+    base = Conversation(name, models, (user, ""), assistant, eos, eos, (bos, eos, user, assistant), begin=bos)
+    return replace(base, **changes)
+
+
+def _tagged(name: str, models: str, system: str, user: str, assistant: str, gap: str, stop: str, end: str, **changes):
+    """A tag per role, `gap` between tag and text, `end` behind every turn, of which `stop` is learned."""
+    tokens = (system, user, assistant, stop)
+    base = Conversation(name, models, (user + gap, end), assistant, stop, end, tokens, (system + gap, end))
+    return replace(base, **changes)
+
+
+_LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_INST_TOKENS = ("<s>", "</s>", "[INST]", "[/INST]")
+_TURN, _END = "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"  # Command R
+_ROLES = ("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
+_STOP = "[|endofturn|]"  # EXAONE
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+
+_TABLE = [
+    _chatml("chatml", "generic ChatML: OpenHermes, MiniCPM4, many fine-tunes"),
+    _chatml("qwen2", "Qwen1.5, Qwen2 Instruct", default_system="You are a helpful assistant."),
+    _chatml(
+        "qwen2_5",
+        "Qwen2.5, Qwen2.5-Coder Instruct",
+        default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    ),
+    _chatml("qwen3", "Qwen3 hybrid, thinking", reasoning="block"),
+    _chatml("qwen3_nothink", "Qwen3 hybrid, not thinking", reasoning="closed", opens="<think>\n\n</think>\n\n"),
+    _chatml("qwen3_5", "Qwen3.5 from 4B on, thinking", reasoning="open", opens="<think>\n", strip="SUR"),
+    replace(
+        _inst("llama2", "Llama 2 Chat", ("<s>[INST] ", " [/INST]"), " ", strip="UR", strip_folded=True),
+        begin="",  # BOS opens every pair instead
+        system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+        system_place="first",
+        reply_end=" </s>",
+        turn_end=" </s>",
+    ),
+    _headers("llama3", "Llama 3 Instruct", *_LLAMA3, strip="SUR"),
+    _headers(
+        "llama3_1",
+        "Llama 3.1, 3.3 Instruct",
+        *_LLAMA3,
+        preamble="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",  # whatever the day
+        default_system="",
+        strip="SUR",
+    ),
+    _headers("llama4", "Llama 4 Scout, Maverick", "<|header_start|>", "<|header_end|>", "<|eot|>", strip="S"),
+    _inst("mistral_v1", "Mistral 7B v0.1, v0.2, Mixtral 8x7B", (" [INST] ", " [/INST]"), " ", system_place="first"),
+    _inst("mistral_v3", "Mistral 7B v0.3, Large 2407", ("[INST] ", "[/INST]"), " ", strip="R", tokens=_INST_TOKENS),
+    _inst("mistral_nemo", "Mistral Nemo 2407", ("[INST]", "[/INST]"), "", tokens=_INST_TOKENS),
+    _gemma("gemma", "Gemma 1, 2", "<start_of_turn>", "<end_of_turn>", system_place="refused"),
+    _gemma("gemma3", "Gemma 3", "<start_of_turn>", "<end_of_turn>"),
+    _gemma(
+        "gemma4",
+        "Gemma 4 E2B, E4B",
+        "<|turn>",
+        "<turn|>",
+        system=("<|turn>system\n", "<turn|>\n"),
+        system_place="turn",
+        strip="SUR",
+        reasoning="channel",
+        alternates=False,
+    ),
+    _tagged("phi3", "Phi-3 mini", "<|system|>", "<|user|>", "<|assistant|>", "\n", "<|end|>", "<|end|>\n"),
+    _chatml(
+        "phi4",
+        "Phi-4 14B",
+        system=("<|im_start|>system<|im_sep|>", "<|im_end|>"),
+        user=("<|im_start|>user<|im_sep|>", "<|im_end|>"),
+        assistant="<|im_start|>assistant<|im_sep|>",
+        turn_end="<|im_end|>",
+        tokens=("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+    ),
+    _tagged("phi4_mini", "Phi-4 mini", "<|system|>", "<|user|>", "<|assistant|>", "", "<|end|>", "<|end|>"),
+    _deepseek(
+        "deepseek_v2",
+        "DeepSeek LLM, V2, Coder-V2",
+        system=("", "\n\n"),
+        user=("User: ", "\n\n"),
+        assistant="Assistant:",
+        seam=" ",
+        tokens=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    ),
+    _deepseek("deepseek_v3", "DeepSeek V2.5, V3"),
+    _deepseek("deepseek_r1_distill", "DeepSeek-R1-Distill", reasoning="open-raw", opens="<think>\n"),
+    replace(
+        _tagged("chatglm3", "ChatGLM3-6B", "<|system|>", "<|user|>", "<|assistant|>", "\n ", "</s>", ""),
+        begin="[gMASK]sop",
+        seam="\n ",
+    ),
+    replace(
+        _tagged("glm4", "GLM-4-9B-Chat", "<|system|>", "<|user|>", "<|assistant|>", "\n", "<|user|>", ""),
+        begin="[gMASK]<sop>",  # the model ends its turn by opening the user's, so <|user|> is the stop text
+        seam="\n",
+        skip_empty="SUR",
+    ),
+    _chatml("internlm2", "InternLM2, 2.5, 3", begin="<s>", tokens=("<s>", "<|im_start|>", "<|im_end|>")),
+    _chatml("yi", "Yi-1.5 Chat", system=("", "")),
+    _role_lines("zephyr", "Zephyr 7B beta, TinyLlama Chat", "</s>", closes="</s>\n"),
+    _role_lines("olmo2", "OLMo 2 Instruct", "<|endoftext|>", begin="<|endoftext|>"),
+    _role_lines("tulu3", "Llama-3.1-Tulu-3", "<|end_of_text|>"),
+    _chatml(
+        "smollm2",
+        "SmolLM2 Instruct",
+        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    ),
+    _chatml("minicpm3", "MiniCPM3-4B", skip_empty="S"),
+    _role_lines("falcon3", "Falcon3 Instruct", "<|endoftext|>"),
+    replace(
+        _tagged("command_r", "Command R, R+ v01, Aya Expanse", *(_TURN + role for role in _ROLES), "", _END, _END),
+        begin="<BOS_TOKEN>",
+        tokens=("<BOS_TOKEN>", _TURN, *_ROLES, _END),
+        strip="UR",
+        alternates=True,
+    ),
+    replace(
+        _tagged("exaone3_5", "EXAONE 3.5", "[|system|]", "[|user|]", "[|assistant|]", "", _STOP, _STOP + "\n"),
+        user=("[|user|]", "\n"),
+        default_system="",
+    ),
+    Conversation(
+        "baichuan2",
+        "Baichuan2 Chat",
+        user=("<reserved_106>", ""),
+        assistant="<reserved_107>",
+        reply_end="</s>",
+        turn_end="",
+        tokens=("<reserved_106>", "<reserved_107>", "</s>"),
+    ),
+    Conversation(
+        "vicuna",
+        "Vicuna v1.1 to v1.5",
+        default_system=_VICUNA,
+        system=("", " "),
+        user=("USER: ", " "),
+        assistant="ASSISTANT:",
+        seam=" ",
+        reply_end="</s>",
+        turn_end="</s>",
+        tokens=("</s>",),
+    ),
+    Conversation(
+        "alpaca",
+        "Stanford Alpaca, single-turn",
+        begin=_ALPACA,
+        system=("", "\n\n"),
+        system_place="refused",
+        user=("### Instruction:\n", "\n\n"),
+        assistant="### Response:",
+        reply_end="</s>",
+        turn_end="</s>",
+        tokens=("</s>",),
+        single_turn=True,
+        alternates=True,
+    ),
+]
+FAMILIES: dict[str, Conversation] = {conv.name: conv for conv in _TABLE}
+
+# Names that users of FastChat, MedicalGPT and LLaMA-Factory have in their scripts. A name here means the format that
+# the models' own template writes, which is not always what those projects write under it (docs/templates.md).
+ALIASES = {
+    "qwen": "qwen2", "qwen1_5": "qwen2", "qwen_7b_chat": "qwen2", "qwen2_5_coder": "qwen2_5",
+    "llama_2": "llama2", "llama_3": "llama3", "llama_3_1": "llama3_1", "llama3_3": "llama3_1", "llama_3_3": "llama3_1",
+    "llama_4": "llama4",
+    "mistral": "mistral_v3", "mixtral": "mistral_v1",
+    "gemma2": "gemma", "phi": "phi3", "phi_4": "phi4", "phi4_mini_instruct": "phi4_mini",
+    "deepseek": "deepseek_v2", "deepseek_chat": "deepseek_v2", "deepseek2": "deepseek_v2",
+    "deepseek3": "deepseek_v3", "deepseek_v2_5": "deepseek_v3",
+    "deepseekr1": "deepseek_r1_distill", "deepseek_r1": "deepseek_r1_distill",
+    "intern2": "internlm2", "internlm2_chat": "internlm2", "internlm3": "internlm2",
+    "yi_34b_chat": "yi", "yi1_5": "yi", "baichuan2_chat": "baichuan2", "glm_4": "glm4",
+    "cohere": "command_r", "aya_expanse": "command_r", "cpm3": "minicpm3", "exaone": "exaone3_5",
+    "olmo_2": "olmo2", "tulu": "tulu3", "smollm": "smollm2", "tinyllama": "zephyr",
+    "vicuna_v1_1": "vicuna", "vicuna_v1_5": "vicuna", "stanford_alpaca": "alpaca", "chatml_default": "chatml",
+}  # fmt: skip
+TEMPLATES: dict[str, Conversation] = FAMILIES | {alias: FAMILIES[name] for alias, name in ALIASES.items()}
+
+
+def get_conv_template(name: str, *, fold_system: bool = False) -> Conversation:
+    """The template called `name`; case does not count, and "-" and "." stand for "_", so qwen2.5 is qwen2_5.
+
+    `fold_system=True` is the way out for families whose models know no system turn: the system text is put before the
+    first question, two newlines between. Raises ConversationError, with all names, for a name that is not there.
+    """
+    key = name.lower().replace("-", "_").replace(".", "_")
+    if key not in TEMPLATES:
+        near = difflib.get_close_matches(key, TEMPLATES, 3)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        names = ", ".join(["auto", *sorted(TEMPLATES)])
+        raise ConversationError(f"no template is called {name!r}{hint}. There are: {names}")
+    conv = TEMPLATES[key]
+    return fold_system_text(conv) if fold_system else conv
+
+
+def fold_system_text(conv: Conversation) -> Conversation:
+    """`conv` with its system text in the first question. Raises ConversationError if it can write one by itself."""
+    if conv.system_place != "refused":
+        raise ConversationError(f"template {conv.name} writes a system text by itself: leave fold_system out")
+    return replace(conv, system_place="first")
+
+
+def list_families() -> str:
+    """The table that --list prints: a line for each family, its aliases, system handling and stop text."""
+    rows = [("template", "system text", "default", "stop text", "models")]
+    places = {"first": "in the first question", "last": "in the last question", "refused": "refused"}
+    for conv in FAMILIES.values():
+        default = "no" if conv.default_system is None else "yes" if conv.default_system else "empty"
+        system = places.get(conv.system_place, "own turn" if conv.system[0] else "plain text at the start")
+        names = ", ".join([conv.name, *(alias for alias, name in ALIASES.items() if name == conv.name)])
+        rows.append((conv.name, system, default, conv.stop_str, f"{conv.models} [{names}]"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = (zip(row, [*widths, 0], strict=True) for row in rows)
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in line) for line in lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if "--list" in arguments:
+        print(list_families())
+        return 0
+    from preference.preview import main as preview  # needs a tokenizer, so it is slow to import
+
+    return preview(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
