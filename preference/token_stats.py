@@ -1,0 +1,121 @@
+"""What tokenization did to the rows: lengths, length bias, look-alikes of control tokens, drops and cuts."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from preference.triples import Row
+
+_PLACES = 20  # places listed where rows are counted and not dropped
+_SIDES = ("prompt", "chosen", "rejected")
+
+
+class TokenStats:
+    """Counts rows as they pass. Lengths are in tokens, stop text included."""
+
+    def __init__(self, max_source_length: int, max_target_length: int, truncate: bool) -> None:
+        self.limits = {"max_source_length": max_source_length, "max_target_length": max_target_length}
+        self.truncate = truncate
+        self.rows = 0
+        self.cut: Counter[str] = Counter()
+        self._drops: list[tuple[str, str, int, str]] = []
+        self._all = array("i")  # prompt, chosen, rejected of every row
+        self._kept = array("i")
+        self._look_alikes: Counter[str] = Counter()
+        self._look_alike_rows = 0
+        self._look_alike_places: list[str] = []
+        self._ready: Counter[str] = Counter()  # rows that bring their own prompt
+        self._plain_places: list[str] = []
+
+    def count_row(self, row: Row, rendered: bool, look_alikes: Sequence[str], *lengths: int) -> None:
+        self.rows += 1
+        self._all.extend(lengths)
+        place = f"{row.file}:{row.line}"
+        if row.prompt is not None:
+            self._ready["rendered" if rendered else "plain"] += 1
+            if not rendered and len(self._plain_places) < _PLACES:
+                self._plain_places.append(place)
+        if look_alikes:
+            self._look_alike_rows += 1
+            self._look_alikes.update(look_alikes)
+            if len(self._look_alike_places) < _PLACES:
+                self._look_alike_places.append(place)
+
+    def drop(self, reason: str, row: Row, detail: str) -> None:
+        self._drops.append((reason, row.file, row.line, detail))
+
+    def keep(self, *lengths: int) -> None:
+        self._kept.extend(lengths)
+
+    def outcome(self) -> dict[str, Any]:
+        """JSON-ready: drops, warnings, the report's section, and the message for the case that nothing is left."""
+        return {
+            "drops": self._drops,
+            "warnings": self._warnings(),
+            "section": self._section(),
+            "nothing_left": self._nothing_left(),
+        }
+
+    def _section(self) -> dict[str, Any]:
+        kept = np.array(self._kept, dtype=np.int64).reshape(-1, 3)
+        section: dict[str, Any] = {"pairs": len(kept), **self.limits}
+        if len(kept):
+            section |= {side: _distribution(kept[:, i]) for i, side in enumerate(_SIDES)}
+            longer, shorter = (float(np.mean(side)) for side in (kept[:, 1] > kept[:, 2], kept[:, 1] < kept[:, 2]))
+            section["chosen_longer"] = round(longer, 4)
+            # what a judge reaches that always takes the longer answer, or always the shorter, and guesses at ties
+            section["accuracy_by_length_alone"] = round(max(longer, shorter) + (1 - longer - shorter) / 2, 4)
+        if self.truncate:
+            section["cut"] = {side: self.cut[side] for side in _SIDES}
+        if self._ready:
+            section["ready_prompts"] = {name: self._ready[name] for name in ("rendered", "plain")}
+        section["control_look_alikes"] = {
+            "rows": self._look_alike_rows,
+            "tokens": dict(self._look_alikes.most_common()),
+            "places": self._look_alike_places,
+        }
+        return section
+
+    def _warnings(self) -> list[str]:
+        warnings = []
+        if self._ready["plain"]:
+            warnings.append(
+                f"{self._ready['plain']} prompts of {{prompt, chosen, rejected}} rows do not begin and end as the "
+                "template's do; they are used as plain text, without any turn markers, and control tokens in them are "
+                f"read as characters (first at {self._plain_places[0]}); give question / response_chosen / "
+                "response_rejected to have them rendered, or prompt_is_rendered=true if another template rendered them"
+            )
+        if self.cut:
+            cuts = ", ".join(f"{self.cut[side]} {side}" for side in _SIDES)
+            warnings.append(f"truncated: {cuts}; a cut answer carries no stop token")
+        return warnings
+
+    def _nothing_left(self) -> str:
+        if not self.rows:
+            return "there are no rows to tokenize"
+        lengths = np.array(self._all, dtype=np.int64).reshape(-1, 3)
+        whole = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+        reasons = Counter(reason for reason, *_ in self._drops).most_common()
+        source, target = self.limits.values()
+        lines = [
+            f"no pair is left of {self.rows}: " + ", ".join(f"{count} {reason}" for reason, count in reasons),
+            f"max_source_length {source} + max_target_length {target} = {source + target} tokens for a prompt with its "
+            f"longer answer; the shortest pair needs {int(whole.min())}",
+            "tokens (stop text included):",
+        ]
+        columns = dict(zip(_SIDES, lengths.T, strict=True)) | {"prompt + longer answer": whole}
+        for name, values in columns.items():
+            figures = ", ".join(f"{key} {value}" for key, value in _distribution(values).items())
+            lines.append(f"  {name}: {figures}")
+        return "\n".join(lines)
+
+
+def _distribution(values: np.ndarray) -> dict[str, int]:
+    points = np.percentile(values, [0, 50, 90, 99, 100], method="higher")
+    return dict(zip(("min", "p50", "p90", "p99", "max"), map(int, points), strict=True))
