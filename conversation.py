@@ -269,7 +269,7 @@ def _deepseek(name: str, models: str, **changes) -> Conversation:
 
 def _tagged(name: str, models: str, system: str, user: str, assistant: str, gap: str, stop: str, end: str, **changes):
     """A tag per role, `gap` between tag and text, `end` behind every turn, of which `stop` is learned."""
-    tokens = (system, user, assistant, stop)
+    tokens = (system, user, assistant.strip(), stop)
     base = Conversation(name, models, (user + gap, end), assistant, stop, end, tokens, (system + gap, end))
     return replace(base, **changes)
 
@@ -332,7 +332,7 @@ _TABLE = [
         reasoning="channel",
         alternates=False,
     ),
-    _tagged("phi3", "Phi-3 mini", "<|system|>", "<|user|>", "<|assistant|>", "\n", "<|end|>", "<|end|>\n"),
+    _tagged("phi3", "Phi-3 mini", "<|system|>", "<|user|>", "<|assistant|>\n", "\n", "<|end|>", "<|end|>\n"),
     _chatml(
         "phi4",
         "Phi-4 14B",
