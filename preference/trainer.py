@@ -1,0 +1,329 @@
+"""PairTrainer: the packed engine on transformers.Trainer.
+
+The Trainer's loop, schedules, checkpoints, logging and callbacks are used as they are. What differs: an item of the
+data loader is a whole optimizer step of one rank (preference/batching.py), `training_step` runs its micro-batches,
+and each contributes its exact share to the loss of the global batch (preference/losses.py). So loss, gradient and
+logged metrics do not depend on how the global batch is cut into micro-batches, accumulation steps and ranks; and
+evaluation is exact in the same way, the set being one batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from preference.batching import Cut, EvaluationPlan, PackSteps, TrainingPlan, plan_loader, row_lengths
+from preference.head import causal_lm, pair_logps, prepare_model
+from preference.losses import Objective, Totals, objective_share
+from preference.reference import References, reference_model
+from preference.watchdog import TrainingError, Watchdog
+
+logger = logging.getLogger(__name__)
+
+# TrainingArguments that would be ignored, or would mean something else here: (name, is it set?, why not)
+REFUSED = (
+    (
+        "train_sampling_strategy",
+        lambda v: v not in ("random", "sequential"),
+        "pairs are dealt to micro-batches by length anyway",
+    ),
+    (
+        "auto_find_batch_size",
+        bool,
+        "max_tokens_per_micro_batch bounds the memory of a micro-batch and keeps the objective",
+    ),
+    ("label_smoothing_factor", bool, "Objective.label_smoothing smooths the labels of preference losses"),
+    (
+        "neftune_noise_alpha",
+        bool,
+        "its noise depends on the length of the row, which here depends on how a batch is cut",
+    ),
+    ("torch_empty_cache_steps", bool, "micro-batches of bounded length do not fragment the memory"),
+    ("use_liger_kernel", bool, "the log-probabilities come from the packed engine's own head"),
+)
+
+
+class MetricSums:
+    """Sums of metrics on the device; they reach the host, and other ranks, when they are read."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, values: Mapping[str, Tensor], scale: float) -> None:
+        for name, value in values.items():
+            value = value.float() * scale
+            self.values[name] = self.values[name] + value if name in self.values else value
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """Means over steps of what all ranks added, under the names that they were added by; empties the sums."""
+        if not self.values:
+            return {}
+        sums = accelerator.reduce(torch.stack(list(self.values.values())), "sum").tolist()
+        means = {name: value / max(self.steps, 1) for name, value in zip(self.values, sums, strict=True)}
+        self.values, self.steps = {}, 0
+        return means
+
+
+class PairTrainer(Watchdog, Trainer):
+    """Trains a causal LM on preference pairs.
+
+    Args:
+        model: the model, already wrapped in its PEFT adapter if there is one. Its forward is extended
+            (`prepare_model`).
+        args: per_device_train_batch_size x gradient_accumulation_steps x ranks pairs make an optimizer step.
+        train_dataset, eval_dataset: columns prompt_ids, chosen_ids, rejected_ids and source; eval_dataset may be
+            several by name, whose metrics are then called eval_NAME_loss and so on.
+        max_tokens_per_micro_batch: cut a step into micro-batches of at most that many tokens rather than by
+            per_device_train_batch_size (and evaluation likewise); 0: by pairs.
+        share_prompt: compute a prompt once for both of its answers, where the model allows it.
+        reference: for losses that need one: "auto", "adapter" or "precompute" (preference/reference.py).
+        cache_dir: where precomputed reference log-probabilities are kept.
+
+    Raises:
+        EngineError: the packed engine cannot run the model exactly; the message names engine=trl.
+        ValueError: an argument that would have no effect.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        objective: Objective,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        max_tokens_per_micro_batch: int = 0,
+        share_prompt: bool = True,
+        reference: str = "auto",
+        cache_dir: str | Path | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        for name, is_set, why in REFUSED:
+            if is_set(getattr(args, name, None)):
+                raise ValueError(f"{name}={getattr(args, name)} has no place in the packed engine: {why}")
+        self.objective = objective
+        self.max_tokens = max_tokens_per_micro_batch
+        self.accumulation = args.gradient_accumulation_steps
+        self.engine = prepare_model(model, share_prompt=share_prompt)
+        super().__init__(
+            model=model,
+            args=_trainer_arguments(args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.references: References | None = None
+        if objective.needs_reference:
+            precision = f"{self.args.mixed_precision} {causal_lm(model).dtype}"
+            self.references = References(
+                model, self._reference_logps, how=reference, cache_dir=cache_dir, precision=precision
+            )
+        self.train_metrics, self.eval_metrics = MetricSums(), MetricSums()
+        self.collected: Tensor | None = None
+
+    # ---- data
+
+    def _cut(self, pairs: int) -> Cut:
+        return Cut(pairs, self.max_tokens, self.args.world_size, self.engine.share_prompt)
+
+    def _loader(
+        self, dataset: Dataset, plan: Any, reference: np.ndarray | None, persistent: bool = False
+    ) -> DataLoader:
+        args = self.args
+        return plan_loader(
+            dataset,
+            plan,
+            PackSteps(self.engine.share_prompt, self.objective.needs_prompt, reference),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=persistent,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
+        )
+
+    def _reference_of(self, dataset: Dataset) -> np.ndarray | None:
+        return self.references.of(dataset) if self.references else None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader of this rank's optimizer steps. It is not prepared by accelerate: it is sharded already."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
+        args = self.args
+        plan = TrainingPlan(
+            row_lengths(self.train_dataset),
+            self.objective,
+            self._cut(args.per_device_train_batch_size),
+            rank=args.process_index,
+            global_batch=self.get_total_train_batch_size(args),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            epoch=lambda: self.state.global_step // len(plan),
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
+        )
+        reference = self._reference_of(self.train_dataset)
+        return self._loader(self.train_dataset, plan, reference, args.dataloader_persistent_workers)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        return self._eval_loader(dataset, self._reference_of(dataset))
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
+
+    def _eval_loader(self, dataset: Dataset, reference: np.ndarray | None) -> DataLoader:
+        cut = self._cut(self.args.per_device_eval_batch_size)
+        plan = EvaluationPlan(row_lengths(dataset), self.objective, cut, rank=self.args.process_index)
+        return self._loader(dataset, plan, reference)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Pairs of an optimizer step, over all ranks."""
+        return args.per_device_train_batch_size * self.accumulation * args.world_size
+
+    # ---- the step
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward over this rank's micro-batches of one optimizer step.
+
+        Returns:
+            This rank's share of the step's loss, times the number of ranks: the Trainer logs the mean over ranks.
+        """
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        options = {"scale_wrt_gas": False} if deepspeed else {}
+        totals, batches = inputs["totals"], inputs["micro_batches"]
+        losses = []
+        for i, (batch, rows) in enumerate(zip(batches, inputs["source"], strict=True)):
+            last = i == len(batches) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                share, metrics = self._share(model, batch, totals)
+                loss = share * self.args.world_size  # gradients are averaged over ranks, and shares are to be summed
+                self.watch(loss, rows)
+                self.accelerator.backward(loss, **options)
+            losses.append(loss.detach())
+            self.train_metrics.add(metrics, 1 / totals.pairs)
+        self.train_metrics.steps += 1
+        return torch.stack(losses).sum()
+
+    def _share(self, model: Any, batch: dict[str, Any], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self._prepare_inputs(batch)
+        reference = None
+        if self.references and self.references.live:
+            with reference_model(self.model, self.accelerator.unwrap_model(self.model)) as frozen:
+                logps = pair_logps(frozen, batch)
+            reference = (logps.chosen_B, logps.rejected_B)
+        elif self.references:
+            reference = batch["reference"].unbind(1)
+        return objective_share(self.objective, pair_logps(model, batch), totals, reference)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.references:  # before a checkpoint is loaded over the reference's weights
+            sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+            for dataset in (self.train_dataset, *sets.values()):
+                if dataset is not None:
+                    self._reference_of(dataset)
+            self.references.freeze()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log; the Trainer's own loss is the same number as ours
+            logs |= {name: mean for name, mean in self.train_metrics.read(self.accelerator).items() if name != "loss"}
+        super().log(logs, start_time)
+
+    # ---- evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        self.eval_metrics = MetricSums()
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        means = self.eval_metrics.read(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[None, None, None]:
+        """Adds the batch's share to the set's metrics; there are no predictions to gather."""
+        with torch.no_grad():
+            for batch in inputs["micro_batches"]:
+                if self.collected is not None:
+                    self._collect(model, batch)
+                else:
+                    _, metrics = self._share(model, batch, inputs["totals"])
+                    self.eval_metrics.add(metrics, 1 / inputs["totals"].pairs)
+        return None, None, None
+
+    def _collect(self, model: Any, batch: dict[str, Any]) -> None:
+        batch = self._prepare_inputs(batch)
+        logps = pair_logps(model, batch)
+        values = torch.stack([logps.chosen_B, logps.rejected_B], dim=1).float()
+        kept = logps.weight_B > 0
+        self.collected[batch["rows"][kept]] = values[kept]
+
+    def _reference_logps(self, dataset: Dataset) -> np.ndarray:
+        """[n, 2] float32: what the model, as it stands, gives the answers of each row. All ranks together."""
+        logger.info("Computing the reference log-probabilities of %d pairs, once", len(dataset))
+        self.collected = torch.zeros(len(dataset), 2, device=self.args.device)
+        try:
+            super().evaluation_loop(self._eval_loader(dataset, None), "Reference", True)
+            values = self.accelerator.reduce(self.collected, "sum").cpu().numpy()
+        finally:
+            self.collected = None
+        if not np.isfinite(values).all():
+            raise TrainingError("the model, untrained, gives some answers a log-probability that is not finite")
+        return values
+
+    # ---- accounting
+
+    @functools.cached_property
+    def _matmul_parameters(self) -> int:
+        return causal_lm(self.model).num_parameters(exclude_embeddings=True)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Forward and backward over the tokens that are computed (shared prompts once), as the Trainer counts: 6 per
+        weight.
+        """
+        return 6 * inputs["num_tokens"] * self._matmul_parameters
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = torch.tensor(inputs["num_tokens"], device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum").item())
+
+
+def _trainer_arguments(args: TrainingArguments) -> TrainingArguments:
+    """A copy for the Trainer's own loop, which sees one batch per optimizer step."""
+    args = copy.copy(args)
+    args.gradient_accumulation_steps = 1
+    args.remove_unused_columns = False
+    args.logging_nan_inf_filter = False  # it costs a sync a step, to hide from the log what the watchdog stops at
+    if args.n_gpu > 1:
+        logger.warning("%d GPUs are visible to one process: using one; torchrun/ starts a process for each", args.n_gpu)
+        args._n_gpu = 1
+    return args
