@@ -61,11 +61,6 @@ class Conversation:
         """The end-of-turn text: generation stops here."""
         return self.reply_end.strip()
 
-    @property
-    def markup(self) -> tuple[str, ...]:
-        """Control text that a reply may hold by right: the marks of reasoning, where the family knows them."""
-        return {"text": (), "channel": ("<|channel>", "<channel|>")}.get(self.reasoning, ("<think>", "</think>"))
-
     def get_prompt(self, question: str, history: Iterable[Sequence[str]] = (), system: str | None = None) -> str:
         """The text up to where the assistant begins, for `history` pairs (user, assistant), oldest first.
 
