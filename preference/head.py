@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from preference.attention import EngineError, install, packed_row
 from preference.losses import PairLogps
+from preference.scoring import token_logps
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,6 @@ def logit_scale(config: Any) -> float:
     if scaling is None:
         return 1.0
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
-
-
-def token_logps(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_T: Tensor, scale: float, cap: float | None):
-    """Log-probability of each target id, [T]."""
-    logits = F.linear(hidden_TD, weight_VD, bias_V).to(torch.promote_types(hidden_TD.dtype, torch.float32)) * scale
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits.gather(1, ids_T[:, None])[:, 0] - logits.logsumexp(1)
 
 
 def _packed_forward(self: PreTrainedModel, packed: Mapping[str, Any], kwargs: dict[str, Any]) -> Tensor:
@@ -87,7 +79,7 @@ def _patch_forward(model: PreTrainedModel) -> None:
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model under wrappers of PEFT, DDP and others."""
     while not isinstance(model, PreTrainedModel):
-        inner = getattr(model, "module", None) or getattr(model, "base_model", None) or getattr(model, "model", None)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             raise EngineError(f"{type(model).__name__} holds no transformers model")
         model = inner
