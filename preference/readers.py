@@ -1,12 +1,15 @@
-"""Files of rows, whatever their extension says: JSON lines or arrays, plain or gzip.
+"""Where rows come from: files and folders of them, `save_to_disk` folders, hub ids; each opened by what it is.
 
-`iter_records(source)` yields `Record` and `Fault`; it never raises for what is wrong inside a file.
+`find_sources(paths)` lists the sources, `iter_records(source)` yields `Record` and `Fault`. The contents decide how a file
+is read, its extension only whether it is one of a folder's data files.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
+import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,20 +17,34 @@ from typing import BinaryIO
 
 from preference.data_report import DataError
 from preference.json_records import BOM, Fault, Record, json_layout, json_lines, json_values
+from preference.table_records import (
+    arrow_folder_records,
+    csv_delimiter,
+    csv_records,
+    hub_records,
+    is_arrow_folder,
+    parquet_records,
+    splits_of,
+)
 
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson")
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 HEAD = 1 << 16
+HUB = "hub:"
+_SIDE_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_HEADER = re.compile(rb'"?[\w .\-]{1,40}"?(?:[,;\t]"?[\w .\-]{1,40}"?)+\s*')
 
 
-def find_files(paths: Sequence[str | Path]) -> list[str]:
-    """Every data file of `paths`: files as given, folders recursively in sorted order.
+def find_sources(paths: Sequence[str | Path]) -> list[str]:
+    """Every source in `paths`: files and hub ids as given, folders recursively in sorted order.
 
-    Raises DataError for a path that does not exist and for a folder without any data file.
+    Raises DataError for a path that does not exist, a folder without any data file, a saved DatasetDict of several splits.
     """
     found: list[str] = []
     for path in paths:
-        if Path(path).is_dir():
-            inside = sorted(str(file) for file in Path(path).rglob("*") if _is_data_file(file, Path(path)))
+        if str(path).startswith(HUB):
+            found.append(str(path))
+        elif Path(path).is_dir():
+            inside = _sources_in(Path(path))
             if not inside:
                 raise DataError.at(str(path), 0, "empty_folder", f"no {', '.join(DATA_SUFFIXES)} file (or .gz) in it")
             found += inside
@@ -35,43 +52,90 @@ def find_files(paths: Sequence[str | Path]) -> list[str]:
             found.append(str(path))
         else:
             raise DataError.at(str(path), 0, "not_found", "no such file or folder")
+    return list(dict.fromkeys(found))
+
+
+def _sources_in(folder: Path) -> list[str]:
+    if is_arrow_folder(folder):
+        return [str(folder)]
+    splits = splits_of(folder)
+    if splits is not None:
+        if len(splits) != 1:
+            choices = ", ".join(str(folder / split) for split in splits)
+            raise DataError.at(str(folder), 0, "ambiguous_split", f"a saved DatasetDict: give one of {choices}")
+        return _sources_in(folder / splits[0])
+    found = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith((".", "__MACOSX")):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            found += _sources_in(folder / entry.name)
+        elif entry.is_file() and _is_data_name(entry.name):
+            found.append(str(folder / entry.name))
     return found
 
 
-def _is_data_file(file: Path, root: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    return not hidden and file.is_file() and file.name.lower().removesuffix(".gz").endswith(DATA_SUFFIXES)
+def _is_data_name(name: str) -> bool:
+    return name not in _SIDE_FILES and name.lower().removesuffix(".gz").endswith(DATA_SUFFIXES)
 
 
-def iter_records(path: str) -> Iterator[Record | Fault]:
-    """The records of one file. Faults inside it are yielded in their place."""
-    empty = True
+class Position:
+    """How far into the file that is being read we are, for a progress bar."""
+
+    def __init__(self) -> None:
+        self.raw: BinaryIO | None = None
+
+    def bytes_read(self) -> int:
+        return 0 if self.raw is None or self.raw.closed else self.raw.tell()
+
+
+def iter_records(source: str, position: Position | None = None) -> Iterator[Record | Fault]:
+    """The records of one source. What is wrong inside a file is yielded as a Fault in its place, never raised."""
     line = 0
     try:
-        for item in _records_of(path):
-            empty, line = False, item.line
+        for item in _records_of(source, position or Position()):
+            line = item.line
             yield item
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        empty = False
         yield Fault(line + 1, "broken_gzip", f"the compressed stream is damaged: {error}")
     except OSError as error:
-        empty = False
-        yield Fault(line, "unreadable_file", error.strerror or str(error), whole=True)
-    if empty:
-        yield Fault(1, "empty_file", "there is no row in it", whole=True)
+        yield Fault(line + 1, "unreadable_file", error.strerror or str(error), whole=True)
+    else:
+        if not line:
+            yield Fault(1, "empty_file", "there is no row in it", whole=True)
 
 
-def _records_of(path: str) -> Iterator[Record | Fault]:
-    with open_bytes(path) as stream:
+def _records_of(source: str, position: Position) -> Iterator[Record | Fault]:
+    if source.startswith(HUB):
+        return hub_records(source)
+    if os.path.isdir(source):
+        return arrow_folder_records(source)
+    with open_bytes(source) as stream:
         head = stream.read(HEAD)
+    if head.startswith(b"PAR1"):
+        return parquet_records(source)
     refusal = _refused_by_head(head)
-    if refusal:
-        yield refusal
-        return
-    with open_bytes(path) as stream:
+    return iter([refusal]) if refusal else _text_records(source, head, position)
+
+
+def _text_records(source: str, head: bytes, position: Position) -> Iterator[Record | Fault]:
+    with open_bytes(source, position) as stream:
+        if _is_csv(source, head):
+            yield from csv_records(stream, csv_delimiter(head))
+            return
         if head.startswith(BOM):
             stream.read(len(BOM))
         yield from json_values(stream) if json_layout(head) == "values" else json_lines(stream)
+
+
+def _is_csv(source: str, head: bytes) -> bool:
+    text = head.removeprefix(BOM).lstrip()
+    if text.startswith((b"{", b"[")) or not text:
+        return False
+    if source.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        return True
+    lines = text.split(b"\n")
+    return len(lines) > 1 and _HEADER.fullmatch(lines[0]) is not None and not any(line[:1] == b"{" for line in lines)
 
 
 def _refused_by_head(head: bytes) -> Fault | None:
@@ -80,14 +144,29 @@ def _refused_by_head(head: bytes) -> Fault | None:
         return Fault(1, "git_lfs_pointer", detail, whole=True)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return Fault(1, "invalid_utf8", "the file is UTF-16: save it as UTF-8", whole=True)
+    for magic, name in ((b"PK\x03\x04", "zip"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2")):
+        if head.startswith(magic):
+            return Fault(1, "unknown_file", f"{name} data: unpack it first", whole=True)
     return None
 
 
-def open_bytes(path: str) -> BinaryIO:
+def open_bytes(path: str, position: Position | None = None) -> BinaryIO:
     """Open for reading bytes, through gzip where the first two bytes say so."""
     raw = open(path, "rb")
-    magic = raw.peek(2)[:2]
-    return io.BufferedReader(gzip.GzipFile(fileobj=raw), CHUNK_GZ) if magic == b"\x1f\x8b" else raw
+    if position is not None:
+        position.raw = raw
+    if raw.peek(2)[:2] != b"\x1f\x8b":
+        return raw
+    return _Gzip(raw)
 
 
-CHUNK_GZ = 1 << 17
+class _Gzip(io.BufferedReader):
+    """A gzip stream that closes the file under it."""
+
+    def __init__(self, raw: BinaryIO):
+        self._file = raw
+        super().__init__(gzip.GzipFile(fileobj=raw), 1 << 17)
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()

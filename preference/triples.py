@@ -12,17 +12,25 @@ sides.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from preference.data_report import DataError, DataReport
-from preference.formats.base import Drop, Pair, take
-from preference.json_records import Fault
-from preference.readers import find_files, iter_records
+from preference.formats import NotRecognised, Options, parse_columns, read_row, recognise
+from preference.formats.base import Drop, Format, Pair
+from preference.formats.split_system import RENDERED, split_system
+from preference.json_records import Fault, Record
+from preference.readers import Position, find_sources, iter_records
+from preference.text_stats import TextStats, pair_key, prompt_key
 
 __all__ = ["DataError", "DataReport", "Row", "iter_rows", "load_rows"]
+
+FIRST_ROWS = 64  # of a file, by which its format is recognised
+ASK_ROWS = 1_000_000  # read at most to tell the user what hangs on a choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,43 +44,155 @@ class Row:
     history: tuple[tuple[str, str], ...] = ()  # (user, assistant) turns before the question
     prompt: str | None = None  # of a {prompt, chosen, rejected} row: stands in for question, verbatim
     file: str = ""
-    line: int = 0
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    line: int = 0  # 1-based; the row number in a parquet or arrow table
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)  # scores and the like
 
 
-def load_rows(paths: Sequence[str | Path], report: DataReport, *, data_check: str = "drop") -> list[Row]:
-    """All rows of `paths` (files, or folders read recursively). Raises DataError if none is left, see `iter_rows`."""
-    rows = list(iter_rows(paths, report, data_check=data_check))
+def load_rows(
+    paths: Sequence[str | Path],
+    report: DataReport,
+    *,
+    data_check: str = "drop",
+    format: str = "auto",
+    columns: str | Mapping[str, str] | None = None,
+    section: str = "text",
+    **choices: Any,
+) -> list[Row]:
+    """All rows of `paths`: files, folders (recursively), hub ids.
+
+    `format`, `columns` and `choices` are the fields of `Options`; figures over the rows go to `report` under `section`.
+    Raises DataError if no row is left, and see `iter_rows`.
+    """
+    columns = parse_columns(columns) if columns else None
+    options = Options(format=format, columns=columns, **choices)
+    rows = list(iter_rows(paths, report, options, data_check=data_check, section=section))
     if not rows:
         raise DataError("no usable row in " + ", ".join(str(path) for path in paths) + "\n" + report.summary())
     return rows
 
 
-def iter_rows(paths: Sequence[str | Path], report: DataReport, *, data_check: str = "drop") -> Iterator[Row]:
-    """Rows one by one; faults go to `report`, or raise DataError at once with data_check='strict'."""
+def iter_rows(
+    paths: Sequence[str | Path],
+    report: DataReport,
+    options: Options | None = None,
+    *,
+    data_check: str = "drop",
+    prompt_as_question: bool = False,
+    section: str = "text",
+    on_file: Callable[[str, Format, str], None] | None = None,
+    on_record: Callable[[str, Position], None] | None = None,
+) -> Iterator[Row]:
+    """Rows one by one; memory does not grow with their text.
+
+    Args:
+        report: gets the counts, the faults, and at the end the figures of `TextStats` under `section`.
+        data_check: 'drop' reports a faulty row and goes on, 'strict' raises DataError at the first.
+        prompt_as_question: read the string prompt of {prompt, chosen, rejected} as a question, for writing triples.
+        on_file: called with source, format and why it was recognised. on_record: called for each record read.
+
+    Raises DataError for what cannot be read at all; ValueError for a choice that does not exist.
+    """
     if data_check not in ("drop", "strict"):
         raise ValueError(f"data_check must be drop or strict, not {data_check!r}")
-    for file in find_files(paths):
-        for item in iter_records(file):
-            report.read(file)
-            try:
-                if isinstance(item, Fault):
-                    raise Drop(item.reason, item.detail)
-                row = check(_pair(item.value), file, item.line, report)
-            except Drop as drop:
-                report.drop(drop.reason, file, item.line, drop.detail)
-                if data_check == "strict":
-                    raise DataError.at(file, item.line, drop.reason, drop.detail) from None
-                continue
+    reading = _Reading(report, options or Options(), data_check == "strict", prompt_as_question)
+    stats = TextStats()
+    for source in find_sources(paths):
+        for row in reading.rows_of(source, on_file, on_record):
+            stats.add(row)
             yield row
+    if stats.rows:
+        report.add_section(section, stats.to_dict())
 
 
-def _pair(row: dict[str, Any]) -> Pair:
-    if "prompt" in row and "question" not in row:
-        prompt, chosen, rejected = take(row, "prompt", "chosen", "rejected")
-        return Pair(question="", chosen=chosen, rejected=rejected, prompt=prompt)
-    question, chosen, rejected = take(row, "question", "response_chosen", "response_rejected")
-    return Pair(question, chosen, rejected, row.get("system"), row.get("history") or ())
+@dataclass
+class _Reading:
+    report: DataReport
+    options: Options
+    strict: bool
+    prompt_as_question: bool
+
+    def rows_of(self, source: str, on_file: Any, on_record: Any) -> Iterator[Row]:
+        position = Position()
+        records = iter_records(source, position)
+        head = list(islice(records, FIRST_ROWS))
+        format = self._recognise(source, head, on_file)
+        if format is None:
+            return
+        for item in chain(head, records):
+            if on_record is not None:
+                on_record(source, position)
+            yield from self._rows_of_record(source, format, item)
+
+    def _recognise(self, source: str, head: list[Record | Fault], on_file: Any) -> Format | None:
+        first = [_without_nulls(item.value) for item in head if isinstance(item, Record)]
+        if not first:
+            first = [{"question": "", "response_chosen": "", "response_rejected": ""}]  # nothing to go by: faults alone
+        try:
+            format, why = recognise(first, self.options)
+            question = format.ask and format.ask(_values(source), self.options)
+            if question:
+                raise NotRecognised("choice_needed", question)
+        except NotRecognised as refusal:
+            self.report.read(source)
+            self.report.drop(refusal.reason, source, head[0].line, refusal.message)
+            self.report.warn(f"{source} was refused: {refusal.message}")
+            if self.strict:
+                raise DataError.at(source, head[0].line, refusal.reason, refusal.message) from None
+            return None
+        self.report.recognised(source, format.name)
+        for warning in format.warnings:
+            self.report.warn(f"{format.name}: {warning}")
+        if on_file is not None:
+            on_file(source, format, why)
+        return format
+
+    def _rows_of_record(self, source: str, format: Format, item: Record | Fault) -> Iterator[Row]:
+        for outcome in self._outcomes(source, format, item):
+            self.report.read(source)
+            if isinstance(outcome, Row):
+                yield outcome
+                continue
+            self.report.drop(outcome.reason, source, item.line, outcome.detail)
+            if self.strict:
+                raise DataError.at(source, item.line, outcome.reason, outcome.detail)
+
+    def _outcomes(self, source: str, format: Format, item: Record | Fault) -> Iterator[Row | Drop]:
+        if isinstance(item, Fault):
+            yield Drop(item.reason, item.detail)
+            return
+        try:
+            for pair in read_row(format, item.value, self.options):
+                yield pair if isinstance(pair, Drop) else self._checked(pair, source, item.line)
+        except Drop as drop:
+            yield drop
+
+    def _checked(self, pair: Pair, source: str, line: int) -> Row | Drop:
+        try:
+            if self.options.split_system and split_system(pair):
+                self.report.notes["system_split_off"] += 1
+            if self.prompt_as_question and pair.prompt is not None:
+                if isinstance(pair.prompt, str) and RENDERED.search(pair.prompt):
+                    self._warn_rendered(source, line)
+                pair.question, pair.prompt = pair.prompt, None
+            return check(pair, source, line, self.report)
+        except Drop as drop:
+            return drop
+
+    def _warn_rendered(self, source: str, line: int) -> None:
+        if not self.report.notes["prompt_looks_rendered"]:
+            self.report.warn(
+                f"prompts look as if a template had been applied to them, the first at {source}:{line}: they are taken as "
+                "questions as they stand; --split-system takes the known templates apart"
+            )
+        self.report.notes["prompt_looks_rendered"] += 1
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _values(source: str) -> Iterator[dict[str, Any]]:
+    return (item.value for item in islice(iter_records(source), ASK_ROWS) if isinstance(item, Record))
 
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -84,9 +204,8 @@ def check(pair: Pair, file: str, line: int, report: DataReport) -> Row:
         _check_text(name, getattr(pair, name))
     if pair.system is not None:
         _check_text("system", pair.system)
-    if (pair.chosen[:1].isspace()) != (pair.rejected[:1].isspace()):
-        report.notes["leading_space_on_one_side"] += 1
-    chosen, rejected, question = pair.chosen.strip(), pair.rejected.strip(), pair.question.strip()
+    chosen, rejected = pair.chosen.strip(), pair.rejected.strip()
+    question = pair.question.strip() if pair.prompt is None else ""
     if not chosen or not rejected:
         sides = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if not text]
         raise Drop("empty_answer", " and ".join(sides) + " empty")
@@ -94,22 +213,32 @@ def check(pair: Pair, file: str, line: int, report: DataReport) -> Row:
         raise Drop("empty_prompt")
     if chosen == rejected:
         raise Drop("identical_answers")
-    system = (pair.system or "").strip() or None
-    return Row(question, chosen, rejected, system, _check_history(pair.history), pair.prompt, file, line, pair.extra)
+    history = _check_history(pair.history)
+    _take_notes(pair, report)
+    return Row(question, chosen, rejected, (pair.system or "").strip() or None, history, pair.prompt, file, line, pair.extra)
+
+
+def _take_notes(pair: Pair, report: DataReport) -> None:
+    if pair.chosen[0].isspace() != pair.rejected[0].isspace():
+        report.notes["leading_space_in_" + ("chosen" if pair.chosen[0].isspace() else "rejected") + "_only"] += 1
+    elif pair.chosen[0].isspace() and pair.prompt is not None and not pair.prompt[-1].isspace():
+        report.notes["space_between_prompt_and_answers_stripped"] += 1
+    for name in ("both_unsafe", "chosen_unsafe"):
+        if pair.extra.get(name):
+            report.notes[name] += 1
 
 
 def _check_text(name: str, text: Any) -> None:
     if not isinstance(text, str):
         raise Drop("wrong_type", f"{name} must be a string, not {type(text).__name__}")
-    if not text.isascii() or "\0" in text:
-        if match := _NO_TEXT.search(text):
-            if match.group() == "\0":
-                raise Drop("nul_byte", f"a NUL character in {name}")
-            raise Drop("invalid_unicode", f"half of a surrogate pair (\\u{ord(match.group()):04x}) in {name}")
+    if (not text.isascii() or "\0" in text) and (match := _NO_TEXT.search(text)):
+        if match.group() == "\0":
+            raise Drop("nul_byte", f"a NUL character in {name}")
+        raise Drop("invalid_unicode", f"half of a surrogate pair (\\u{ord(match.group()):04x}) in {name}")
 
 
 def _check_history(history: Any) -> tuple[tuple[str, str], ...]:
-    if history is None:
+    if history is None or history == "":
         return ()
     if not isinstance(history, (list, tuple)):
         raise Drop("wrong_type", f"history must be a list of [user, assistant] pairs, not {type(history).__name__}")
@@ -123,3 +252,25 @@ def _check_history(history: Any) -> tuple[tuple[str, str], ...]:
             raise Drop("empty_turn", "an empty turn in history")
         turns.append((turn[0].strip(), turn[1].strip()))
     return tuple(turns)
+
+
+class Repeats:
+    """Which rows to leave out as repeats: exact duplicates after normalisation, and rows past a limit a prompt."""
+
+    def __init__(self, dedup: bool, max_per_prompt: int):
+        self.dedup, self.max_per_prompt = dedup, max_per_prompt
+        self.seen: set[int] = set()
+        self.per_prompt: Counter[int] = Counter()
+
+    def reason(self, row: Row) -> str | None:
+        if self.dedup:
+            key = pair_key(row)
+            if key in self.seen:
+                return "duplicate"
+            self.seen.add(key)
+        if self.max_per_prompt:
+            key = prompt_key(row)
+            if self.per_prompt[key] >= self.max_per_prompt:
+                return "over_max_per_prompt"
+            self.per_prompt[key] += 1
+        return None

@@ -1,10 +1,13 @@
-"""What every format shares: the pair it makes, the fault it raises, and the reading of message lists."""
+"""What every format shares: its description, the pair it makes, the fault it raises, the user's choices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+RowDict = Mapping[str, Any]
 
 
 class Drop(Exception):
@@ -24,20 +27,95 @@ class Pair:
     rejected: Any
     system: Any = None
     history: Any = ()
-    prompt: str | None = None  # a string prompt of {prompt, chosen, rejected}: used as it stands in training
+    prompt: Any = None  # the string prompt of {prompt, chosen, rejected}: training uses it as it stands
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def take(row: Mapping[str, Any], *keys: str) -> list[Any]:
-    """The values of `keys`. Raises Drop('missing_key') that names each one which is absent or null."""
-    missing = [key for key in keys if row.get(key) is None]
+@dataclass(frozen=True)
+class Options:
+    """What the user chose about reading. Raises ValueError for a value that means nothing."""
+
+    format: str = "auto"
+    columns: Mapping[str, str] | None = None  # question=..., chosen=..., rejected=... (+ system, history)
+    axis: str | None = None  # better | safer, where a dataset has both labels
+    min_score_gap: float | None = None  # None: drop ties only
+    pairs: str = "best-worst"  # of a ranked list: best-worst | all | best-random
+    split_system: bool = False  # take a system prompt out of the question where one is written into it
+    seed: int = 0  # of best-random
+
+    def __post_init__(self) -> None:
+        if self.axis not in (None, "better", "safer"):
+            raise ValueError(f"axis must be better or safer, not {self.axis!r}")
+        if self.pairs not in ("best-worst", "all", "best-random"):
+            raise ValueError(f"pairs must be best-worst, all or best-random, not {self.pairs!r}")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One family of datasets. `name` is what --format takes; `answers` are the columns that hold the two answers."""
+
+    name: str
+    what: str
+    needs: tuple[str, ...]  # keys of a row; "a|b" means either
+    pairs: Callable[[RowDict, Options], Iterable[Pair | Drop]]
+    also: Callable[[RowDict], bool] | None = None  # a condition on values, where keys alone do not tell
+    answers: frozenset[str] = frozenset()
+    warnings: tuple[str, ...] = ()
+    ask: Callable[[Iterable[RowDict], Options], str | None] | None = None  # a question only the user can answer
+    only_when_named: str = ""  # why it is never chosen by itself
+    detected: bool = True  # False: of the same shape as another format, so it has to be named
+
+    def matches(self, row: RowDict) -> bool:
+        return not self.lacks(row) and (self.also is None or self.also(row))
+
+    def lacks(self, row: RowDict) -> list[str]:
+        """The keys of `needs` that the row has not (null counts as not there)."""
+        return [need for need in self.needs if all(row.get(key) is None for key in need.split("|"))]
+
+
+def take(row: RowDict, *keys: str) -> list[Any]:
+    """The values of `keys` ("a|b": the first that is there). Raises Drop('missing_key') naming each that is absent or null."""
+    values = []
+    missing = []
+    for alternatives in keys:
+        value = next((row[key] for key in alternatives.split("|") if row.get(key) is not None), None)
+        values.append(value)
+        if value is None:
+            null = any(key in row for key in alternatives.split("|"))
+            missing.append(repr(alternatives.split("|")[0]) + (" (null)" if null else ""))
     if missing:
-        null = [key for key in missing if key in row]
-        detail = "no " + ", ".join(repr(key) for key in missing) + (" (null)" if null else "")
-        raise Drop("missing_key", f"{detail}; keys are {shown_keys(row)}")
-    return [row[key] for key in keys]
+        raise Drop("missing_key", f"no {', '.join(missing)}; keys are {shown_keys(row)}")
+    return values
 
 
-def shown_keys(row: Mapping[str, Any]) -> str:
+def shown_keys(row: RowDict) -> str:
     keys = [str(key)[:40] for key in row]
     return ", ".join(keys[:12]) + (f" and {len(keys) - 12} more" if len(keys) > 12 else "")
+
+
+def number(value: Any) -> float | None:
+    """A score as a float, out of a number or its text; None for anything else ("N/A", nan, true)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        result = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return result if math.isfinite(result) else None
+
+
+def flag(value: Any) -> bool | None:
+    """True or False out of a bool, 0/1 or its text (CSV), else None."""
+    if isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower())
+    if value is None or isinstance(value, bool):
+        return value
+    return bool(value) if isinstance(value, (int, float)) and value in (0, 1) else None
+
+
+def index(value: Any, size: int) -> int:
+    """A label that names one of `size` answers, counted from 0. Raises Drop('wrong_label')."""
+    found = number(value)
+    if found is None or found not in range(size):
+        raise Drop("wrong_label", f"the label must be one of 0..{size - 1}, not {str(value)[:40]!r}")
+    return int(found)

@@ -1,0 +1,90 @@
+"""What is not a preference pair, and how to say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from preference.formats.base import RowDict, flag
+
+
+class Refused(NamedTuple):
+    matches: Callable[[RowDict], bool]
+    message: str
+
+
+def _has(*keys: str) -> Callable[[RowDict], bool]:
+    return lambda row: all(row.get(key) is not None for key in keys)
+
+
+def _is_label(value: Any) -> bool:
+    return flag(value) is not None or str(value).lower() in ("good", "bad", "desirable", "undesirable")
+
+
+def _kto(row: RowDict) -> bool:
+    label = row.get("label", row.get("kto_tag"))
+    return _is_label(label) and any(row.get(key) is not None for key in ("completion", "messages", "conversations", "response", "output"))  # fmt: skip
+
+
+def _safety(row: RowDict) -> bool:
+    return row.get("response") is not None and any(row.get(key) is not None for key in ("is_safe", "safety_label", "is_toxic"))
+
+
+def _red_team(row: RowDict) -> bool:
+    names = {str(key).rsplit("/", 1)[-1] for key in row}
+    return "transcript" in names and bool(names & {"min_harmlessness_score_transcript", "rating", "red_team_member_id"})
+
+
+def _label_tool(row: RowDict) -> bool:
+    if _has("query", "response_0", "response_1")(row):
+        return "better_response_id" not in row and "safer_response_id" not in row
+    values = list(row.values())[:5]
+    return bool(values) and all(isinstance(value, dict) and _has("query", "response_0")(value) for value in values)
+
+
+def _wrapped(row: RowDict) -> bool:
+    lists = [value for value in row.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return len(row) <= 3 and len(lists) >= 1 and any(key in row for key in ("data", "train", "rows", "examples", "instances"))
+
+
+def _columns(row: RowDict) -> bool:
+    lists = [value for value in row.values() if isinstance(value, list) and len(value) > 1]
+    return len(row) >= 3 and len(lists) == len(row) and len({len(value) for value in lists}) == 1
+
+
+def _plain_sft(row: RowDict) -> bool:
+    keys = {str(key) for key, value in row.items() if value is not None}
+    answers = keys & {"output", "response", "completion", "answer", "target", "reply"}
+    questions = keys & {"instruction", "prompt", "question", "query", "input"}
+    compared = any(part in key for key in keys for part in ("chosen", "reject", "prefer", "response_", "answer_", "_resp", "win"))
+    return bool(answers and questions) and not compared
+
+
+def _messages_sft(row: RowDict) -> bool:
+    return any(row.get(key) is not None for key in ("messages", "conversations", "conversation")) and not any(
+        "reject" in str(key) or "chosen" in str(key) for key in row
+    )
+
+
+REFUSED = (
+    Refused(_safety, "single answers with a safety label (as BeaverTails): no second answer to prefer to it"),
+    Refused(_kto, "unpaired answers with a good/bad label (KTO): there is one answer a row, not a pair"),
+    Refused(_red_team, "red-team transcripts: one dialogue a row with ratings, not a pair"),
+    Refused(_label_tool, "candidates without labels (input of Zhongjing's labelling tool): nobody has ranked them yet"),
+    Refused(_wrapped, "one JSON object around the rows: save the list inside it as the file"),
+    Refused(_columns, "one JSON object of columns: save one object a row"),
+    Refused(_plain_sft, "question and one answer (SFT): there is nothing that the answer is preferred to"),
+    Refused(_messages_sft, "dialogues without a rejected answer (SFT)"),
+    Refused(lambda row: _has("text")(row) and not _has("chosen")(row), "plain text: no question, no pair of answers"),
+)
+
+
+def carried_beyond_text(row: RowDict) -> tuple[str, str] | None:
+    """(reason, detail) of a row with images, audio or tools beside its text, which no triple can carry."""
+    for key in ("images", "image", "videos", "video", "audios", "audio"):
+        if row.get(key):
+            return "images", f"the row has {key}: a triple carries text alone"
+    tools = row.get("tools")
+    if tools and tools not in ("[]", "{}", "null"):
+        return "tool_calls", "the row has tools: a triple cannot carry them"
+    return None

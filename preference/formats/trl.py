@@ -1,0 +1,86 @@
+"""TRL's standard types: {prompt, chosen, rejected} and {chosen, rejected}, plain text and message lists.
+
+Also zhihu_rlhf_3k, Human-Like-DPO, FineMed-DPO, UltraMedical-Preference, UltraChat-style message lists, axolotl's
+prompt_pairs (with a `system` column) and `chat_template.argilla`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os.path import commonprefix
+
+from preference.formats.base import Drop, Format, Options, Pair, RowDict, take
+from preference.formats.messages import is_message, is_messages, pair_of_dialogues, pair_of_messages, reply_of, turns_of
+from preference.formats.scores import gap_of
+
+ANSWERS = frozenset({"chosen", "rejected"})
+
+
+def explicit(row: RowDict, options: Options) -> Iterator[Pair]:
+    prompt, chosen, rejected = take(row, "prompt", "chosen", "rejected")
+    extra = gap_of(row, "score_chosen", "score_rejected", options)
+    yield pair_of_prompt(prompt, chosen, rejected, row.get("system"), row.get("history"), extra)
+
+
+def pair_of_prompt(prompt, chosen, rejected, system=None, history=None, extra=None) -> Pair:
+    """A pair of any mixture of string prompt or message list with string answers or message lists."""
+    if is_messages(prompt):
+        return pair_of_messages(prompt, chosen, rejected, system, extra)
+    if is_messages(chosen) and is_messages(rejected) and len(turns_of(chosen)) > 1:
+        return pair_of_dialogues(chosen, rejected, system, extra)  # the dialogue is whole; a string prompt only repeats it
+    as_it_stands = isinstance(chosen, str) and isinstance(rejected, str) and not system and not history
+    chosen, rejected = (reply_of(side) if is_messages(side) or is_message(side) else side for side in (chosen, rejected))
+    return Pair(prompt, chosen, rejected, system, history, prompt if as_it_stands else None, extra or {})
+
+
+def implicit_messages(row: RowDict, options: Options) -> Iterator[Pair]:
+    chosen, rejected = take(row, "chosen", "rejected")
+    yield pair_of_dialogues(chosen, rejected, row.get("system"), gap_of(row, "score_chosen", "score_rejected", options))
+
+
+def implicit_text(row: RowDict, options: Options) -> Iterator[Pair]:
+    """The longest common beginning, cut back to the end of a word, is taken as the prompt."""
+    chosen, rejected = take(row, "chosen", "rejected")
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise Drop("wrong_type", "chosen and rejected must both be strings")
+    shared = len(commonprefix([chosen, rejected]))
+    if shared == len(chosen) == len(rejected):
+        raise Drop("identical_answers")
+    while shared and _inside_word(chosen, shared) | _inside_word(rejected, shared):
+        shared -= 1
+    if not chosen[:shared].strip():
+        raise Drop("no_common_prompt", "the two texts do not begin alike")
+    yield Pair(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def _inside_word(text: str, at: int) -> bool:
+    return 0 < at < len(text) and all(char.isascii() and char.isalnum() for char in text[at - 1 : at + 1])
+
+
+TRL = Format(
+    name="trl",
+    what="{prompt, chosen, rejected}: text or message lists (TRL, FineMed, UltraMedical, zhihu_rlhf)",
+    needs=("prompt", "chosen", "rejected"),
+    answers=ANSWERS,
+    pairs=explicit,
+)
+TRL_IMPLICIT_MESSAGES = Format(
+    name="trl-implicit-messages",
+    what="{chosen, rejected}: two message lists that share all but the last turn",
+    needs=("chosen", "rejected"),
+    also=lambda row: is_messages(row["chosen"]) and is_messages(row["rejected"]),
+    answers=ANSWERS,
+    pairs=implicit_messages,
+)
+TRL_IMPLICIT_TEXT = Format(
+    name="trl-implicit-text",
+    what="{chosen, rejected}: two texts that begin alike",
+    needs=("chosen", "rejected"),
+    also=lambda row: isinstance(row["chosen"], str) and isinstance(row["rejected"], str),
+    answers=ANSWERS,
+    pairs=implicit_text,
+    warnings=(
+        "there is no prompt column: the longest common beginning of both texts is taken as the question, which is a guess; "
+        "look at a few rows, or name the columns with --columns",
+    ),
+)

@@ -1,0 +1,86 @@
+"""UltraFeedback in its shapes: raw (four rated completions), binarized (HuggingFaceH4), cleaned (argilla)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from preference.formats.base import Drop, Format, Options, Pair, RowDict, number, take
+from preference.formats.scores import gap_of, pick
+from preference.formats.trl import ANSWERS, pair_of_prompt
+
+ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
+
+
+def raw(row: RowDict, options: Options) -> Iterator[Pair | Drop]:
+    """Ranked by the mean of the four ratings: `overall_score` is wrong in thousands of rows of the first release.
+
+    A completion that lacks one of the four is left out. `custom_system_prompt` differs by completion, so it is no system.
+    """
+    question, completions = take(row, "instruction", "completions")
+    if not isinstance(completions, (list, tuple)):
+        raise Drop("wrong_type", "completions must be a list")
+    rated = [(text, score) for text, score in map(_rated, completions) if score is not None]
+    for picked in pick(rated, options, str(question)):
+        yield picked if isinstance(picked, Drop) else Pair(question, picked[0], picked[1], extra=picked[2])
+
+
+def _rated(completion: Any) -> tuple[str, float | None]:
+    if not isinstance(completion, dict) or not isinstance(completion.get("response"), str):
+        raise Drop("wrong_type", "a completion must be an object with a response")
+    annotations = completion.get("annotations")
+    if not isinstance(annotations, dict):
+        raise Drop("missing_key", "a completion without annotations")
+    aspects = [annotations.get(aspect) for aspect in ASPECTS]
+    ratings = [number(aspect.get("Rating")) if isinstance(aspect, dict) else None for aspect in aspects]
+    score = None if None in ratings else sum(ratings) / len(ratings)
+    return completion["response"], score
+
+
+def _scored(chosen_key: str, rejected_key: str):
+    def pairs(row: RowDict, options: Options) -> Iterator[Pair]:
+        chosen, rejected = take(row, "chosen", "rejected")
+        extra = gap_of(row, chosen_key, rejected_key, options)
+        pair = pair_of_prompt(row.get("prompt", row.get("instruction")), chosen, rejected, row.get("system"), None, extra)
+        pair.prompt = None
+        yield pair
+
+    return pairs
+
+
+def predecessor(row: RowDict, options: Options) -> Iterator[Pair]:
+    question, chosen, rejected = take(row, "instruction", "chosen_response", "rejected_response")
+    extra = gap_of(row, "chosen_avg_rating", "rejected_avg_rating", options)
+    yield Pair(question, chosen, rejected, row.get("system"), extra=extra)
+
+
+RAW = Format(
+    name="ultrafeedback",
+    what="UltraFeedback, raw: completions ranked by the mean of their four ratings",
+    needs=("instruction", "completions"),
+    also=lambda row: isinstance(row["completions"], (list, tuple)),
+    answers=frozenset({"completions"}),
+    pairs=raw,
+)
+BINARIZED = Format(
+    name="ultrafeedback-binarized",
+    what="HuggingFaceH4/ultrafeedback_binarized (use the splits train_prefs and test_prefs)",
+    needs=("chosen", "rejected", "score_chosen", "score_rejected", "prompt_id|messages"),
+    answers=ANSWERS,
+    pairs=_scored("score_chosen", "score_rejected"),
+)
+CLEANED = Format(
+    name="ultrafeedback-argilla",
+    what="argilla/ultrafeedback-binarized-preferences-cleaned",
+    needs=("chosen", "rejected", "chosen-rating", "rejected-rating"),
+    answers=ANSWERS,
+    pairs=_scored("chosen-rating", "rejected-rating"),
+    warnings=("rows come grouped by source: shuffle before a split by position",),
+)
+ARGILLA_STRINGS = Format(
+    name="argilla-strings",
+    what="{instruction, chosen_response, rejected_response} (argilla's first binarization, axolotl chatml.argilla)",
+    needs=("instruction", "chosen_response", "rejected_response"),
+    answers=frozenset({"chosen_response", "rejected_response"}),
+    pairs=predecessor,
+)

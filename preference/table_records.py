@@ -1,0 +1,219 @@
+"""Rows of tables: CSV, parquet, `datasets` folders (save_to_disk) and the dataset hub, as the same records as JSON lines."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from preference.data_report import DataError
+from preference.formats.messages import is_message, is_messages
+from preference.json_records import BOM, MAX_RECORD_BYTES, Fault, Record, read_lines
+
+BATCH_ROWS = 64
+_STRAY_BYTE = re.compile("[\udc80-\udcff]")
+_LIST_COLUMNS = {"history", "images", "videos", "audios", "tools", "input"}
+_LITERAL_LIMIT = 1 << 20
+
+# ------------------------------------------------------------------------------------------------------- CSV
+
+
+class _LineFault(Exception):
+    def __init__(self, fault: Fault):
+        self.fault = fault
+
+
+class _Lines:
+    """Text lines for csv.reader that can be stepped back to the line behind the beginning of a broken record."""
+
+    def __init__(self, stream: BinaryIO):
+        self.source = read_lines(stream)
+        self.again: list[tuple[int, str]] = []
+        self.record: list[tuple[int, str]] = []  # the lines of the record that is being read
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        if self.again:
+            entry = self.again.pop()
+        else:
+            line, raw = next(self.source)
+            if isinstance(raw, Fault):
+                raise _LineFault(raw)
+            entry = line, (raw.removeprefix(BOM) if line == 1 else raw).decode("utf-8", "surrogateescape")
+        self.record.append(entry)
+        return entry[1]
+
+    def step_back(self) -> None:
+        self.again += reversed(self.record[1:])
+
+
+def csv_delimiter(head: bytes) -> str:
+    first = head.split(b"\n", 1)[0]
+    return max(",;\t", key=lambda char: first.count(char.encode()))
+
+
+def csv_records(stream: BinaryIO, delimiter: str) -> Iterator[Record | Fault]:
+    """Rows under a header line. A cell may hold newlines; a broken row costs its own lines only."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    lines = _Lines(stream)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        lines.record = []
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except _LineFault as error:
+            yield error.fault
+            continue
+        except csv.Error as error:
+            line = lines.record[0][0] if lines.record else 1
+            lines.step_back()
+            yield Fault(line, "broken_csv", str(error))
+            if header is None:
+                return
+            continue
+        if not any(cells):
+            continue
+        line = lines.record[0][0]
+        if header is None:
+            header = [name.strip() for name in cells]
+            if len(set(header)) < len(header):
+                yield Fault(line, "broken_csv", "two columns have the same name", whole=True)
+                return
+            continue
+        yield _csv_record(line, header, cells)
+
+
+def _csv_record(line: int, header: list[str], cells: list[str]) -> Record | Fault:
+    if len(cells) != len(header):
+        return Fault(line, "broken_csv", f"{len(cells)} cells under {len(header)} columns")
+    if any(not cell.isascii() and _STRAY_BYTE.search(cell) for cell in cells):
+        return Fault(line, "invalid_utf8", "a byte that is not UTF-8")
+    return Record(line, {name: cell_value(name, cell) for name, cell in zip(header, cells, strict=True)})
+
+
+def cell_value(column: str, text: str) -> Any:
+    """A list of messages, a message or a history that was written into a cell; any other text as it is."""
+    stripped = text.strip()
+    if stripped[:1] not in ("[", "{") or stripped[-1:] not in ("]", "}"):
+        return text
+    value = _parsed(stripped)
+    structured = is_messages(value) or is_message(value) or (isinstance(value, list) and _are_scored(value))
+    return value if structured or (column in _LIST_COLUMNS and isinstance(value, (list, dict))) else text
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    if len(text) > _LITERAL_LIMIT:
+        return None
+    try:
+        return ast.literal_eval(text)  # tables written by pandas hold Python lists
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _are_scored(value: list) -> bool:
+    """The candidates of a ranked set: Nectar's answers, UltraFeedback's completions."""
+    keys = ({"answer", "rank"}, {"response", "annotations"})
+    return bool(value) and all(isinstance(item, dict) and any(key <= item.keys() for key in keys) for item in value)
+
+
+# --------------------------------------------------------------------------------------- parquet, arrow folders
+
+
+def parquet_records(path: str) -> Iterator[Record | Fault]:
+    """The rows of a parquet file, numbered from 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=BATCH_ROWS):
+                yield from _numbered(batch, row)
+                row += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        yield Fault(row + 1, "broken_parquet", _first_line(error))
+
+
+def arrow_folder_records(folder: str) -> Iterator[Record | Fault]:
+    """The rows of a folder that `Dataset.save_to_disk` wrote, numbered from 1."""
+    import pyarrow as pa
+
+    row = 0
+    try:
+        state = json.loads((Path(folder) / "state.json").read_bytes())
+        for file in [entry["filename"] for entry in state["_data_files"]]:
+            with pa.memory_map(str(Path(folder) / file)) as source:
+                for batch in pa.ipc.open_stream(source):
+                    for start in range(0, batch.num_rows, BATCH_ROWS):
+                        part = batch.slice(start, BATCH_ROWS)
+                        yield from _numbered(part, row)
+                        row += part.num_rows
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        yield Fault(row + 1, "broken_arrow", _first_line(error))
+
+
+def _numbered(batch: Any, before: int) -> Iterator[Record | Fault]:
+    try:
+        for number, value in enumerate(batch.to_pylist(), before + 1):
+            yield Record(number, value)
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                yield Record(before + i + 1, batch.slice(i, 1).to_pylist()[0])
+            except UnicodeDecodeError:
+                yield Fault(before + i + 1, "invalid_utf8", "text that is not UTF-8")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_arrow_folder(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def splits_of(folder: Path) -> list[str] | None:
+    """The splits of a saved DatasetDict, or None if the folder is none."""
+    try:
+        splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [str(split) for split in splits]
+
+
+# ------------------------------------------------------------------------------------------------------- the hub
+
+
+def hub_records(source: str) -> Iterator[Record | Fault]:
+    """The rows of `hub:owner/name[:config[:split]]`, streamed, numbered from 1. Raises DataError if it cannot be had."""
+    name, config, split = (source.removeprefix("hub:").split(":") + ["", ""])[:3]
+    for number, value in enumerate(_hub_rows(source, name, config or None, split or None), 1):
+        yield Record(number, value)
+
+
+def _hub_rows(source: str, name: str, config: str | None, split: str | None) -> Iterable[dict[str, Any]]:
+    from datasets import IterableDatasetDict, load_dataset
+
+    try:
+        loaded = load_dataset(name, config, split=split, streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError.at(source, 0, "hub_error", f"{type(error).__name__}: {_first_line(error)}") from error
+    if not isinstance(loaded, IterableDatasetDict):
+        return loaded
+    if "train" not in loaded and len(loaded) > 1:
+        choices = ", ".join(f"hub:{name}:{config or ''}:{split}" for split in loaded)
+        raise DataError.at(source, 0, "ambiguous_split", f"say which split: {choices}")
+    return loaded["train"] if "train" in loaded else next(iter(loaded.values()))
