@@ -20,6 +20,9 @@ from conversation import FAMILIES, Conversation, ConversationError, checked_hist
 # Words that no template writes and none changes.
 _QUESTION, _REPLY, _PAST_QUESTION, _PAST_REPLY, _SYSTEM = (f"Qz{i}probe" for i in range(5))
 
+# What a chat template raises that refuses a conversation, or was written for others (with tools, with images).
+_REFUSALS = (TemplateError, TypeError)
+
 # What named templates and the tokenizer's own are compared on: system, history, question, reply.
 _PROBES = [
     (None, [], "How are you?", "Well."),
@@ -70,7 +73,7 @@ class AutoConversation:
         way_out = "; fold_system=true puts the system text before the first question" if system is not None else ""
         try:
             prompt = _render(self.tokenizer, _messages(question, pairs, system), prompt=True)
-        except TemplateError as error:
+        except _REFUSALS as error:
             reason = f"the tokenizer's chat template refuses this conversation: {error}{way_out}"
             raise ConversationError(reason) from error
         if system and system.strip() not in prompt:
@@ -124,7 +127,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], prompt: bo
 def _system_kept(tokenizer: PreTrainedTokenizerBase) -> bool:
     try:
         return _SYSTEM in _render(tokenizer, _messages(_QUESTION, [], _SYSTEM), prompt=True)
-    except TemplateError:
+    except _REFUSALS:
         return False
 
 
@@ -141,7 +144,7 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> Affixes:
         full = _render(tokenizer, _messages(_QUESTION, [], None, _REPLY))
         later_prompt = _render(tokenizer, _messages(_QUESTION, past, None), prompt=True)
         later_full = _render(tokenizer, _messages(_QUESTION, past, None, _REPLY))
-    except TemplateError as error:
+    except _REFUSALS as error:
         refuse(f"it refuses a plain question and reply ({error})", error)
     for text, words in ((prompt, [_QUESTION]), (full, [_REPLY]), (later_full, [_REPLY, _PAST_REPLY])):
         for word in words:
@@ -156,29 +159,30 @@ def _probe(tokenizer: PreTrainedTokenizerBase) -> Affixes:
     opening = prompt[prompt.find(_QUESTION) :]
     closed = "closed" if "</think>" in opening else "none"
     thinking = "open" if opening.rfind("<think>") > opening.rfind("</think>") else closed
-    if opened and before and thinking != "open":
+    if opened and thinking != "open" and (before or len(re.findall(r"<[^<>]+>", opened)) % 2):
         refuse(f"the prompt ends in {opened!r} where the reply stands behind {before!r}")
     if not later_prompt.endswith(opened) or not later_full.endswith(before + _REPLY + after):
         refuse("a reply after a history is written in another way than the first")
-    learned_end = _learned_end(tokenizer, after, later_full.split(_PAST_REPLY)[1])
+    learned_end = _learned_end(tokenizer, prompt, after, later_full.split(_PAST_REPLY)[1])
     if not learned_end:
-        refuse(f"no control token ends a reply ({after!r} follows it) and the tokenizer has no EOS")
+        refuse(f"nothing that ends a reply is found ({after!r} follows it, EOS is {tokenizer.eos_token})")
     return Affixes(head, opened, before, after, learned_end, thinking)
 
 
-def _learned_end(tokenizer: PreTrainedTokenizerBase, after: str, after_past: str) -> str:
+def _learned_end(tokenizer: PreTrainedTokenizerBase, prompt: str, after: str, after_past: str) -> str:
     """What follows a reply up to its stop token; "" if there is none.
 
     `after` stands behind the last reply, `after_past` behind one of the history. The stop token is the last control
     token that both have: Phi-3 writes <|end|> behind each and EOS behind the last, as padding. Where they share none
     (OLMo 3), the last reply has one of its own. Where nothing ends a reply, the model stops by opening the next turn
-    (GLM-4) or at EOS.
+    (GLM-4) or at EOS. Some templates open a new reply behind every conversation: there it is the first token.
     """
     words = {token for token in [*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens] if token.strip()}
     control = re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or r"(?!)")
-    both = commonprefix([after, after_past])
     found = [match.end() for match in control.finditer(after)]
-    shared = [end for end in found if end <= len(both)]
+    shared = [end for end in found if end <= len(commonprefix([after, after_past]))]
+    if control.search(commonprefix([after[::-1], prompt[::-1]])[::-1]):
+        shared = shared[:1]
     if found:
         return after[: shared[-1] if shared else found[0]]
     opens_next = control.match(after_past.lstrip())
