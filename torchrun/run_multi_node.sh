@@ -1,0 +1,76 @@
+#!/bin/sh
+# run_orpo.sh on several machines: start the same command on each, with its own NODE_RANK.
+#
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 NPROC=4 sh torchrun/run_multi_node.sh            on the first machine, 10.0.0.1
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 NPROC=4 sh torchrun/run_multi_node.sh            on the second
+#   sh torchrun/run_multi_node.sh NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 --max_steps 20     the same as arguments
+#
+# Variables, from the environment or as leading NAME=value words:
+#   NNODES       machines
+#   NODE_RANK    this machine's number, 0 ... NNODES-1
+#   MASTER_ADDR  address of machine 0, as the others reach it
+#   MASTER_PORT  a port that is free there (default 29500); the same on every machine
+#   NPROC        processes on this machine, one a GPU (default: the number of visible GPUs; 2 on a CPU)
+#   strategy     ddp (default): each process holds the whole model; fsdp: weights, gradients and optimizer are shared out
+# Every variable and flag of run_orpo.sh counts too, and must be the same on every machine. See README.md here.
+
+set -eu
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+fail() { printf 'torchrun: %s\n' "$*" >&2; exit 2; }
+whole() { case $2 in '' | *[!0-9]*) fail "$1 is a whole number; got '$2'" ;; esac }
+
+while [ $# -gt 0 ]; do
+    case $1 in
+    NNODES=* | NODE_RANK=* | MASTER_ADDR=* | MASTER_PORT=* | NPROC=* | strategy=*) eval "${1%%=*}=\${1#*=}" ;;
+    --*) break ;;
+    *) fail "'$1' is not understood: first NAME=value with NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC, strategy; then flags" ;;
+    esac
+    shift
+done
+
+PYTHON=$(sh "$here/../setup.sh") || exit 1
+export PYTHON
+
+# ---- the processes
+[ -n "${NNODES:-}" ] || fail "set NNODES, the number of machines (on one machine: torchrun/run_single_node.sh)"
+whole NNODES "$NNODES"
+if [ -z "${NPROC:-}" ]; then
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+    if [ "$gpus" -gt 0 ]; then NPROC=$gpus; else NPROC=2; fi
+fi
+whole NPROC "$NPROC"
+[ "$NPROC" -gt 0 ] && [ "$NNODES" -gt 0 ] || fail "NPROC and NNODES are at least 1; got NPROC=$NPROC NNODES=$NNODES"
+
+if [ "$NNODES" -eq 1 ]; then # the port is the system's choice, and no name of this machine needs to be resolved
+    TORCHRUN_ARGS="--standalone --local_addr 127.0.0.1 --nproc_per_node $NPROC"
+else
+    whole NODE_RANK "${NODE_RANK:-}"
+    [ "$NODE_RANK" -lt "$NNODES" ] || fail "NODE_RANK goes from 0 to NNODES-1 = $((NNODES - 1)); got $NODE_RANK"
+    [ -n "${MASTER_ADDR:-}" ] || fail "set MASTER_ADDR, the address of machine 0 as the other machines reach it"
+    MASTER_PORT=${MASTER_PORT:-29500}
+    whole MASTER_PORT "$MASTER_PORT"
+    TORCHRUN_ARGS="--nnodes $NNODES --node_rank $NODE_RANK --nproc_per_node $NPROC"
+    TORCHRUN_ARGS="$TORCHRUN_ARGS --master_addr $MASTER_ADDR --master_port $MASTER_PORT"
+fi
+export TORCHRUN_ARGS
+
+# Cores are shared among the processes of a machine; without this torch gives every process one.
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+threads=$((cores / NPROC))
+[ "$threads" -gt 0 ] || threads=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+
+# ---- the strategy
+case ${strategy:=ddp} in
+ddp) ;;
+fsdp) # FSDP2 through accelerate, which reads these; layer by layer, and saved whole so that transformers and peft load it
+    export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP
+    export FSDP_RESHARD_AFTER_FORWARD="${FSDP_RESHARD_AFTER_FORWARD:-true}" FSDP_OFFLOAD_PARAMS="${FSDP_OFFLOAD_PARAMS:-false}"
+    export FSDP_STATE_DICT_TYPE="${FSDP_STATE_DICT_TYPE:-FULL_STATE_DICT}" FSDP_CPU_RAM_EFFICIENT_LOADING=false
+    ;;
+zero2 | zero3 | zero3_offload) fail "strategy=$strategy needs DeepSpeed, which is not wired in yet; strategy=fsdp shards like zero3" ;;
+*) fail "strategy=$strategy is unknown: ddp or fsdp" ;;
+esac
+
+printf 'torchrun: %s machine(s) x %s process(es), strategy=%s, OMP_NUM_THREADS=%s\n' "$NNODES" "$NPROC" "$strategy" "$OMP_NUM_THREADS"
+exec sh "$here/../run_orpo.sh" "$@"
