@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+LOSSES = ("orpo", "dpo", "robust", "simpo", "ipo", "cpo", "hinge")
+
 
 class ArgumentError(ValueError):
     """A flag or a config file that cannot be used; the message says what to write instead."""
@@ -97,7 +99,7 @@ class DataArguments:
 
 @dataclass
 class ObjectiveArguments:
-    loss: str = opt("orpo", "the objective", ["orpo", "dpo", "simpo", "ipo", "cpo", "hinge"])
+    loss: str = opt("orpo", "the objective", LOSSES)
     orpo_beta: float = opt(0.1, "weight of ORPO's odds-ratio term (lambda in the paper)")
     beta: float | None = opt(None, "strength of the other losses (unset: 0.1; simpo 2.0)")
     nll_scope: str = opt(
@@ -106,7 +108,8 @@ class ObjectiveArguments:
         ["sequence", "answer", "answer_per_pair"],
     )
     simpo_gamma: float = opt(1.0, "SimPO's target margin, in units of the loss (the paper's gamma)")
-    label_smoothing: float = opt(0.0, "DPO: share of labels taken to be flipped")
+    cpo_alpha: float = opt(1.0, "weight of CPO's likelihood term")
+    label_smoothing: float = opt(0.0, "dpo, robust, simpo, cpo: share of labels taken to be flipped, below 0.5")
     engine: str = opt("packed", "packed = this project's; trl = TRL's trainers, the reference", ["packed", "trl"])
     max_tokens_per_micro_batch: int = opt(
         0, "memory budget: tokens of one packed row (0: follow per_device_train_batch_size)"
@@ -130,7 +133,7 @@ class RunArguments:
     lr_scheduler_type: str = opt("cosine", "shape of the learning rate: cosine, linear, constant_with_warmup, ...")
     warmup_steps: float = opt(0.1, "warm-up: below 1 a share of all steps, else a number of steps")
     weight_decay: float = opt(0.0, "weight decay of AdamW")
-    optim: str = opt("adamw_torch", "optimizer, by its name in transformers")
+    optim: str = opt("adamw_torch_fused", "optimizer, by its name in transformers")
     max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm (0: never)")
     eval_steps: int = opt(0, "evaluate every that many steps (0: only before and after)")
     save_steps: int = opt(0, "write a checkpoint every that many steps (0: none; the final model is always saved)")
@@ -174,6 +177,19 @@ class Arguments:
     def evaluation_files(self) -> bool:
         return self.data.validation_file_dir is not None
 
+    @property
+    def beta(self) -> float:
+        """The strength of the preference term, whatever its flag is called."""
+        if self.objective.loss == "orpo":
+            return self.objective.orpo_beta
+        return (
+            self.objective.beta if self.objective.beta is not None else 2.0 if self.objective.loss == "simpo" else 0.1
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return self.run.learning_rate or (2e-4 if self.model.use_peft else 5e-6)
+
 
 IGNORED: tuple[Ignored, ...] = (
     *(
@@ -184,7 +200,8 @@ IGNORED: tuple[Ignored, ...] = (
     ("beta", lambda a: a.objective.loss == "orpo", "loss=orpo takes --orpo_beta"),
     ("nll_scope", lambda a: a.objective.loss != "orpo", "only loss=orpo has a choice of NLL"),
     ("simpo_gamma", lambda a: a.objective.loss != "simpo", "only loss=simpo has a target margin"),
-    ("label_smoothing", lambda a: a.objective.loss != "dpo", "only loss=dpo smooths labels"),
+    ("cpo_alpha", lambda a: a.objective.loss != "cpo", "only loss=cpo has a likelihood term of its own weight"),
+    ("label_smoothing", lambda a: a.objective.loss in ("orpo", "ipo", "hinge"), "this loss does not smooth labels"),
     ("max_tokens_per_micro_batch", lambda a: a.objective.engine == "trl", "engine=trl cuts batches by pairs"),
     ("share_prompt", lambda a: a.objective.engine == "trl", "engine=trl has no shared prompts"),
     ("validation_split_percentage", lambda a: a.evaluation_files, "validation_file_dir gives the evaluation rows"),

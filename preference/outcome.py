@@ -25,24 +25,24 @@ ROWS = (
 )
 
 
-def comparison(
-    before: Mapping[str, float], after: Mapping[str, float], names: tuple[str, str] = ("before", "after")
-) -> str:
-    """A table of the evaluation metrics that both have; several evaluation sets follow each other."""
+def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """A table of evaluation metrics, before -> after (after alone where there is no before); several sets in turn."""
     prefixes = sorted(
-        {key[: -len("_loss")] for key in before if key.endswith("_loss") and not key.endswith("_nll_loss")}
+        {key[: -len("_loss")] for key in after if key.endswith("_loss") and not key.endswith("_nll_loss")}
     )
     lines: list[str] = []
-    for prefix in prefixes or ["eval"]:
+    for prefix in prefixes:
         title = "evaluation" if prefix == "eval" else prefix.removeprefix("eval_")
-        lines.append(f"{title:<32}{names[0]:>12}{names[1]:>12}{'change':>12}")
+        lines.append(f"{title:<32}{'before':>12}{'after':>12}{'change':>12}" if before else title)
         for key, label, form, better in ROWS:
             name = prefix + key.removeprefix("eval")
-            if name not in before or name not in after:
+            if name not in after:
                 continue
-            old, new = before[name], after[name]
-            signed = form.replace("{:.", "{:+.")
-            change = f"{(new - old) * 100:+.1f} pts" if "%" in form else signed.format(new - old)
+            old, new = before.get(name), after[name]
+            if old is None:
+                lines.append(f"{label:<32}{form.format(new):>12}")
+                continue
+            change = f"{(new - old) * 100:+.1f} pts" if "%" in form else f"{new - old:+.4f}"
             mark = "" if better is None or new == old else "  better" if (new > old) == better else "  worse"
             lines.append(f"{label:<32}{form.format(old):>12}{form.format(new):>12}{change:>12}{mark}")
     return "\n".join(lines)
@@ -128,26 +128,32 @@ def save_json(path: str | os.PathLike[str], value: Any) -> None:
     partial.replace(path)
 
 
-def model_card(facts: Mapping[str, Any], table: str) -> str:
-    """A README.md for the saved folder, in the Hub's form: metadata, then what was trained on what and how well."""
-    metadata = {
-        "base_model": facts["base model"],
-        "library_name": facts["library"],
-        "tags": ["preference-tuning", facts["loss"]],
-    }
-    head = ["---"]
-    for name, value in metadata.items():
-        head += (
-            [f"{name}:"] + [f"- {v}" for v in value] if isinstance(value, list) else [f"{name}: {json.dumps(value)}"]
-        )
-    body = [f"- **{name}**: {value}" for name, value in facts.items() if name != "library"]
-    evaluation = ["## Evaluation", "", "```", table, "```", ""] if table else []
-    return "\n".join(
-        [
-            *head, "---", "", f"# {Path(str(facts['base model'])).name}, tuned with {str(facts['loss']).upper()}", "",
-            *body, "", *evaluation,
-            "The prompt format that this model was trained with is saved as its chat template, so that",
-            "`tokenizer.apply_chat_template` renders the same text. Answers can be wrong; do not take them as medical,",
-            "legal or financial advice.", "",
-        ]
-    )  # fmt: skip
+def model_card(base_model: str, facts: Mapping[str, Any], results: Mapping[str, float], table: str) -> str:
+    """A README.md for the saved folder, in the Hub's form: metadata, then what was trained on what and how well.
+
+    `facts` is what run.json holds, `results` what the training returned.
+    """
+    flags = facts["arguments"]
+    loss, adapter = flags["loss"], flags["use_peft"]
+    weights = f"LoRA adapter, rank {flags['lora_rank']}" if adapter else "all weights"
+    data = flags["dataset_name"] or flags["train_file_dir"]
+    head = {"base_model": base_model, "library_name": "peft" if adapter else "transformers"}
+    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items())]
+    lines += ["tags:", "- preference-tuning", f"- {loss}", "---", ""]
+    lines += [f"# {Path(base_model).name}, tuned with {loss.upper()}", ""]
+    lines += [
+        f"- **Weights**: {weights}, "
+        f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained",
+        f"- **Objective**: {loss}, beta {facts['beta']:g}"
+        + (f", NLL over {flags['nll_scope']}" if loss == "orpo" else ""),
+        f"- **Data**: {data}; at most {flags['max_source_length'] + flags['max_target_length']} tokens a row",
+        f"- **Steps**: {results.get('train_steps', 0):.0f} of {facts['pairs_per_step']} pairs, "
+        f"peak learning rate {facts['learning_rate']:g} ({flags['lr_scheduler_type']}), seed {flags['seed']}",
+        f"- **Prompt format**: {facts['template']}, saved as the tokenizer's chat template",
+        f"- **Made with**: {', '.join(f'{name} {version}' for name, version in facts['versions'].items())}",
+        "",
+    ]
+    if table:
+        lines += ["## Evaluation", "", "```", table, "```", ""]
+    lines += ["Answers can be wrong; do not take them as medical, legal or financial advice.", ""]
+    return "\n".join(lines)

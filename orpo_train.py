@@ -1,0 +1,370 @@
+#!/usr/bin/env python3
+"""Train a chat model on pairs of a chosen and a rejected answer: ORPO, DPO and kin.
+
+    sh run_orpo.sh                                        the values of run_orpo.sh, on this machine's GPU or CPU
+    python orpo_train.py --config my_run.yaml --seed 7    flags from a file, overridden on the command line
+    python orpo_train.py --do_train false ...             only score a model on validation_file_dir
+    sh torchrun/run_single_node.sh                        one process per GPU of this machine
+    sh torchrun/run_multi_node.sh                         several machines
+
+main() reads as the data flows: load, check, render, tokenize, filter, train, evaluate, save.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from preference.arguments import ArgumentError, Arguments, parse_arguments
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def main() -> None:
+    args = parse_arguments()
+    stay_private()
+
+    from preference.hardware import detect
+    from preference.model import load_tokenizer
+
+    output_dir = Path(args.run.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    hardware = detect(args.run.use_cpu)
+    training = training_arguments(args, hardware)
+    say(f"device: {hardware}; computing in {'bfloat16' if training.bf16 else 'float32'}")
+    source = find_model(args)
+    tokenizer = load_tokenizer(args.model.tokenizer_name_or_path or source, args.model)
+    conversation = load_template(args, tokenizer)
+
+    # ---- load, check, render, tokenize, filter
+    train_set, eval_set, questions = load_data(args, conversation, tokenizer)
+    show_first_pair(train_set or eval_set, tokenizer)
+
+    # ---- the model and its trainer
+    trainer = load_trainer(args, source, hardware, training, tokenizer, train_set, eval_set)
+    facts = describe(args, trainer, conversation, train_set)
+
+    # ---- evaluate, train, save, evaluate
+    samples = Samples(args, trainer, conversation, eval_set, questions)
+    before = evaluate(trainer, eval_set)
+    samples.answer("base" if args.run.do_train else "model")
+    results, after = {}, before
+    if args.run.do_train:
+        results = train(trainer, args)
+        save(trainer, conversation)
+        after = evaluate(trainer, eval_set)
+        samples.answer("tuned")
+
+    # ---- what changed
+    report(args, trainer, source, facts, results, before, after, samples)
+
+
+def say(text: str = "") -> None:
+    """Print once, not once per process."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def stay_private() -> None:
+    """No usage pings unless the user has turned them on: the data may be medical."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "1")
+
+
+def find_model(args: Arguments) -> str:
+    from preference.starter import resolve_model
+
+    modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
+    name = args.model.model_name_or_path
+    return resolve_model(name, use_modelscope=modelscope, cache_dir=args.model.cache_dir)
+
+
+def training_arguments(args: Arguments, hardware: Any) -> Any:
+    """transformers' TrainingArguments; making them also sets up the process group of a torchrun launch."""
+    from transformers import TrainingArguments
+
+    from preference.hardware import batch_plan
+
+    run = args.run
+    # transformers renamed it between the versions that this runs on
+    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    options = {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+    checkpointing = options if run.gradient_checkpointing else {}
+    pairs, accumulation = batch_plan(run.per_device_train_batch_size, run.gradient_accumulation_steps, hardware)
+    return TrainingArguments(
+        output_dir=run.output_dir,
+        per_device_train_batch_size=pairs,
+        per_device_eval_batch_size=run.per_device_eval_batch_size or pairs,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=run.num_train_epochs,
+        max_steps=run.max_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=run.lr_scheduler_type,
+        warmup_steps=run.warmup_steps,
+        weight_decay=run.weight_decay,
+        optim=run.optim,
+        max_grad_norm=run.max_grad_norm,
+        eval_strategy="steps" if run.do_eval and run.eval_steps else "no",
+        eval_steps=run.eval_steps or None,
+        save_strategy="steps" if run.save_steps else "no",
+        save_steps=run.save_steps or 500,
+        save_total_limit=run.save_total_limit,
+        logging_steps=run.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not finite must be seen
+        bf16=hardware.bf16 if run.bf16 is None else run.bf16,
+        torch_compile=run.torch_compile,
+        dataloader_num_workers=run.dataloader_num_workers,
+        remove_unused_columns=False,
+        report_to=run.report_to.split(","),
+        run_name=run.run_name,
+        use_cpu=hardware.device == "cpu",
+        ddp_find_unused_parameters=False,
+        seed=run.seed,
+        do_train=run.do_train,
+        do_eval=run.do_eval,
+        **checkpointing,
+    )
+
+
+def load_template(args: Arguments, tokenizer: Any) -> Any:
+    from preference.templates import resolve_template
+
+    conversation, warnings = resolve_template(args.data.template_name, tokenizer, fold_system=args.data.fold_system)
+    say(f"template: {conversation.name}, stop text {conversation.stop_str!r}")
+    for warning in warnings:
+        say(f"warning: {warning}")
+    return conversation
+
+
+def load_data(args: Arguments, conversation: Any, tokenizer: Any) -> tuple[Any, Any, dict[str, str]]:
+    """(training set, evaluation set, questions of the latter by source); a set is None where this run needs none.
+
+    data_report.json says what was left out, and why.
+    """
+    from preference.tokenization import build_dataset, split_by_prompt
+    from preference.triples import DataReport, load_rows
+
+    data, report = args.data, DataReport()
+    training_source = f"hub:{data.dataset_name}" if data.dataset_name else data.train_file_dir
+    held_out = args.run.do_eval and not args.evaluation_files and data.validation_split_percentage > 0
+
+    def load(source: Any) -> list[Any]:
+        return load_rows([source], report, data_check=data.data_check)
+
+    def build(rows: list[Any], limit: int, section: str) -> Any:
+        return build_dataset(
+            sample(rows, limit, args.run.seed, report),
+            conversation,
+            tokenizer,
+            max_source_length=data.max_source_length,
+            max_target_length=data.max_target_length,
+            report=report,
+            truncate=data.truncate,
+            cache_dir=Path(args.model.cache_dir or "cache") / "prepared",
+            prompt_is_rendered=data.prompt_is_rendered,
+            section=section,
+        )
+
+    try:
+        train_rows = load(training_source) if args.run.do_train else None
+        if args.evaluation_files:
+            eval_rows = load(data.validation_file_dir) if args.run.do_eval else None
+        elif held_out and args.run.do_train:
+            train_rows, eval_rows = split_by_prompt(train_rows, data.validation_split_percentage, args.run.seed)
+        else:
+            eval_rows = None if args.run.do_train else load(training_source)
+        train_set = build(train_rows, data.max_train_samples, "train") if train_rows else None
+        eval_set = build(eval_rows, data.max_eval_samples, "evaluation") if eval_rows else None
+    finally:  # also where nothing is left: the report says why
+        if RANK == 0:
+            report.save(Path(args.run.output_dir) / "data_report.json")
+    say(report.summary())
+    return train_set, eval_set, {f"{row.file}:{row.line}": row.question or row.prompt for row in eval_rows or ()}
+
+
+def sample(rows: list[Any], limit: int, seed: int, report: Any) -> list[Any]:
+    """`limit` rows drawn with the seed, in their order; the head of a file is seldom like the rest of it."""
+    if limit < 0 or limit >= len(rows):
+        return rows
+    chosen = set(random.Random(seed).sample(range(len(rows)), limit))
+    for i, row in enumerate(rows):
+        if i not in chosen:
+            report.drop("not_sampled", row.file, row.line)
+    return [rows[i] for i in sorted(chosen)]
+
+
+def show_first_pair(dataset: Any, tokenizer: Any) -> None:
+    from preference.tokenization import describe_pair
+
+    say(f"\nthe first pair, as the model sees it:\n{describe_pair(dataset[0], tokenizer)}\n")
+
+
+def load_trainer(
+    args: Arguments, source: str, hardware: Any, training: Any, tokenizer: Any, train_set: Any, eval_set: Any
+) -> Any:
+    from transformers import set_seed
+
+    from preference.losses import Objective
+    from preference.model import add_adapter, load_model
+
+    choice = args.objective
+    objective = Objective(
+        loss=choice.loss,
+        beta=args.beta,
+        nll_scope=choice.nll_scope,
+        label_smoothing=choice.label_smoothing,
+        simpo_gamma=choice.simpo_gamma,
+        cpo_alpha=choice.cpo_alpha,
+    )
+    set_seed(args.run.seed)
+    model = load_model(source, args, hardware, training.bf16)
+    if args.model.use_peft and args.run.do_train:
+        model = add_adapter(model, args.model, args.run.seed)
+    common = dict(objective=objective, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer)
+    if choice.engine == "trl":
+        from preference.trl_engine import make_trl_trainer
+
+        return make_trl_trainer(model, training, **common)
+    from preference.trainer import PairTrainer
+
+    return PairTrainer(
+        model,
+        training,
+        max_tokens_per_micro_batch=choice.max_tokens_per_micro_batch,
+        share_prompt=choice.share_prompt,
+        **common,
+    )
+
+
+def describe(args: Arguments, trainer: Any, conversation: Any, train_set: Any) -> dict[str, Any]:
+    """What is about to be trained, in numbers; run.json keeps it."""
+    from importlib.metadata import version
+
+    from preference.hardware import detect
+    from preference.model import count_parameters
+    from preference.outcome import save_json
+
+    groups = (args.model, args.data, args.objective, args.run)
+    trainable, parameters = count_parameters(trainer.model)
+    pairs = trainer.get_total_train_batch_size(trainer.args)
+    facts = {
+        "arguments": {name: value for group in groups for name, value in vars(group).items()},
+        "beta": args.beta,
+        "learning_rate": args.learning_rate,
+        "template": conversation.name,
+        "hardware": str(detect(args.run.use_cpu)),
+        "bf16": trainer.args.bf16,
+        "world_size": trainer.args.world_size,
+        "pairs_per_step": pairs,
+        "parameters": parameters,
+        "trainable": trainable,
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "trl", "datasets", "peft", "accelerate")
+        },
+    }
+    if RANK == 0:
+        save_json(Path(args.run.output_dir) / "run.json", facts)
+    name = args.model.model_name_or_path
+    say(f"model: {name}, {parameters / 1e6:,.1f} M parameters, {trainable / 1e6:,.2f} M of them trained")
+    if args.run.do_train:
+        say(
+            f"training: {len(train_set)} pairs, {pairs} per optimizer step, loss={args.objective.loss}, "
+            f"engine={args.objective.engine}, learning rate {args.learning_rate:g}"
+        )
+    return facts
+
+
+class Samples:
+    """A few evaluation questions, answered greedily by the base and by the tuned model."""
+
+    def __init__(self, args: Arguments, trainer: Any, conversation: Any, eval_set: Any, questions: dict) -> None:
+        from preference.templates import stop_token_ids
+
+        count = min(args.run.sample_answers, len(eval_set)) if eval_set is not None else 0
+        picked = sorted(random.Random(args.run.seed).sample(range(len(eval_set)), count)) if count else []
+        self.rows = [eval_set[i] for i in picked]
+        self.records = [
+            {"source": row["source"], "question": questions[row["source"]], "chosen": row["chosen"]}
+            for row in self.rows
+        ]
+        self.trainer, self.tokens = trainer, args.run.sample_tokens
+        self.stop_ids = stop_token_ids(conversation, trainer.processing_class)
+
+    def answer(self, who: str) -> None:
+        """Only the first rank generates; under DDP each rank holds the whole model."""
+        from preference.outcome import greedy_answers
+
+        if RANK == 0:
+            prompts = [row["prompt_ids"] for row in self.rows]
+            tokenizer = self.trainer.processing_class
+            answers = greedy_answers(self.trainer.model, tokenizer, prompts, self.stop_ids, self.tokens)
+            for record, answer in zip(self.records, answers, strict=True):
+                record[who] = answer
+
+
+def evaluate(trainer: Any, eval_set: Any) -> dict[str, float]:
+    return trainer.evaluate() if eval_set is not None else {}
+
+
+def train(trainer: Any, args: Arguments) -> dict[str, float]:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    resume = args.run.resume_from_checkpoint
+    if resume == "last":
+        resume = get_last_checkpoint(args.run.output_dir)
+        if resume is None:
+            raise ArgumentError(f"--resume_from_checkpoint last: {args.run.output_dir} holds no checkpoint")
+    done = trainer.train(resume_from_checkpoint=resume)
+    return done.metrics | {"train_steps": done.global_step}
+
+
+def save(trainer: Any, conversation: Any) -> None:
+    """The adapter or model, with the tokenizer, the template and the stop tokens that it was trained with."""
+    from preference.templates import chat_template_to_save, stop_token_ids
+
+    tokenizer = trainer.processing_class
+    tokenizer.chat_template = chat_template_to_save(conversation, tokenizer)
+    generation = trainer.model.generation_config
+    generation.eos_token_id = stop_token_ids(conversation, tokenizer)
+    generation.pad_token_id = tokenizer.pad_token_id
+    trainer.save_model()
+    trainer.save_state()
+    if RANK == 0:
+        generation.save_pretrained(trainer.args.output_dir)
+
+
+def report(
+    args: Arguments, trainer: Any, source: str, facts: dict[str, Any], results: dict[str, float],
+    before: dict[str, float], after: dict[str, float], samples: Samples,
+) -> None:  # fmt: skip
+    """What changed: all_results.json, samples.json, the model card, and the same on the screen."""
+    from preference.outcome import comparison, model_card, save_json, side_by_side
+
+    if RANK != 0:
+        return
+    output_dir = Path(args.run.output_dir)
+    base = {f"base_{name}": value for name, value in before.items()} if args.run.do_train else {}
+    save_json(output_dir / "all_results.json", {**results, **base, **after})
+    save_json(output_dir / "samples.json", samples.records)
+    table = comparison(before if args.run.do_train else {}, after)
+    if args.run.do_train:
+        (output_dir / "README.md").write_text(model_card(source, facts, results, table), encoding="utf-8")
+    for record in samples.records:
+        answers = {name: record[name] for name in ("base", "tuned", "model") if name in record}
+        say("\n" + side_by_side(record["question"], answers))
+    say(f"\n{table}")
+    if args.run.do_train:
+        say(f"\nsaved in {output_dir}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ArgumentError as error:
+        sys.exit(f"orpo_train.py: {error}")
