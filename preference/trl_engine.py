@@ -17,17 +17,18 @@ batches. What would harm a run is guarded; tests/test_trl_engine.py has a test f
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -194,8 +195,10 @@ def _dpo_classes() -> tuple[type, type]:
 
 
 def _check_rows(dataset: Dataset, what: str, max_length: int | None) -> None:
+    if not len(dataset):
+        raise TrlError(f"there are no {what} rows")
     lengths = row_lengths(dataset)
-    longest = lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
+    longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     faults = {
         "have an empty prompt or answer": (lengths == 0).any(axis=1),
         f"are longer than max_length={max_length} tokens": longest > (max_length or np.iinfo(np.int64).max),
@@ -206,9 +209,9 @@ def _check_rows(dataset: Dataset, what: str, max_length: int | None) -> None:
             raise TrlError(f"{len(names)} of the {what} rows {fault}: {name_rows(names)}")
 
 
-def _with_lengths(dataset: Dataset, args: TrainingArguments) -> Dataset:
+def _with_lengths(dataset: Dataset | None, args: TrainingArguments) -> Dataset | None:
     """The sampler of group_by_length looks for `input_ids` unless there is a column of lengths."""
-    if args.train_sampling_strategy == "random" or args.length_column_name in dataset.column_names:
+    if dataset is None or args.train_sampling_strategy == "random" or args.length_column_name in dataset.column_names:
         return dataset
     lengths = row_lengths(dataset)
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
@@ -220,13 +223,19 @@ def _config(kind: type, args: TrainingArguments, **ours: Any) -> Any:
     rate).
     """
     values = {f.name: copy.copy(getattr(args, f.name)) for f in fields(args) if f.init}
-    ours |= {
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-        "disable_dropout": False,
-        "max_length": None,
-    }
+    ours |= {"remove_unused_columns": False, "logging_nan_inf_filter": False, "disable_dropout": False}
     return kind(**values | ours)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def make_trl_trainer(
@@ -267,10 +276,10 @@ def make_trl_trainer(
     for what, dataset in {"training": train_dataset, **sets}.items():
         if dataset is not None:
             _check_rows(dataset, what, max_length)
-    train_dataset = train_dataset and _with_lengths(train_dataset, args)
+    train_dataset = _with_lengths(train_dataset, args)
     if isinstance(eval_dataset, dict):
         eval_dataset = {name: _with_lengths(dataset, args) for name, dataset in eval_dataset.items()}
-    elif eval_dataset is not None:
+    else:
         eval_dataset = _with_lengths(eval_dataset, args)
     pad_id = next(i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None)
     make = _make_orpo if objective.loss == "orpo" else _make_dpo
@@ -287,12 +296,17 @@ def make_trl_trainer(
 
 def _make_orpo(model, args, objective, train_dataset, eval_dataset, pad_id, **rest) -> Trainer:
     config_class, trainer_class = _orpo_classes()
-    config = _config(config_class, args, beta=objective.beta, padding_value=pad_id)
+    config = _config(config_class, args, beta=objective.beta, padding_value=pad_id, max_length=1 << 30)
     stand_in = Dataset.from_dict(STAND_IN)  # what TRL does to the datasets that it is given is thrown away
-    trainer = trainer_class(
-        model=model, args=config, train_dataset=stand_in, eval_dataset=eval_dataset and stand_in,
-        data_collator=OrpoCollator(pad_id), **rest,
-    )  # fmt: skip
+    with _no_progress_bars():
+        trainer = trainer_class(
+            model=model,
+            args=config,
+            train_dataset=stand_in,
+            eval_dataset=None if eval_dataset is None else stand_in,
+            data_collator=OrpoCollator(pad_id),
+            **rest,
+        )
     trainer.train_dataset, trainer.eval_dataset = train_dataset, eval_dataset
     trainer.use_dpo_data_collator = True  # same names of tensors; TRL warns at every evaluation step otherwise
     return trainer
@@ -301,14 +315,20 @@ def _make_orpo(model, args, objective, train_dataset, eval_dataset, pad_id, **re
 def _make_dpo(model, args, objective, train_dataset, eval_dataset, pad_id, **rest) -> Trainer:
     config_class, trainer_class = _dpo_classes()
     routed = getattr(model.config.get_text_config(), "output_router_logits", False)
-    config = _config(config_class, args, beta=objective.beta, router_aux_loss_coef=None if routed else 0.0)
+    aux = None if routed else 0.0  # as ORPOTrainer: a router's auxiliary loss only where the model's config asks for it
+    config = _config(config_class, args, beta=objective.beta, max_length=None, router_aux_loss_coef=aux)
     peft = hasattr(model, "peft_config")
     fresh = is_fresh_adapter(model)
     reference = None if peft else copy.deepcopy(model).eval().requires_grad_(False)
     trainer = trainer_class(
-        model=model, ref_model=reference, args=config, train_dataset=train_dataset or Dataset.from_dict(STAND_IN),
-        eval_dataset=eval_dataset, data_collator=DpoCollator(pad_id), **rest,
-    )  # fmt: skip
+        model=model,
+        ref_model=reference,
+        args=config,
+        train_dataset=Dataset.from_dict(STAND_IN) if train_dataset is None else train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=DpoCollator(pad_id),
+        **rest,
+    )
     if train_dataset is None:
         trainer.train_dataset = None
     if fresh and "ref" in model.peft_config:  # TRL's copy of the adapter adds nothing, and would be saved beside it
