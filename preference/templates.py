@@ -55,7 +55,8 @@ class AutoConversation:
         self.tokenizer = tokenizer
         self.affixes = _probe(tokenizer)
         self.fold_system = fold_system
-        if fold_system and _system_kept(tokenizer):
+        self.keeps_system = _system_kept(tokenizer)
+        if fold_system and self.keeps_system:
             raise ConversationError("the tokenizer's chat template writes system texts itself: leave fold_system out")
 
     @property
@@ -76,7 +77,7 @@ class AutoConversation:
         except _REFUSALS as error:
             reason = f"the tokenizer's chat template refuses this conversation: {error}{way_out}"
             raise ConversationError(reason) from error
-        if system and system.strip() not in prompt:
+        if system and not self.keeps_system:
             raise ConversationError(f"the tokenizer's chat template leaves the system text out{way_out}")
         return prompt
 
@@ -215,7 +216,8 @@ def resolve_template(
     missing = missing_tokens(conv, tokenizer)
     if missing:
         fitting = [family.name for family in FAMILIES.values() if not missing_tokens(family, tokenizer)]
-        advice = "Use template_name=auto" if own else f"Templates that fit it: {', '.join(fitting) or 'none'}"
+        fits = f"It has no chat template of its own; templates that fit it: {', '.join(fitting) or 'none'}"
+        advice = "Use template_name=auto" if own else fits
         verb = "is not a single token" if len(missing) == 1 else "are not single tokens"
         raise ConversationError(
             f"template {name} does not fit this tokenizer: {' '.join(missing)} {verb} of it, "
