@@ -65,8 +65,7 @@ class ControlTokens:
                 or _CONTROL_SHAPE.fullmatch(token.content)
             )
         )
-        longest_first = sorted(self.texts, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.pattern = _any_of(self.texts)
         self._starts = tuple({text[:2] for text in self.texts})  # `in` is many times faster than the pattern
 
     def found_in(self, text: str) -> list[str]:
@@ -75,13 +74,19 @@ class ControlTokens:
             return []
         return self.pattern.findall(text)
 
-    def mark(self, text: str, sentinel: str) -> str:
+    def mark(self, text: str, sentinel: str, except_for: frozenset[str] = frozenset()) -> str:
         """`text` with the sentinel behind the first character of each look-alike, so that none is left whole."""
+        pattern = _any_of(set(self.texts) - except_for) if except_for else self.pattern
         while True:  # a second round where two look-alikes overlap
-            marked = self.pattern.sub(lambda match: match[0][0] + sentinel + match[0][1:], text)
+            marked = pattern.sub(lambda match: match[0][0] + sentinel + match[0][1:], text)
             if marked == text:
                 return text
             text = marked
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the texts, the longest first, as tokenizers do; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 def free_sentinel(texts: Iterable[str]) -> str:
@@ -176,10 +181,6 @@ class Encoder:
             return self._renamed[sentinel](texts)
         if self._backend is None:
             return [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        # transformers sets these three anew in each of its own calls, so nobody misses what is changed here
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = False
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def _marked_encoder(self, sentinel: str) -> Callable[[Sequence[str]], list[Ids]]:
@@ -220,7 +221,13 @@ def _backend_of(tokenizer: Any) -> Tokenizer | None:
         tokenizer.encode(probe, add_special_tokens=False) == backend.encode(probe, add_special_tokens=False).ids
         for probe in _PROBES
     )
-    return backend if same else None
+    if not same:
+        return None
+    # transformers sets these three anew in each of its own calls, so nobody misses what is changed here
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    return backend
 
 
 def _renamed_backend(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:

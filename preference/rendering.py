@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from conversation import ConversationError
+
 if TYPE_CHECKING:
     from preference.triples import Row
 
@@ -40,6 +42,10 @@ class Renderer:
         # Everything the template may write around harmless content
         self.template_text = "\0".join([*prompts, conv.get_response("r2"), conv.stop_str])
 
+    def consumed(self, tokens: frozenset[str]) -> frozenset[str]:
+        """Those of the control tokens that the template itself takes out of replies (reasoning marks, for some)."""
+        return frozenset(token for token in tokens if token not in self.conv.get_response(f"Aa{token}zZ"))
+
     def matches(self, prompt: str) -> bool:
         """Whether a ready prompt begins and ends as this template's prompts do."""
         return bool(self.tail) and prompt.startswith(self.head) and prompt.endswith(self.tail)
@@ -50,8 +56,7 @@ class Renderer:
 
     def render(self, row: Row) -> dict[str, str]:
         if row.prompt is None:
-            history = [list(turn) for turn in row.history]
-            prompt = self.conv.get_prompt(row.question, history=history, system=row.system)
+            prompt = self.conv.get_prompt(row.question, history=row.history, system=row.system)
             return {
                 "prompt": prompt,
                 "chosen": self.conv.get_response(row.chosen),
@@ -77,6 +82,6 @@ def _probe_prompts(conv: Any) -> Iterator[str]:
         for history in _PROBE_HISTORIES:
             for question in _PROBE_QUESTIONS:
                 try:
-                    yield conv.get_prompt(question, history=[list(turn) for turn in history], system=system)
-                except ValueError:  # the template refuses a system message, or history
+                    yield conv.get_prompt(question, history=history, system=system)
+                except ConversationError:  # the template knows no system message, or no history
                     continue

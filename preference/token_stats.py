@@ -33,9 +33,8 @@ class TokenStats:
         self._ready: Counter[str] = Counter()  # rows that bring their own prompt
         self._plain_places: list[str] = []
 
-    def count_row(self, row: Row, rendered: bool, look_alikes: Sequence[str], *lengths: int) -> None:
+    def count_row(self, row: Row, rendered: bool, look_alikes: Sequence[str]) -> None:
         self.rows += 1
-        self._all.extend(lengths)
         place = f"{row.file}:{row.line}"
         if row.prompt is not None:
             self._ready["rendered" if rendered else "plain"] += 1
@@ -46,6 +45,23 @@ class TokenStats:
             self._look_alikes.update(look_alikes)
             if len(self._look_alike_places) < _PLACES:
                 self._look_alike_places.append(place)
+
+    def count_lengths(self, *lengths: int) -> None:
+        """Prompt, chosen and rejected tokens of a row, before it is kept or not."""
+        self._all.extend(lengths)
+
+    def add(self, other: TokenStats) -> None:
+        """Count the rows of `other` too, behind those counted so far."""
+        self.rows += other.rows
+        self.cut.update(other.cut)
+        self._drops += other._drops
+        self._all.extend(other._all)
+        self._kept.extend(other._kept)
+        self._look_alikes.update(other._look_alikes)
+        self._look_alike_rows += other._look_alike_rows
+        self._look_alike_places = (self._look_alike_places + other._look_alike_places)[:_PLACES]
+        self._ready.update(other._ready)
+        self._plain_places = (self._plain_places + other._plain_places)[:_PLACES]
 
     def drop(self, reason: str, row: Row, detail: str) -> None:
         self._drops.append((reason, row.file, row.line, detail))
@@ -99,12 +115,15 @@ class TokenStats:
     def _nothing_left(self) -> str:
         if not self.rows:
             return "there are no rows to tokenize"
-        lengths = np.array(self._all, dtype=np.int64).reshape(-1, 3)
-        whole = lengths[:, 0] + lengths[:, 1:].max(axis=1)
         reasons = Counter(reason for reason, *_ in self._drops).most_common()
+        dropped = f"no pair is left of {self.rows}: " + ", ".join(f"{count} {reason}" for reason, count in reasons)
+        lengths = np.array(self._all, dtype=np.int64).reshape(-1, 3)
+        if not len(lengths):
+            return f"{dropped}; {self._drops[0][-1]}"
+        whole = lengths[:, 0] + lengths[:, 1:].max(axis=1)
         source, target = self.limits.values()
         lines = [
-            f"no pair is left of {self.rows}: " + ", ".join(f"{count} {reason}" for reason, count in reasons),
+            dropped,
             f"max_source_length {source} + max_target_length {target} = {source + target} tokens for a prompt with its "
             f"longer answer; the shortest pair needs {int(whole.min())}",
             "tokens (stop text included):",
