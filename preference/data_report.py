@@ -1,8 +1,8 @@
 """What happened to every row of data: how many were read, kept and dropped, why, and where each fault is.
 
-`DataReport` is filled by the readers (`triples.py`), then by the tokenizer's length filter, and ends as `data_report.json`
-of a run or as the `--report` of data/convert.py. `rows_kept` is always `rows_read - sum(dropped)`: a later stage that
-drops a row it was given just calls `drop`, and the numbers still add up.
+`DataReport` is filled by the readers (`triples.py`), then by the tokenizer's length filter, and ends as
+`data_report.json` of a run or as the `--report` of data/convert.py. `rows_kept` is always `rows_read - sum(dropped)`: a
+later stage that drops a row it was given just calls `drop`, and the numbers still add up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class DataError(ValueError):
     """Data that cannot be used. `str()` holds file, line and reason; the three are attributes as well."""
 
     def __init__(self, message: str, *, file: str = "", line: int = 0, reason: str = ""):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.file, self.line, self.reason = file, line, reason
 
     @classmethod
@@ -33,7 +33,8 @@ class DataError(ValueError):
 class DataReport:
     """Counts of rows by fate, with the place of every dropped row (at most `max_listed` places a reason).
 
-    A file that is refused as a whole (empty, a Git-LFS pointer, no preference data) counts as one row, read and dropped.
+    A file that is refused as a whole (empty, a Git-LFS pointer, no preference data) counts as one row, read and
+    dropped. `notes` counts what is worth knowing and drops nothing (a space in front of one answer only, both unsafe).
     """
 
     max_listed: int = 10_000
@@ -42,7 +43,7 @@ class DataReport:
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)  # things counted without dropping: one_sided_space, both_unsafe, ...
+    notes: Counter[str] = field(default_factory=Counter)
     sections: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,10 +69,10 @@ class DataReport:
         self._file(file)["dropped"][reason] += 1
         listed = self.examples.setdefault(reason, [])
         if len(listed) < self.max_listed:
-            listed.append({"file": file, "line": line, "detail": detail[:DETAIL_CHARS]})
+            listed.append({"file": file, "line": line, "detail": printable(detail[:DETAIL_CHARS])})
 
     def warn(self, message: str) -> None:
-        if message not in self.warnings:
+        if (message := printable(message)) not in self.warnings:
             self.warnings.append(message)
 
     def add_section(self, name: str, content: dict[str, Any]) -> None:
@@ -113,11 +114,17 @@ class DataReport:
                 lines.append(f"  {file}: {kept} of {entry['rows_read']} kept" + _in_brackets(entry["format"]))
         for reason, count in self.dropped.most_common():
             first = self.examples[reason][0]
-            lines.append(f"  dropped {count:>6} {reason}, first at {first['file']}:{first['line']} {first['detail'][:120]}")
+            place = f"{first['file']}:{first['line']}"
+            lines.append(f"  dropped {count:>6} {reason}, first at {place} {first['detail'][:120]}".rstrip())
         lines += [f"  note: {count} x {name}" for name, count in self.notes.most_common()]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         lines += [f"  {name}: {_one_line(content)}" for name, content in self.sections.items()]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
+
+
+def printable(text: str) -> str:
+    """`text` with lone surrogates escaped, which no UTF-8 output takes (they come from damaged data and file names)."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _in_brackets(text: str) -> str:

@@ -1,7 +1,7 @@
 """JSON records with true line numbers, out of bytes that may be damaged: lines, arrays, concatenated objects.
 
-Lines are split on the byte `\\n` alone: U+2028 and its kin are text. A fault costs its own record: a broken line leaves the
-other lines, a broken element of an array leaves the elements before it and those after the next place where one begins.
+Lines are split on the byte `\\n` alone: U+2028 and its kin are text. A fault costs its own record: a broken line leaves
+the other lines, a broken element of an array leaves those before it and those after the next place where one begins.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BOM = codecs.BOM_UTF8
 
 
 class Record(NamedTuple):
-    """One JSON object (or table row) and the line where it begins (1-based; the row number in a parquet or arrow table)."""
+    """One JSON object or table row, and the line where it begins (from 1; the row number in parquet and arrow)."""
 
     line: int
     value: dict[str, Any]
@@ -168,7 +168,7 @@ class _Broken(NamedTuple):
 
 
 def _next_value(window: _Window, decode: Any) -> Any:
-    """The value at the window's position, consumed; or `_Broken`, not consumed; or the Fault of a value with bad bytes."""
+    """The value at the window's position, consumed; or `_Broken`, not consumed; or a Fault for bad bytes in it."""
     while True:
         start = window.pos
         try:

@@ -1,7 +1,7 @@
 """Where rows come from: files and folders of them, `save_to_disk` folders, hub ids; each opened by what it is.
 
-`find_sources(paths)` lists the sources, `iter_records(source)` yields `Record` and `Fault`. The contents decide how a file
-is read, its extension only whether it is one of a folder's data files.
+`find_sources(paths)` lists the sources, `iter_records(source)` yields `Record` and `Fault`. The contents decide how a
+file is read, its extension only whether it is one of a folder's data files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HEADER = re.compile(rb'"?[\w .\-]{1,40}"?(?:[,;\t]"?[\w .\-]{1,40}"?)+\s*')
 def find_sources(paths: Sequence[str | Path]) -> list[str]:
     """Every source in `paths`: files and hub ids as given, folders recursively in sorted order.
 
-    Raises DataError for a path that does not exist, a folder without any data file, a saved DatasetDict of several splits.
+    Raises DataError for a path that does not exist, a folder without a data file, a saved DatasetDict of several splits.
     """
     found: list[str] = []
     for path in paths:

@@ -6,99 +6,70 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from preference.data_report import DataReport
     from preference.triples import Row
 
-SCRIPT_SAMPLE = 400  # characters of a text that are looked at to tell its script
-_SCRIPTS = {
-    "kana": "\u3040-\u30ff",  # before han: Japanese text has both
-    "hangul": "\uac00-\ud7af\u1100-\u11ff",
-    "han": "\u4e00-\u9fff\u3400-\u4dbf",
-    "cyrillic": "\u0400-\u04ff",
-    "arabic": "\u0600-\u06ff",
-    "hebrew": "\u0590-\u05ff",
-    "devanagari": "\u0900-\u097f",
-    "thai": "\u0e00-\u0e7f",
-    "greek": "\u0370-\u03ff",
-}
-_SCRIPT_PATTERNS = {name: re.compile(f"[{chars}]") for name, chars in _SCRIPTS.items()}
-_LATIN = re.compile("[A-Za-z\u00c0-\u024f\u1e00-\u1eff]")
+SCRIPT_SAMPLE = 50  # characters of question and answer each that are looked at to tell the script
+ANSWER_SAMPLE = 1000  # characters of an answer that are compared in detail with the other's
+# Unicode blocks of 256 characters by the script that fills them (letters only are counted)
+_BLOCKS = {
+    **dict.fromkeys((0x00, 0x01, 0x02, 0x1E), "latin"), 0x03: "greek", 0x04: "cyrillic", 0x05: "hebrew", 0x06: "arabic",
+    0x09: "devanagari", 0x0E: "thai", 0x11: "hangul", 0x30: "kana", **dict.fromkeys(range(0x34, 0xA0), "han"),
+    **dict.fromkeys(range(0xAC, 0xD8), "hangul"),
+}  # fmt: skip
 _CONTROL = re.compile(
     r"<\|[A-Za-z][\w ▁:.-]{0,40}\|>|<｜[^｜<>\n]{1,40}｜>"  # ChatML, Llama 3, Phi, DeepSeek
     r"|</?s>|<(?:bos|eos|pad|unk|mask|sep|cls)>|\[/?INST\]|<</?SYS>>|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS)\]"
     r"|<(?:start|end)_of_turn>|<\|?end_?of_?text\|?>|</?tool_call>|</?think>"
 )
-_SPACES = re.compile(r"\s+")
 
 
 def normalised(text: str) -> str:
-    """Text in the form in which two writings of it count as the same: NFKC, case folded, white space collapsed."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return _SPACES.sub(" ", text).strip().casefold()
-
-
-def _hash(*texts: str) -> int:
-    digest = blake2b(digest_size=8)
-    for text in texts:
-        digest.update(normalised(text).encode("utf-8", "surrogatepass") + b"\0")
-    return int.from_bytes(digest.digest(), "little")
+    """Text in the form in which two writings of it count as the same: case folded, white space collapsed."""
+    return " ".join(text.casefold().split())
 
 
 def prompt_key(row: Row) -> int:
-    """64 bits that are equal for rows with the same system, history and question after normalisation."""
-    turns = [text for turn in row.history for text in turn]
-    return _hash(row.system or "", *turns, row.question if row.prompt is None else row.prompt)
+    """64 bits, equal within one process for rows with the same system, history and question after normalisation."""
+    question = row.question if row.prompt is None else row.prompt
+    history = tuple(normalised(text) for turn in row.history for text in turn)
+    return hash((normalised(row.system or ""), history, normalised(question)))
 
 
-def pair_key(row: Row) -> int:
-    return _hash(str(prompt_key(row)), row.chosen, row.rejected)
+def pair_key(row: Row, prompt: int | None = None) -> int:
+    """64 bits, equal within one process for rows with equal prompt and answers after normalisation."""
+    return hash((prompt_key(row) if prompt is None else prompt, normalised(row.chosen), normalised(row.rejected)))
 
 
 def script_of(text: str) -> str:
-    """The script that most letters of the text's beginning are in ('other' without letters)."""
-    sample = text[:SCRIPT_SAMPLE]
-    latin = len(_LATIN.findall(sample))
-    if sample.isascii():
-        return "latin" if latin else "other"
-    counts = {name: len(pattern.findall(sample)) for name, pattern in _SCRIPT_PATTERNS.items()}
-    if counts["kana"]:
-        counts["kana"] += counts.pop("han")
-    counts["latin"] = latin / 4  # a Latin letter says about a quarter of what a Han character says
-    best = max(counts, key=lambda name: counts[name])
-    return best if counts[best] else "other"
+    """The script that most letters of the text are in ('other' without letters)."""
+    if text.isascii():
+        return "latin" if any(map(str.isalpha, text)) else "other"
+    counts: Counter[str] = Counter(_BLOCKS.get(ord(char) >> 8, "other") for char in text if char.isalpha())
+    if not counts:
+        return "other"
+    if counts["kana"] * 5 > counts["han"] + counts["latin"]:
+        return "kana"  # Japanese text has both
+    counts["latin"] /= 4  # a Latin letter says about a quarter of what a Han character says
+    return max(counts, key=lambda name: counts[name])
 
 
 def nearly_identical(a: str, b: str) -> bool:
-    """Whether the answers differ in one short stretch only: at most 5% of the longer one, or in case and white space."""
-    longer = max(len(a), len(b))
-    allowed = longer // 20
-    if abs(len(a) - len(b)) > max(allowed, 8):
+    """Whether two answers of about equal length are the same but for case and white space, or share 80% of their
+    neighbouring pairs of characters (of the first 1,000)."""
+    if abs(len(a) - len(b)) > max(len(a), len(b)) // 10:
         return False
-    if a.casefold().split() == b.casefold().split():
+    if normalised(a) == normalised(b):
         return True
-    begin = _common_prefix(a, b)
-    end = min(_common_prefix(a[::-1], b[::-1]), len(a) - begin, len(b) - begin)
-    return longer - begin - end <= allowed
-
-
-def _common_prefix(a: str, b: str) -> int:
-    low, high = 0, min(len(a), len(b))
-    while low < high:  # slices compare in C, so bisection beats a loop over characters
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    a, b = a[:ANSWER_SAMPLE], b[:ANSWER_SAMPLE]
+    ours, theirs = set(zip(a, a[1:], strict=False)), set(zip(b, b[1:], strict=False))
+    return len(ours & theirs) >= 0.8 * len(ours | theirs) > 0
 
 
 class TextStats:
@@ -106,7 +77,7 @@ class TextStats:
 
     def __init__(self) -> None:
         self.rows = 0
-        self.prompts, self.pairs = array("Q"), array("Q")
+        self.prompts, self.pairs = array("q"), array("q")
         self.lengths = {name: array("L") for name in ("prompt", "chosen", "rejected")}
         self.scripts: Counter[str] = Counter()
         self.control: Counter[str] = Counter()
@@ -118,12 +89,12 @@ class TextStats:
         prompt = row.question if row.prompt is None else row.prompt
         key = prompt_key(row)
         self.prompts.append(key)
-        self.pairs.append(_hash(str(key), row.chosen, row.rejected))
+        self.pairs.append(pair_key(row, key))
         context = sum(len(text) for turn in row.history for text in turn) + len(row.system or "")
         self.lengths["prompt"].append(len(prompt) + context)
         self.lengths["chosen"].append(len(row.chosen))
         self.lengths["rejected"].append(len(row.rejected))
-        self.scripts[script_of(prompt + " " + row.chosen[:SCRIPT_SAMPLE])] += 1
+        self.scripts[script_of(prompt[:SCRIPT_SAMPLE] + row.chosen[:SCRIPT_SAMPLE])] += 1
         self.system_rows += row.system is not None
         self.history_rows += bool(row.history)
         if nearly_identical(row.chosen, row.rejected):
@@ -131,7 +102,8 @@ class TextStats:
         self._control_text(row)
 
     def _control_text(self, row: Row) -> None:
-        texts = [row.question, row.prompt or "", row.chosen, row.rejected, row.system or "", *sum(row.history, ())]
+        texts = [row.question, row.prompt or "", row.chosen, row.rejected, row.system or ""]
+        texts += [text for turn in row.history for text in turn]
         found = {match for text in texts if "<" in text or "[" in text for match in _CONTROL.findall(text)}
         if found:
             self.counts["control_text_rows"] += 1
@@ -184,7 +156,7 @@ def length_bias(longer: int, equal: int, rows: int) -> dict[str, float]:
 
 
 def shared_prompts(train: Iterable[Row], evaluation: Iterable[Row], report: DataReport | None = None) -> list[Row]:
-    """The evaluation rows whose prompt (after normalisation) is also in the training rows; a warning in `report` for them."""
+    """The evaluation rows whose prompt (after normalisation) is trained on too; with `report`, a warning for them."""
     seen = {prompt_key(row) for row in train}
     shared = [row for row in evaluation if prompt_key(row) in seen]
     if report is not None:

@@ -79,6 +79,7 @@ def iter_rows(
     data_check: str = "drop",
     prompt_as_question: bool = False,
     section: str = "text",
+    repeats: Repeats | None = None,
     on_file: Callable[[str, Format, str], None] | None = None,
     on_record: Callable[[str, Position], None] | None = None,
 ) -> Iterator[Row]:
@@ -88,6 +89,7 @@ def iter_rows(
         report: gets the counts, the faults, and at the end the figures of `TextStats` under `section`.
         data_check: 'drop' reports a faulty row and goes on, 'strict' raises DataError at the first.
         prompt_as_question: read the string prompt of {prompt, chosen, rejected} as a question, for writing triples.
+        repeats: which rows to leave out as repeats of earlier ones.
         on_file: called with source, format and why it was recognised. on_record: called for each record read.
 
     Raises DataError for what cannot be read at all; ValueError for a choice that does not exist.
@@ -98,6 +100,9 @@ def iter_rows(
     stats = TextStats()
     for source in find_sources(paths):
         for row in reading.rows_of(source, on_file, on_record):
+            if repeats is not None and (reason := repeats.reason(row)):
+                report.drop(reason, row.file, row.line)
+                continue
             stats.add(row)
             yield row
     if stats.rows:
@@ -181,8 +186,8 @@ class _Reading:
     def _warn_rendered(self, source: str, line: int) -> None:
         if not self.report.notes["prompt_looks_rendered"]:
             self.report.warn(
-                f"prompts look as if a template had been applied to them, the first at {source}:{line}: they are taken as "
-                "questions as they stand; --split-system takes the known templates apart"
+                f"prompts look as if a template had been applied to them, the first at {source}:{line}: they are taken "
+                "as questions as they stand; --split-system takes the known templates apart"
             )
         self.report.notes["prompt_looks_rendered"] += 1
 
@@ -214,8 +219,9 @@ def check(pair: Pair, file: str, line: int, report: DataReport) -> Row:
     if chosen == rejected:
         raise Drop("identical_answers")
     history = _check_history(pair.history)
+    system = (pair.system or "").strip() or None
     _take_notes(pair, report)
-    return Row(question, chosen, rejected, (pair.system or "").strip() or None, history, pair.prompt, file, line, pair.extra)
+    return Row(question, chosen, rejected, system, history, pair.prompt, file, line, pair.extra)
 
 
 def _take_notes(pair: Pair, report: DataReport) -> None:

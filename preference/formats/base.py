@@ -74,7 +74,7 @@ class Format:
 
 
 def take(row: RowDict, *keys: str) -> list[Any]:
-    """The values of `keys` ("a|b": the first that is there). Raises Drop('missing_key') naming each that is absent or null."""
+    """The values of `keys` ("a|b": the first that is there). Raises Drop('missing_key') that names the absent ones."""
     values = []
     missing = []
     for alternatives in keys:

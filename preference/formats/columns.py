@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from preference.formats.base import Format, Options, Pair, RowDict, take
-from preference.formats.messages import is_message, is_messages, pair_of_dialogues, pair_of_messages, reply_of
+from preference.formats.messages import is_messages, pair_of_dialogues, pair_of_messages, plain_reply
 
 MEANINGS = ("question", "chosen", "rejected", "system", "history")
 
@@ -38,7 +38,7 @@ def pairs(row: RowDict, options: Options) -> Iterator[Pair]:
     if is_messages(question):
         yield pair_of_messages(question, chosen, rejected, system)
         return
-    chosen, rejected = (reply_of(side) if is_messages(side) or is_message(side) else side for side in (chosen, rejected))
+    chosen, rejected = plain_reply(chosen), plain_reply(rejected)
     yield Pair(question, chosen, rejected, system, row.get(columns["history"]) if "history" in columns else None)
 
 

@@ -17,8 +17,9 @@ _MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _BEGINS = re.compile(r"\s*Human:")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 CARD_WARNING = (
-    "the card of HH-RLHF says that its pairs are not meant for supervised training of dialogue agents: both replies may be "
-    "harmful, and ORPO (like any loss with an NLL term) trains on chosen as a model answer; prefer loss=dpo or look at the rows"
+    "the card of HH-RLHF says that its pairs are not meant for supervised training of dialogue agents: both replies "
+    "may be harmful, and ORPO (like any loss with an NLL term) trains on chosen as a model answer; prefer loss=dpo, or "
+    "look at the rows"
 )
 
 

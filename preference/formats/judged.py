@@ -22,7 +22,8 @@ def ultramix(row: RowDict, options: Options) -> Iterator[Pair]:
 def capybara(row: RowDict, options: Options) -> Iterator[Pair]:
     """`prompt` holds the first turn alone in multi-turn rows, so the dialogue is read from chosen and rejected."""
     chosen, rejected = take(row, "chosen", "rejected")
-    yield pair_of_dialogues(chosen, rejected, row.get("system"), gap_of(row, "rating_chosen", "rating_rejected", options))
+    extra = gap_of(row, "rating_chosen", "rating_rejected", options)
+    yield pair_of_dialogues(chosen, rejected, row.get("system"), extra)
 
 
 ULTRAMIX = Format(

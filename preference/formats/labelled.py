@@ -13,7 +13,7 @@ from preference.formats.messages import Turn, is_messages, pair_of_context, pair
 
 
 def shp(row: RowDict, options: Options) -> Iterator[Pair]:
-    """`history` is the post, so the question; labels 1 prefers A. --min-score-gap is compared with score_ratio (>= 1)."""
+    """`history` is the post, so the question; labels 1 prefers A. The gap is score_ratio, which is at least 1."""
     post, first, second, label = take(row, "history", "human_ref_A", "human_ref_B", "labels")
     chosen, rejected = (first, second) if index(label, 2) == 1 else (second, first)
     ratio = number(row.get("score_ratio"))
@@ -50,7 +50,7 @@ def pku(row: RowDict, options: Options) -> Iterator[Pair]:
 
 
 def ask_axis(rows: Iterable[RowDict], options: Options) -> str | None:
-    """The question of which label decides, with what hangs on it; None where it is settled or there is one label only."""
+    """The question of which label decides, with what hangs on it; None if that is settled or there is one label."""
     if options.axis:
         return None
     both = differ = 0
@@ -62,7 +62,7 @@ def ask_axis(rows: Iterable[RowDict], options: Options) -> str | None:
     if not both:
         return None
     return (
-        f"the rows carry two labels, more helpful (better_response_id) and safer (safer_response_id), which disagree in "
+        "the rows carry two labels, more helpful (better_response_id) and safer (safer_response_id), which disagree in "
         f"{differ} of {both} rows: say which one decides, --axis better or --axis safer"
     )
 
@@ -75,8 +75,8 @@ PKU = Format(
     pairs=pku,
     ask=ask_axis,
     warnings=(
-        "in many rows both answers are unsafe (counted as both_unsafe): ORPO would train on the chosen one as a model answer; "
-        "the licence is CC-BY-NC-4.0",
+        "in many rows both answers are unsafe (counted as both_unsafe): ORPO would train on the chosen one as a model "
+        "answer; the licence is CC-BY-NC-4.0",
     ),
 )
 
@@ -152,7 +152,7 @@ def first_or_second(row: RowDict, options: Options) -> Iterator[Pair]:
     prompt, first, second, label = take(row, "prompt|question", "response_1", "response_2", "label")
     found = number(label)
     if found not in (0, 1, 2):
-        raise Drop("wrong_label", f"label must be 1 (first is better) or 0 or 2 (second is better), not {str(label)[:40]!r}")
+        raise Drop("wrong_label", f"label must be 1 (the first is better), 0 or 2 (the second), not {str(label)[:40]!r}")
     yield Pair(prompt, first, second) if found == 1 else Pair(prompt, second, first)
 
 
@@ -162,6 +162,6 @@ FIRST_OR_SECOND = Format(
     needs=("prompt|question", "response_1", "response_2", "label"),
     answers=frozenset({"response_1", "response_2"}),
     pairs=first_or_second,
-    only_when_named="nothing in the file says what its label means; --format pairwise-label reads 1 as 'response_1 is better' "
-    "and 0 or 2 as 'response_2 is better'",
+    only_when_named="nothing in the file says what its label means; --format pairwise-label reads 1 as 'response_1 is "
+    "better' and 0 or 2 as 'response_2 is better'",
 )

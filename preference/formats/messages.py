@@ -49,11 +49,11 @@ def text_of(content: Any) -> str:
             continue
         if not isinstance(part, dict):
             raise Drop("wrong_type", f"a part of a message must be text, not {type(part).__name__}")
-        kind = part.get("type", "text")
+        kind = str(part.get("type", "text"))
         if kind in TOOL_PARTS:
             raise Drop("tool_calls", f"a message part of type {kind}: a triple cannot carry tool calls")
         if kind != "text":
-            raise Drop("images", f"a message part of type {str(kind)[:30]!r}: a triple carries text alone")
+            raise Drop("images", f"a message part of type {kind[:30]!r}: a triple carries text alone")
         value = next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), None)
         if not isinstance(value, str):
             raise Drop("wrong_type", "a text part of a message without text")
@@ -65,7 +65,8 @@ def turn_of(message: Any) -> Turn:
     if not isinstance(message, dict):
         raise Drop("wrong_type", f"a message must be an object with role and content, not {type(message).__name__}")
     role = next((message[key] for key in ("role", "from") if message.get(key) is not None), None)
-    if message.get("tool_calls") or message.get("function_call") or (isinstance(role, str) and role.lower() in TOOL_ROLES):
+    calls = message.get("tool_calls") or message.get("function_call")
+    if calls or (isinstance(role, str) and role.lower() in TOOL_ROLES):
         raise Drop("tool_calls", "a turn that calls a tool or holds its result: a triple cannot carry it")
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise Drop("unknown_role", f"a message whose role is {str(role)[:40]!r}")
@@ -110,7 +111,7 @@ def context_of(turns: list[Turn]) -> dict[str, Any]:
 
 
 def reply_of(answer: Any, context: list[Turn] | None = None) -> str:
-    """The text of an answer: a string, one assistant message, a list of it, or a dialogue that repeats `context` first."""
+    """The text of an answer: a string, an assistant message, a list of one, or a dialogue that opens with `context`."""
     if isinstance(answer, str):
         return answer
     turns = [turn_of(answer)] if is_message(answer) and not is_messages(answer) else turns_of(answer)
@@ -125,8 +126,14 @@ def reply_of(answer: Any, context: list[Turn] | None = None) -> str:
     raise Drop("different_prompts", "the answer's own dialogue differs from the prompt")
 
 
+def plain_reply(answer: Any) -> Any:
+    """The text of an answer that stands as a message or a list of one; any other value as it is."""
+    return reply_of(answer) if is_messages(answer) or is_message(answer) else answer
+
+
 def same(turns: list[Turn], others: list[Turn]) -> bool:
-    if turns and others and (turns[0].role == "system") != (others[0].role == "system"):  # one side may leave it out
+    """Equal but for outer white space; a leading system turn may be missing on one side."""
+    if turns and others and (turns[0].role == "system") != (others[0].role == "system"):
         turns, others = [[t for t in side if t.role != "system"] for side in (turns, others)]
     return [(t.role, t.text.strip()) for t in turns] == [(t.role, t.text.strip()) for t in others]
 
@@ -140,8 +147,8 @@ def pair_of_dialogues(chosen: Any, rejected: Any, system: Any = None, extra: dic
         if turns[-1].role != "assistant":
             raise Drop("irregular_turns", f"{name} ends in a {turns[-1].role} turn")
     if not same(ours[:-1], theirs[:-1]):
-        shared = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if not same([a], [b])), 0)
-        raise Drop("different_prompts", f"the two dialogues part at turn {shared + 1} of {len(ours)} and {len(theirs)}")
+        parts = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False), 1) if not same([a], [b])), 0)
+        raise Drop("different_prompts", f"the two dialogues part at turn {parts} of {len(ours)} and {len(theirs)}")
     return pair_of_context(ours[:-1], ours[-1].text, theirs[-1].text, system, extra)
 
 

@@ -24,7 +24,8 @@ def rejudged(row: RowDict, options: Options) -> Iterator[Pair]:
     extra = {}
     if options.min_score_gap is not None:
         ratings = row.get("rating")
-        scores = [number(value) for value in ratings] if isinstance(ratings, (list, tuple)) and len(ratings) == 2 else []
+        paired = isinstance(ratings, (list, tuple)) and len(ratings) == 2
+        scores = [number(value) for value in ratings] if paired else []
         low, high = sorted(scores) if scores and None not in scores else (None, None)
         extra = check_gap(high, low, options)
     yield Pair(question, chosen, rejected, row.get("system"), extra=extra)

@@ -1,4 +1,4 @@
-"""Families of one shape and few words: CValues-Comparison, stack-exchange-paired, Nectar, Azure / OpenAI, Zhongjing's tool."""
+"""Families of one shape: CValues-Comparison, stack-exchange-paired, Nectar, Azure / OpenAI, Zhongjing's tool."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ NECTAR = Format(
     name="nectar",
     what="Nectar: answers with ranks, 1 is best",
     needs=("prompt", "answers"),
-    also=lambda row: isinstance(row["answers"], (list, tuple)) and "rank" in (row["answers"] or [{}])[0],
+    also=lambda row: isinstance(row["answers"], (list, tuple)) and any(isinstance(a, dict) for a in row["answers"]),
     answers=frozenset({"answers"}),
     pairs=nectar,
 )
@@ -100,6 +100,6 @@ ZHONGJING_RANKS = Format(
     needs=("query", "rank1", "rank2"),
     answers=frozenset({"rank1", "rank2", "rank3", "rank4"}),
     pairs=zhongjing_ranks,
-    only_when_named="the published tool fills rank1 .. rank4 with the inverse of the order that the labeller gave, so most "
-    "rows may be mis-ordered; if yours are right, --format zhongjing-ranks reads rank1 as the best",
+    only_when_named="the published tool fills rank1 .. rank4 with the inverse of the order that the labeller gave, so "
+    "most rows may be mis-ordered; if yours are right, --format zhongjing-ranks reads rank1 as the best",
 )

@@ -22,12 +22,13 @@ def _is_label(value: Any) -> bool:
 
 
 def _kto(row: RowDict) -> bool:
-    label = row.get("label", row.get("kto_tag"))
-    return _is_label(label) and any(row.get(key) is not None for key in ("completion", "messages", "conversations", "response", "output"))  # fmt: skip
+    answers = ("completion", "messages", "conversations", "response", "output")
+    return _is_label(row.get("label", row.get("kto_tag"))) and any(row.get(key) is not None for key in answers)
 
 
 def _safety(row: RowDict) -> bool:
-    return row.get("response") is not None and any(row.get(key) is not None for key in ("is_safe", "safety_label", "is_toxic"))
+    labels = ("is_safe", "safety_label", "is_toxic")
+    return row.get("response") is not None and any(row.get(key) is not None for key in labels)
 
 
 def _red_team(row: RowDict) -> bool:
@@ -44,7 +45,7 @@ def _label_tool(row: RowDict) -> bool:
 
 def _wrapped(row: RowDict) -> bool:
     lists = [value for value in row.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return len(row) <= 3 and len(lists) >= 1 and any(key in row for key in ("data", "train", "rows", "examples", "instances"))
+    return bool(lists) and len(row) <= 3 and any(key in row for key in ("data", "train", "rows", "examples"))
 
 
 def _columns(row: RowDict) -> bool:
@@ -56,8 +57,8 @@ def _plain_sft(row: RowDict) -> bool:
     keys = {str(key) for key, value in row.items() if value is not None}
     answers = keys & {"output", "response", "completion", "answer", "target", "reply"}
     questions = keys & {"instruction", "prompt", "question", "query", "input"}
-    compared = any(part in key for key in keys for part in ("chosen", "reject", "prefer", "response_", "answer_", "_resp", "win"))
-    return bool(answers and questions) and not compared
+    comparing = ("chosen", "reject", "prefer", "response_", "answer_", "_resp", "win")
+    return bool(answers and questions) and not any(part in key for key in keys for part in comparing)
 
 
 def _messages_sft(row: RowDict) -> bool:

@@ -31,12 +31,13 @@ def check_gap(chosen: float | None, rejected: float | None, options: Options, *,
     return {"score_chosen": chosen, "score_rejected": rejected}
 
 
-def gap_of(row: RowDict, chosen_key: str, rejected_key: str, options: Options, *, labels: bool = True) -> dict[str, Any]:
-    return check_gap(number(row.get(chosen_key)), number(row.get(rejected_key)), options, labels=labels)
+def gap_of(row: RowDict, chosen: str, rejected: str, options: Options, *, labels: bool = True) -> dict[str, Any]:
+    """`check_gap` of the columns `chosen` and `rejected`."""
+    return check_gap(number(row.get(chosen)), number(row.get(rejected)), options, labels=labels)
 
 
 def pick(candidates: list[tuple[str, float]], options: Options, key: str) -> Iterator[tuple[str, str, dict] | Drop]:
-    """(chosen, rejected, extra) out of (text, score) candidates, as `options.pairs` says; a Drop for each pair that fails.
+    """(chosen, rejected, extra) out of (text, score) candidates, as `options.pairs` says; a Drop for a pair that fails.
 
     `key` (the question) and `options.seed` make best-random the same in every run and every order of rows.
     """

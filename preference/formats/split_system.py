@@ -10,17 +10,22 @@ from preference.formats.messages import ROLES, Turn, context_of
 
 _CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\s*|\Z)", re.DOTALL)
 _LLAMA2 = re.compile(r"\s*(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>(.*?)<</SYS>>)?(.*?)\[/INST\]\s*", re.DOTALL)
-_LABEL = re.compile(r"\s*(?:#+\s*)?(?:system(?: prompt| message)?|系统)\s*[:：]\s*(.+?)\n\s*(?:\n|(?=(?:#+\s*)?(?:user|human|用户)\s*[:：]))(.+)", re.DOTALL | re.IGNORECASE)  # fmt: skip
-_USER = re.compile(r"\s*(?:#+\s*)?(?:user|human|用户)\s*[:：]\s*", re.IGNORECASE)
+_USER_LABEL = r"\s*(?:#+\s*)?(?:user|human|用户)\s*[:：]\s*"
+_USER = re.compile(_USER_LABEL, re.IGNORECASE)
+_LABEL = re.compile(
+    rf"\s*(?:#+\s*)?(?:system(?: prompt| message)?|系统)\s*[:：]\s*(.+?)\n(?:\s*\n|(?={_USER_LABEL}))(.+)",
+    re.DOTALL | re.IGNORECASE,
+)
 _PERSONA = re.compile(
-    r"\s*((?:You are (?:an?|the) [^\n]{0,60}?(?:assistant|AI|chatbot|language model)\b|你是一?[个名位款]?[^\n]{0,20}?(?:助手|助理|机器人))[^\n]*)"
-    r"\n\s*\n(.+)", re.DOTALL,
-)  # fmt: skip
+    r"\s*((?:You are (?:an?|the) [^\n]{0,60}?(?:assistant|AI|chatbot|language model)\b"
+    r"|你是一?[个名位款]?[^\n]{0,20}?(?:助手|助理|机器人))[^\n]*)\n\s*\n(.+)",
+    re.DOTALL,
+)
 RENDERED = re.compile(r"<\|im_start\|>|\[INST\]|<\|start_header_id\|>|<start_of_turn>|(?:\A|\n\n)Human:")
 
 
 def split_system(pair: Pair) -> bool:
-    """Move what is found into system, history and question; False where nothing was. Raises Drop for irregular turns."""
+    """Move what is found into system, history and question; False if nothing was. Raises Drop for irregular turns."""
     text = pair.prompt if isinstance(pair.prompt, str) else pair.question
     if not isinstance(text, str) or pair.system or pair.history:
         return False

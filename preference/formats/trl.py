@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from os.path import commonprefix
 
 from preference.formats.base import Drop, Format, Options, Pair, RowDict, take
-from preference.formats.messages import is_message, is_messages, pair_of_dialogues, pair_of_messages, reply_of, turns_of
+from preference.formats.messages import is_messages, pair_of_dialogues, pair_of_messages, plain_reply, turns_of
 from preference.formats.scores import gap_of
 
 ANSWERS = frozenset({"chosen", "rejected"})
@@ -27,10 +27,10 @@ def pair_of_prompt(prompt, chosen, rejected, system=None, history=None, extra=No
     if is_messages(prompt):
         return pair_of_messages(prompt, chosen, rejected, system, extra)
     if is_messages(chosen) and is_messages(rejected) and len(turns_of(chosen)) > 1:
-        return pair_of_dialogues(chosen, rejected, system, extra)  # the dialogue is whole; a string prompt only repeats it
+        return pair_of_dialogues(chosen, rejected, system, extra)  # whole dialogues; a string prompt only repeats it
     as_it_stands = isinstance(chosen, str) and isinstance(rejected, str) and not system and not history
-    chosen, rejected = (reply_of(side) if is_messages(side) or is_message(side) else side for side in (chosen, rejected))
-    return Pair(prompt, chosen, rejected, system, history, prompt if as_it_stands else None, extra or {})
+    prompt_alone = prompt if as_it_stands else None
+    return Pair(prompt, plain_reply(chosen), plain_reply(rejected), system, history, prompt_alone, extra or {})
 
 
 def implicit_messages(row: RowDict, options: Options) -> Iterator[Pair]:
@@ -80,7 +80,7 @@ TRL_IMPLICIT_TEXT = Format(
     answers=ANSWERS,
     pairs=implicit_text,
     warnings=(
-        "there is no prompt column: the longest common beginning of both texts is taken as the question, which is a guess; "
-        "look at a few rows, or name the columns with --columns",
+        "there is no prompt column: the longest common beginning of both texts is taken as the question, which is a "
+        "guess; look at a few rows, or name the columns with --columns",
     ),
 )

@@ -15,7 +15,7 @@ ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 def raw(row: RowDict, options: Options) -> Iterator[Pair | Drop]:
     """Ranked by the mean of the four ratings: `overall_score` is wrong in thousands of rows of the first release.
 
-    A completion that lacks one of the four is left out. `custom_system_prompt` differs by completion, so it is no system.
+    A completion that lacks one of the four is left out. `custom_system_prompt` differs by completion: it is no system.
     """
     question, completions = take(row, "instruction", "completions")
     if not isinstance(completions, (list, tuple)):
@@ -41,7 +41,8 @@ def _scored(chosen_key: str, rejected_key: str):
     def pairs(row: RowDict, options: Options) -> Iterator[Pair]:
         chosen, rejected = take(row, "chosen", "rejected")
         extra = gap_of(row, chosen_key, rejected_key, options)
-        pair = pair_of_prompt(row.get("prompt", row.get("instruction")), chosen, rejected, row.get("system"), None, extra)
+        prompt = row.get("prompt", row.get("instruction"))
+        pair = pair_of_prompt(prompt, chosen, rejected, row.get("system"), None, extra)
         pair.prompt = None
         yield pair
 
