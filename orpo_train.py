@@ -331,7 +331,8 @@ def save(trainer: Any, conversation: Any) -> None:
     tokenizer = trainer.processing_class
     tokenizer.chat_template = chat_template_to_save(conversation, tokenizer)
     generation = trainer.model.generation_config
-    generation.eos_token_id = stop_token_ids(conversation, tokenizer)
+    stop_ids = stop_token_ids(conversation, tokenizer)
+    generation.eos_token_id = stop_ids[0] if len(stop_ids) == 1 else stop_ids
     generation.pad_token_id = tokenizer.pad_token_id
     trainer.save_model()
     trainer.save_state()
@@ -366,5 +367,8 @@ def report(
 if __name__ == "__main__":
     try:
         main()
-    except ArgumentError as error:
-        sys.exit(f"orpo_train.py: {error}")
+    except Exception as error:
+        # The project's own errors are written for the user; a traceback would only hide them. All others are faults.
+        if not type(error).__module__.startswith(("preference", "conversation")):
+            raise
+        sys.exit(f"orpo_train.py: {type(error).__name__}: {error}")

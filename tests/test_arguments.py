@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from preference.arguments import ArgumentError, parse_arguments
 
 
@@ -93,7 +94,14 @@ def test_a_bad_config_file_names_itself(tmp_path, text, message):
 
 
 def test_help_imports_nothing_heavy(root):
-    code = "import sys; from preference.arguments import parse_arguments\ntry: parse_arguments(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    code = """
+import sys
+from preference.arguments import parse_arguments
+try:
+    parse_arguments(["--help"])
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--orpo_beta" in done.stdout
