@@ -1,0 +1,187 @@
+"""Loading what a run has left: the tuned model, the base that it came from, the tokenizer, template and stop tokens.
+
+`find_source` says what a name is: a run's output folder, one of its checkpoints, a plain model folder or a hub id.
+Nothing is loaded until asked for, and a moved base model can be named by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from preference.hardware import Hardware
+from preference.starter import ROOT, resolve_model
+from preference.templates import resolve_template, stop_token_ids
+
+
+class LoadingError(RuntimeError):
+    """A model that cannot be loaded as asked; str() says the way out."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name given on the command line leads to.
+
+    `name` and `base` are what from_pretrained takes. `base` is the model that an adapter belongs to, or that a full
+    run started from; None where nobody wrote it down. `run` is the run's run.json, empty for other models.
+    """
+
+    name: str
+    adapter: bool
+    base: str | None
+    run: Mapping[str, Any] = field(default_factory=dict)
+    run_folder: Path | None = None  # the folder of run.json: the parent of a checkpoint
+    trust_remote_code: bool = False
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The flags of the run."""
+        return self.run.get("arguments", {})
+
+    def file(self, name: str) -> Path | None:
+        """A file of the model's folder, or of its run's folder if the model is a checkpoint without it."""
+        for folder in (Path(self.name), self.run_folder):
+            if folder is not None and (folder / name).is_file():
+                return folder / name
+        return None
+
+
+def find_source(
+    name: str, *, base: str | None = None, use_modelscope: bool = False, trust_remote_code: bool = False
+) -> Source:
+    """What `name` is. `base` overrides the base model that the run wrote down.
+
+    Raises:
+        ModelNotFound: nothing is called so.
+        LoadingError: the adapter or run.json there cannot be read.
+    """
+    name = resolve_model(name, use_modelscope=use_modelscope)
+    run_folder = _run_folder(Path(name))
+    run = _read_json(run_folder / "run.json") if run_folder else {}
+    config = find_adapter_config_file(name)
+    if config is not None:
+        base = base or _read_json(Path(config)).get("base_model_name_or_path")
+        if not base:
+            raise LoadingError(f"{name} is an adapter that does not say whose: name its model with --base_model")
+    base = base or run.get("arguments", {}).get("model_name_or_path")
+    if not config and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise LoadingError(f"{name} holds neither config.json nor adapter_config.json: has the run ended?")
+    return Source(name, config is not None, base, run, run_folder, trust_remote_code)
+
+
+def _run_folder(folder: Path) -> Path | None:
+    parents = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
+    return next((parent for parent in parents if (parent / "run.json").is_file()), None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadingError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadingError(f"{path} does not hold a JSON object")
+    return value
+
+
+def resolve_base(source: Source, use_modelscope: bool = False) -> str:
+    """What from_pretrained takes for the base model: as the run wrote it, or below the project's folder.
+
+    Raises:
+        LoadingError: nobody wrote it down.
+        ModelNotFound: it is not where the run says.
+    """
+    if source.base is None:
+        raise LoadingError(f"{source.name} does not say which model it was tuned from: name it with --base_model")
+    below_project = ROOT / source.base
+    if not os.path.isabs(source.base) and not Path(source.base).is_dir() and below_project.is_dir():
+        return str(below_project)
+    return resolve_model(source.base, use_modelscope=use_modelscope)
+
+
+def pick_dtype(name: str, hardware: Hardware) -> torch.dtype:
+    """The type to compute in: `name`, or for "auto" bfloat16 where the device multiplies it natively, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if hardware.bf16 and hardware.device != "cpu" else torch.float32
+
+
+def load_base_model(source: Source, dtype: torch.dtype, device: str, use_modelscope: bool = False) -> PreTrainedModel:
+    """The model before tuning, for generation."""
+    return _load(resolve_base(source, use_modelscope), source, dtype, device)
+
+
+def load_tuned_model(source: Source, dtype: torch.dtype, device: str, use_modelscope: bool = False) -> Any:
+    """The tuned model for generation: a PeftModel over its base where the run trained an adapter.
+
+    Raises:
+        LoadingError: the adapter does not fit the base model.
+    """
+    if not source.adapter:
+        return _load(source.name, source, dtype, device)
+    from peft import PeftModel
+
+    base = load_base_model(source, dtype, device, use_modelscope)
+    try:
+        model = PeftModel.from_pretrained(base, source.name, torch_device=device)
+    except (RuntimeError, ValueError) as error:  # shapes or module names that the base does not have
+        raise LoadingError(
+            f"the adapter in {source.name} does not fit its base model {source.base}: {str(error)[:500]}\n"
+            "If another model lies there now, name the right one with --base_model"
+        ) from error
+    return model.eval()
+
+
+def _load(name: str, source: Source, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:  # no weights, an unknown architecture, code that is not trusted
+        raise LoadingError(f"{name} cannot be loaded: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the model; with a pad token, which batches need and masks hide."""
+    folder = source.file("tokenizer_config.json") or source.file("tokenizer.json")
+    where = str(folder.parent) if folder else source.name
+    if folder is None and source.adapter and Path(source.name).is_dir():
+        where = resolve_base(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise LoadingError(f"{where} has no tokenizer that can be loaded: {error}") from error
+    if not tokenizer.chat_template and source.file("chat_template.jinja"):  # a checkpoint of a run: the run's own
+        tokenizer.chat_template = source.file("chat_template.jinja").read_text(encoding="utf-8")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def load_template(source: Source, tokenizer: Any, name: str | None = None) -> tuple[Any, list[str]]:
+    """The conversation template that the model was trained with, and warnings to print; `name` overrides it.
+
+    It is the one that run.json names, which is what was saved as the chat template; without a run, the tokenizer's own.
+    """
+    name = name or str(source.run.get("template", "auto"))
+    return resolve_template(name, tokenizer, fold_system=bool(source.arguments.get("fold_system")))
+
+
+def generation_config(source: Source, model: Any) -> GenerationConfig:
+    """The run's generation_config.json, or the model's own."""
+    path = source.file("generation_config.json")
+    return GenerationConfig.from_pretrained(path.parent) if path else model.generation_config
+
+
+def stop_ids(config: GenerationConfig, template: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends an answer: those of the generation config, then the template's stop token and EOS."""
+    ids = config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return list(dict.fromkeys([*ids, *stop_token_ids(template, tokenizer)]))
