@@ -262,34 +262,37 @@ def _deepseek(name: str, models: str, **changes) -> Conversation:
     return replace(base, **changes)
 
 
-def _tagged(name: str, models: str, system: str, user: str, assistant: str, gap: str, stop: str, end: str, **changes):
-    """A tag per role, `gap` between tag and text, `end` behind every turn, of which `stop` is learned."""
-    tokens = (system, user, assistant.strip(), stop)
-    base = Conversation(name, models, (user + gap, end), assistant, stop, end, tokens, (system + gap, end))
+def _tagged(
+    name: str, models: str, first: str, asks: str, replies: str, gap: str, stop: str, end: str, **changes
+) -> Conversation:
+    """A tag per role, `gap` between the first two and their text, `end` behind turns; `stop` is the part learned."""
+    tokens = (first, asks, replies, stop)
+    base = Conversation(name, models, (asks + gap, end), replies, stop, end, tokens, (first + gap, end))
     return replace(base, **changes)
 
 
 _LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-_INST_TOKENS = ("<s>", "</s>", "[INST]", "[/INST]")
-_TURN, _END = "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"  # Command R
-_ROLES = ("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
-_STOP = "[|endofturn|]"  # EXAONE
+_LLAMA3_1 = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # written whatever the day
+_QWEN2_5 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+_SMOLLM2 = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-)
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+_INST_TOKENS = ("<s>", "</s>", "[INST]", "[/INST]")
+_TAGS = ("<|system|>", "<|user|>", "<|assistant|>")
+_EXAONE = ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]")
+_BAICHUAN = ("<reserved_106>", "<reserved_107>", "</s>")
+_DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
+_PHI4 = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
+_TURN, _END = "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"  # Command R
+_ROLES = ("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
 
 _TABLE = [
     _chatml("chatml", "generic ChatML: OpenHermes, MiniCPM4, many fine-tunes"),
     _chatml("qwen2", "Qwen1.5, Qwen2 Instruct", default_system="You are a helpful assistant."),
-    _chatml(
-        "qwen2_5",
-        "Qwen2.5, Qwen2.5-Coder Instruct",
-        default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    ),
+    _chatml("qwen2_5", "Qwen2.5, Qwen2.5-Coder Instruct", default_system=_QWEN2_5),
     _chatml("qwen3", "Qwen3 hybrid, thinking", reasoning="block"),
     _chatml("qwen3_nothink", "Qwen3 hybrid, not thinking", reasoning="closed", opens="<think>\n\n</think>\n\n"),
     _chatml("qwen3_5", "Qwen3.5 from 4B on, thinking", reasoning="open", opens="<think>\n", strip="SUR"),
@@ -302,124 +305,47 @@ _TABLE = [
         turn_end=" </s>",
     ),
     _headers("llama3", "Llama 3 Instruct", *_LLAMA3, strip="SUR"),
-    _headers(
-        "llama3_1",
-        "Llama 3.1, 3.3 Instruct",
-        *_LLAMA3,
-        preamble="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",  # whatever the day
-        default_system="",
-        strip="SUR",
-    ),
+    _headers("llama3_1", "Llama 3.1, 3.3 Instruct", *_LLAMA3, _LLAMA3_1, default_system="", strip="SUR"),
     _headers("llama4", "Llama 4 Scout, Maverick", "<|header_start|>", "<|header_end|>", "<|eot|>", strip="S"),
     _inst("mistral_v1", "Mistral 7B v0.1, v0.2, Mixtral 8x7B", (" [INST] ", " [/INST]"), " ", system_place="first"),
     _inst("mistral_v3", "Mistral 7B v0.3, Large 2407", ("[INST] ", "[/INST]"), " ", strip="R", tokens=_INST_TOKENS),
     _inst("mistral_nemo", "Mistral Nemo 2407", ("[INST]", "[/INST]"), "", tokens=_INST_TOKENS),
     _gemma("gemma", "Gemma 1, 2", "<start_of_turn>", "<end_of_turn>", system_place="refused"),
     _gemma("gemma3", "Gemma 3", "<start_of_turn>", "<end_of_turn>"),
-    _gemma(
-        "gemma4",
-        "Gemma 4 E2B, E4B",
-        "<|turn>",
-        "<turn|>",
+    replace(
+        _gemma("gemma4", "Gemma 4 E2B, E4B", "<|turn>", "<turn|>", alternates=False, strip="SUR", reasoning="channel"),
         system=("<|turn>system\n", "<turn|>\n"),
         system_place="turn",
-        strip="SUR",
-        reasoning="channel",
-        alternates=False,
     ),
-    _tagged("phi3", "Phi-3 mini", "<|system|>", "<|user|>", "<|assistant|>\n", "\n", "<|end|>", "<|end|>\n"),
-    _chatml(
-        "phi4",
-        "Phi-4 14B",
-        system=("<|im_start|>system<|im_sep|>", "<|im_end|>"),
-        user=("<|im_start|>user<|im_sep|>", "<|im_end|>"),
-        assistant="<|im_start|>assistant<|im_sep|>",
-        turn_end="<|im_end|>",
-        tokens=("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
-    ),
-    _tagged("phi4_mini", "Phi-4 mini", "<|system|>", "<|user|>", "<|assistant|>", "", "<|end|>", "<|end|>"),
-    _deepseek(
-        "deepseek_v2",
-        "DeepSeek LLM, V2, Coder-V2",
-        system=("", "\n\n"),
-        user=("User: ", "\n\n"),
-        assistant="Assistant:",
-        seam=" ",
-        tokens=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
-    ),
+    _tagged("phi3", "Phi-3 mini", *_TAGS, "\n", "<|end|>", "<|end|>\n", assistant="<|assistant|>\n"),
+    _tagged("phi4", "Phi-4 14B", *(f"<|im_start|>{role}<|im_sep|>" for role in ("system", "user", "assistant")),
+            "", "<|im_end|>", "<|im_end|>", tokens=_PHI4),
+    _tagged("phi4_mini", "Phi-4 mini", *_TAGS, "", "<|end|>", "<|end|>"),
+    _deepseek("deepseek_v2", "DeepSeek LLM, V2, Coder-V2", system=("", "\n\n"), user=("User: ", "\n\n"),
+              assistant="Assistant:", seam=" ", tokens=_DEEPSEEK),
     _deepseek("deepseek_v3", "DeepSeek V2.5, V3"),
     _deepseek("deepseek_r1_distill", "DeepSeek-R1-Distill", reasoning="open-raw", opens="<think>\n"),
-    replace(
-        _tagged("chatglm3", "ChatGLM3-6B", "<|system|>", "<|user|>", "<|assistant|>", "\n ", "</s>", ""),
-        begin="[gMASK]sop",
-        seam="\n ",
-    ),
-    replace(
-        _tagged("glm4", "GLM-4-9B-Chat", "<|system|>", "<|user|>", "<|assistant|>", "\n", "<|user|>", ""),
-        begin="[gMASK]<sop>",  # the model ends its turn by opening the user's, so <|user|> is the stop text
-        seam="\n",
-        skip_empty="SUR",
-    ),
+    _tagged("chatglm3", "ChatGLM3-6B", *_TAGS, "\n ", "</s>", "", begin="[gMASK]sop", seam="\n "),
+    # GLM-4 ends its turn by opening the user's, so <|user|> is what it must learn to write.
+    _tagged("glm4", "GLM-4-9B-Chat", *_TAGS, "\n", "<|user|>", "", begin="[gMASK]<sop>", seam="\n", skip_empty="SUR"),
     _chatml("internlm2", "InternLM2, 2.5, 3", begin="<s>", tokens=("<s>", "<|im_start|>", "<|im_end|>")),
     _chatml("yi", "Yi-1.5 Chat", system=("", "")),
     _role_lines("zephyr", "Zephyr 7B beta, TinyLlama Chat", "</s>", closes="</s>\n"),
     _role_lines("olmo2", "OLMo 2 Instruct", "<|endoftext|>", begin="<|endoftext|>"),
     _role_lines("tulu3", "Llama-3.1-Tulu-3", "<|end_of_text|>"),
-    _chatml(
-        "smollm2",
-        "SmolLM2 Instruct",
-        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-    ),
+    _chatml("smollm2", "SmolLM2 Instruct", default_system=_SMOLLM2),
     _chatml("minicpm3", "MiniCPM3-4B", skip_empty="S"),
     _role_lines("falcon3", "Falcon3 Instruct", "<|endoftext|>"),
-    replace(
-        _tagged("command_r", "Command R, R+ v01, Aya Expanse", *(_TURN + role for role in _ROLES), "", _END, _END),
-        begin="<BOS_TOKEN>",
-        tokens=("<BOS_TOKEN>", _TURN, *_ROLES, _END),
-        strip="UR",
-        alternates=True,
-    ),
-    replace(
-        _tagged("exaone3_5", "EXAONE 3.5", "[|system|]", "[|user|]", "[|assistant|]", "", _STOP, _STOP + "\n"),
-        user=("[|user|]", "\n"),
-        default_system="",
-    ),
-    Conversation(
-        "baichuan2",
-        "Baichuan2 Chat",
-        user=("<reserved_106>", ""),
-        assistant="<reserved_107>",
-        reply_end="</s>",
-        turn_end="",
-        tokens=("<reserved_106>", "<reserved_107>", "</s>"),
-    ),
-    Conversation(
-        "vicuna",
-        "Vicuna v1.1 to v1.5",
-        default_system=_VICUNA,
-        system=("", " "),
-        user=("USER: ", " "),
-        assistant="ASSISTANT:",
-        seam=" ",
-        reply_end="</s>",
-        turn_end="</s>",
-        tokens=("</s>",),
-    ),
-    Conversation(
-        "alpaca",
-        "Stanford Alpaca, single-turn",
-        begin=_ALPACA,
-        system=("", "\n\n"),
-        system_place="refused",
-        user=("### Instruction:\n", "\n\n"),
-        assistant="### Response:",
-        reply_end="</s>",
-        turn_end="</s>",
-        tokens=("</s>",),
-        single_turn=True,
-        alternates=True,
-    ),
-]
+    _tagged("command_r", "Command R, R+ v01, Aya Expanse", *(_TURN + role for role in _ROLES), "", _END, _END,
+            begin="<BOS_TOKEN>", tokens=("<BOS_TOKEN>", _TURN, *_ROLES, _END), strip="UR", alternates=True),
+    _tagged("exaone3_5", "EXAONE 3.5 Instruct", *_EXAONE[:3], "", _EXAONE[3], _EXAONE[3] + "\n",
+            user=("[|user|]", "\n"), default_system=""),
+    Conversation("baichuan2", "Baichuan2 Chat", (_BAICHUAN[0], ""), _BAICHUAN[1], "</s>", "", _BAICHUAN),
+    Conversation("vicuna", "Vicuna v1.1 to v1.5", ("USER: ", " "), "ASSISTANT:", "</s>", "</s>", ("</s>",),
+                 ("", " "), default_system=_VICUNA, seam=" "),
+    Conversation("alpaca", "Stanford Alpaca, single-turn", ("### Instruction:\n", "\n\n"), "### Response:", "</s>",
+                 "</s>", ("</s>",), ("", "\n\n"), "refused", begin=_ALPACA + "\n\n", single_turn=True, alternates=True),
+]  # fmt: skip
 FAMILIES: dict[str, Conversation] = {conv.name: conv for conv in _TABLE}
 
 # Names that users of FastChat, MedicalGPT and LLaMA-Factory have in their scripts. A name here means the format that

@@ -99,7 +99,8 @@ WITH_HISTORY = {
     "baichuan2": ("<reserved_106>Is tea wet?<reserved_107>Yes.<reserved_106>And sand?<reserved_107>", "No.</s>"),
     "vicuna": (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. USER: Is tea wet? ASSISTANT: Yes.</s>USER: And sand? ASSISTANT:",
+        "detailed, and polite answers to the user's questions. USER: Is tea wet? ASSISTANT: Yes.</s>"
+        "USER: And sand? ASSISTANT:",
         " No.</s>",
     ),
 }
@@ -262,7 +263,7 @@ def test_names() -> None:
 
 
 def test_list_imports_nothing_heavy_and_names_every_family() -> None:
-    code = "import sys, conversation as c; c.main(['--list']); print(*{'torch', 'transformers', 'jinja2'} & {*sys.modules})"
+    code = "import sys, conversation as c; c.main(['--list']); print(*{'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     *table, heavy = done.stdout.split("\n")[:-1]
     assert heavy == ""
