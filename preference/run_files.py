@@ -1,0 +1,58 @@
+"""Reading and writing the small files of a run's folder, so that a crash or a resumed run leaves none half-written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; a line that a crash has cut short is left out. No file: no records."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+class JsonLines:
+    """A JSON-lines file of one run: `begin` once the run knows where it starts, then `append`.
+
+    Records appended before `begin` wait in memory: they belong to a run that may yet turn out to be a resumed one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.waiting: list[dict[str, Any]] | None = []
+
+    def begin(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Throw away earlier records but those that `keep`, add the waiting ones; returns what the file then holds."""
+        records = [*filter(keep, read_lines(self.path)), *(self.waiting or ())]
+        self.waiting = None
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(map(_line, records)), encoding="utf-8")
+        partial.replace(self.path)
+        return records
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        if self.waiting is not None:
+            self.waiting.append(dict(record))
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """JSON has no word for nan and infinity: they become null."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n"
