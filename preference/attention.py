@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from preference.segment_attention import SegmentAttention
+
 NAME, NAME_OVER_EAGER = "packed_pairs", "packed_pairs_eager"
 
 
@@ -39,12 +41,12 @@ class PackedMask:
     layout: Mapping[str, Any]
     window: int | None = None
     chunk: int | None = None
-    _bias: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict)
+    _made: dict[Any, Tensor] = field(default_factory=dict)
 
     def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """bool [queries, keys] for the last `queries` positions of a causal sequence of `keys` tokens."""
         at = (queries, keys, device)
-        if at not in self._bias:
+        if at not in self._made:
             key = torch.arange(keys, device=device)
             query = key[keys - queries :, None]
             keep = key <= query
@@ -52,8 +54,16 @@ class PackedMask:
                 keep &= key > query - self.window
             if self.chunk is not None:
                 keep &= key // self.chunk == query // self.chunk
-            self._bias[at] = keep
-        return self._bias[at]
+            self._made[at] = keep
+        return self._made[at]
+
+    def bias(self, queries: int, keys: int, like: Tensor) -> Tensor:
+        """`visible` as an additive mask of `like`'s dtype."""
+        at = (queries, keys, like.device, like.dtype)
+        if at not in self._made:
+            keep = self.visible(queries, keys, like.device)
+            self._made[at] = torch.zeros_like(keep, dtype=like.dtype).masked_fill_(~keep, float("-inf"))
+        return self._made[at]
 
     def narrows(self, keys: int) -> bool:
         """Whether the window or chunk hides anything from a causal sequence of `keys` tokens."""
@@ -159,11 +169,17 @@ def packed_attention(
     for name in ("position_bias",):
         if kwargs.get(name) is not None:
             raise EngineError(f"{type(module).__name__} adds {name} to its attention: use engine=trl")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as SDPA would
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    unusual = dropout > 0 or softcap is not None or s_aux is not None
+    if device == "cpu" and not unusual:
+        return SegmentAttention.apply(query[0], key[0], value[0], mask, scaling).transpose(0, 1)[None]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, m = q.shape[2], k.shape[2]
