@@ -146,6 +146,7 @@ def load_data(args: Arguments, conversation: Any, tokenizer: Any) -> tuple[Any, 
 
     data_report.json says what was left out, and why.
     """
+    from preference.text_stats import shared_prompts
     from preference.tokenization import build_dataset, split_by_prompt
     from preference.triples import DataReport, load_rows
 
@@ -153,8 +154,17 @@ def load_data(args: Arguments, conversation: Any, tokenizer: Any) -> tuple[Any, 
     training_source = f"hub:{data.dataset_name}" if data.dataset_name else data.train_file_dir
     held_out = args.run.do_eval and not args.evaluation_files and data.validation_split_percentage > 0
 
-    def load(source: Any) -> list[Any]:
-        return load_rows([source], report, data_check=data.data_check)
+    def load(source: Any, section: str) -> list[Any]:
+        return load_rows(
+            [source],
+            report,
+            data_check=data.data_check,
+            format=data.data_format,
+            columns=data.columns,
+            axis=data.axis,
+            min_score_gap=data.min_score_gap,
+            section=section,
+        )
 
     def build(rows: list[Any], limit: int, section: str) -> Any:
         return build_dataset(
@@ -171,13 +181,14 @@ def load_data(args: Arguments, conversation: Any, tokenizer: Any) -> tuple[Any, 
         )
 
     try:
-        train_rows = load(training_source) if args.run.do_train else None
+        train_rows = load(training_source, "train_text") if args.run.do_train else None
         if args.evaluation_files:
-            eval_rows = load(data.validation_file_dir) if args.run.do_eval else None
+            eval_rows = load(data.validation_file_dir, "evaluation_text") if args.run.do_eval else None
         elif held_out and args.run.do_train:
             train_rows, eval_rows = split_by_prompt(train_rows, data.validation_split_percentage, args.run.seed)
         else:
-            eval_rows = None if args.run.do_train else load(training_source)
+            eval_rows = None if args.run.do_train else load(training_source, "evaluation_text")
+        shared_prompts(train_rows or (), eval_rows or (), report)
         train_set = build(train_rows, data.max_train_samples, "train") if train_rows else None
         eval_set = build(eval_rows, data.max_eval_samples, "evaluation") if eval_rows else None
     finally:  # also where nothing is left: the report says why
