@@ -84,9 +84,11 @@ class TokenStats:
         if len(kept):
             section |= {side: _distribution(kept[:, i]) for i, side in enumerate(_SIDES)}
             longer, shorter = (float(np.mean(side)) for side in (kept[:, 1] > kept[:, 2], kept[:, 1] < kept[:, 2]))
-            section["chosen_longer"] = round(longer, 4)
-            # what a judge reaches that always takes the longer answer, or always the shorter, and guesses at ties
-            section["accuracy_by_length_alone"] = round(max(longer, shorter) + (1 - longer - shorter) / 2, 4)
+            section["length_bias"] = {
+                "chosen_longer": round(longer, 4),
+                # what a judge reaches that always takes the longer answer, or always the shorter, and guesses at ties
+                "accuracy_of_length_alone": round(max(longer, shorter) + (1 - longer - shorter) / 2, 4),
+            }
         if self.truncate:
             section["cut"] = {side: self.cut[side] for side in _SIDES}
         if self._ready:
