@@ -1,17 +1,25 @@
 """The attention that reads a packed row, for every architecture that uses transformers' AttentionInterface.
 
-A model builds one mask per kind of layer and hands it to each attention call. Registered under our own name, the mask function
-returns a `PackedMask` in its place: the layout of the row and the layer's window. It travels as an argument, so it is there again
-when gradient checkpointing recomputes a layer, whichever way it does that, and a layer with a window gets its own. Outside a
-packed forward (generation, say) both functions pass the call on to the implementation that the model had before.
+A model builds one mask per kind of layer and hands it to each attention call. Registered under our own name, the mask
+function returns a `PackedMask` in its place: the layout of the row and the layer's window. It travels as an argument,
+so it is there again when gradient checkpointing recomputes a layer, whichever way it does that, and a layer with a
+window gets its own. Outside a packed forward (generation, say) both functions pass the call on to the implementation
+that the model had before.
+
+Three ways to compute it, one per kind of hardware and kernel:
+- on CUDA in 16 bits, torch's varlen kernel: two query segments per pair, keys gathered, causal from the bottom right;
+- on a CPU, preference/segment_attention.py;
+- elsewhere, and for dropout, capped scores and learned sinks: branch by branch through SDPA or written out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +31,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from preference.segment_attention import SegmentAttention
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch < 2.10
+    varlen_attn = None
 
 NAME, NAME_OVER_EAGER = "packed_pairs", "packed_pairs_eager"
 
@@ -83,7 +96,7 @@ def packed_row(layout: Mapping[str, Any]) -> Iterator[None]:
         _layout.reset(token)
 
 
-def _mask(usual: Any) -> Any:
+def _mask(usual: Callable[..., Any]) -> Callable[..., Any]:
     def mask_function(*args: Any, **kwargs: Any) -> Any:
         layout = _layout.get()
         if layout is None:
@@ -92,58 +105,112 @@ def _mask(usual: Any) -> Any:
             raise EngineError("this model's attention pattern is not causal, windowed or chunked: use engine=trl")
         config, size = kwargs["config"], kwargs.get("local_size")
         window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        if size is not None and size not in (window, chunk) or (size is not None and window == chunk):
+        if size is not None and (size not in (window, chunk) or window == chunk):
             raise EngineError(f"this model's attention is limited to {size} tokens in an unknown way: use engine=trl")
         return PackedMask(layout, window if size == window else None, chunk if size == chunk else None)
 
     return mask_function
 
 
-def _usual_attention(module: torch.nn.Module, eager: bool) -> Any:
-    if not eager:
-        return sdpa_attention_forward
-    return sys.modules[type(module).__module__].eager_attention_forward
+def _usual_attention(module: torch.nn.Module, eager: bool) -> Callable[..., Any]:
+    return sys.modules[type(module).__module__].eager_attention_forward if eager else sdpa_attention_forward
 
 
-def _attention(eager: bool) -> Any:
-    def attention_function(module, query, key, value, attention_mask, *args: Any, **kwargs: Any):  # noqa: ANN001, ANN202
-        if not isinstance(attention_mask, PackedMask):
-            if _layout.get() is not None:
-                raise EngineError(f"{type(module).__name__} does not pass its mask on: use engine=trl")
-            return _usual_attention(module, eager)(module, query, key, value, attention_mask, *args, **kwargs)
-        return packed_attention(module, query, key, value, attention_mask, *args, **kwargs), None
+def _attention(eager: bool) -> Callable[..., Any]:
+    def attention_function(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        if isinstance(mask, PackedMask):
+            return packed_attention(module, query, key, value, mask, *args, **kwargs), None
+        if _layout.get() is not None:
+            raise EngineError(f"{type(module).__name__} does not pass its mask on: use engine=trl")
+        return _usual_attention(module, eager)(module, query, key, value, mask, *args, **kwargs)
 
     return attention_function
 
 
-for _name, _is_eager, _usual_mask in ((NAME, False, sdpa_mask), (NAME_OVER_EAGER, True, eager_mask)):
-    AttentionInterface.register(_name, _attention(_is_eager))
+for _name, _eager, _usual_mask in ((NAME, False, sdpa_mask), (NAME_OVER_EAGER, True, eager_mask)):
+    AttentionInterface.register(_name, _attention(_eager))
     AttentionMaskInterface.register(_name, _mask(_usual_mask))
 
 
-def install(model: PreTrainedModel) -> None:
-    """Switch `model` to the packed attention.
+@contextlib.contextmanager
+def installed(model: PreTrainedModel) -> Iterator[Callable[[], None]]:
+    """Switch `model` to the packed attention; back again at the end, unless the function that this yields is called."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME_OVER_EAGER if before in ("eager", NAME_OVER_EAGER) else NAME)
+    kept: list[bool] = []
+    try:
+        yield lambda: kept.append(True)
+    finally:
+        if not kept:
+            model.set_attn_implementation(before)
 
-    Raises:
-        EngineError: its attention does not go through AttentionInterface.
-    """
-    if not model._can_set_attn_implementation():
-        raise EngineError(f"{type(model).__name__} does not use transformers' AttentionInterface")
-    eager = model.config._attn_implementation == "eager"
-    model.set_attn_implementation(NAME_OVER_EAGER if eager else NAME)
 
-
-def _plain_attention(query, key, value, keep, scaling, dropout, softcap, sinks) -> Tensor:  # noqa: ANN001
-    """Attention written out, for the few models with capped scores or learned sinks. All [1, H, n, D]; fp32 softmax."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    scale: float,
+    cap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Attention written out, for capped scores and learned sinks. All [1, H, n, D]; softmax in fp32 at least."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(-1, -1, scores.shape[2], 1).to(scores)], dim=-1)
-    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    weights = weights[..., : key.shape[2]]
-    return torch.matmul(F.dropout(weights, dropout), value)
+        sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(-1, -1, scores.shape[2], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return torch.matmul(F.dropout(weights[..., : key.shape[2]].to(query.dtype), dropout), value)
+
+
+def _by_branch(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, attend: Callable[..., Tensor]) -> Tensor:
+    """`attend(q, k, v)` for each branch, the chosen one with its prefix's queries."""
+    sizes = [size for segment in mask.layout["segments"] for size in segment]
+    # One split and one concatenation: a slice for each pair would write a full-length gradient for each pair.
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    outputs = []
+    for prefix in range(0, len(sizes), 3):
+        for own in (prefix + 1, prefix + 2):
+            k, v = (torch.cat([x[prefix], x[own]], dim=2) for x in (keys, values))
+            q = torch.cat([queries[prefix], queries[own]], dim=2) if own == prefix + 1 else queries[own]
+            outputs.append(attend(q, k, v))
+    return torch.cat(outputs, dim=2)
+
+
+@functools.cache
+def _varlen_options() -> frozenset[str]:
+    return frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float) -> Tensor:
+    """All heads first, [H, N, D] -> [N, H, D]. Untested on a GPU; the tests run it over a stand-in for the kernel."""
+    layout = mask.layout
+    q, k, v = query.transpose(0, 1), key.transpose(0, 1)[layout["key_at"]], value.transpose(0, 1)[layout["key_at"]]
+    options: dict[str, Any] = {"window_size": (-1 if mask.window is None else mask.window - 1, 0), "scale": scale}
+    if "enable_gqa" in _varlen_options():
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    elif q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    longest_query = max(max(prefix + chosen, rejected) for prefix, chosen, rejected in layout["segments"])
+    longest_key = max(prefix + max(chosen, rejected) for prefix, chosen, rejected in layout["segments"])
+    return varlen_attn(q, k, v, layout["cu_queries"], layout["cu_keys"], longest_query, longest_key, **options)
+
+
+def _takes_varlen(query: Tensor, value: Tensor, mask: PackedMask) -> bool:
+    longest = max(prefix + max(chosen, rejected) for prefix, chosen, rejected in mask.layout["segments"])
+    return (
+        query.device.type == "cuda"
+        and {"window_size", "scale"} <= _varlen_options()
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1] <= 256
+        and not (mask.chunk and longest > mask.chunk)
+    )
 
 
 def packed_attention(
@@ -156,27 +223,32 @@ def packed_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **kwargs: Any,
+    position_bias: Tensor | None = None,
+    **ignored: Any,
 ) -> Tensor:
     """Attention over a packed row.
 
     Args:
         query, key, value: [1, heads, N, head size]; keys and values may have fewer heads.
+        dropout, scaling, softcap, s_aux (learned sinks): as transformers' attention functions take them.
 
     Returns:
         [1, N, heads, head size of the values].
+
+    Raises:
+        EngineError: a term that depends on the key's place in a row, which a packed row does not have.
     """
-    for name in ("position_bias",):
-        if kwargs.get(name) is not None:
-            raise EngineError(f"{type(module).__name__} adds {name} to its attention: use engine=trl")
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+    if position_bias is not None:
+        raise EngineError(f"{type(module).__name__} adds a position bias to its attention: use engine=trl")
     device = query.device.type
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(device):  # as SDPA would
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    unusual = dropout > 0 or softcap is not None or s_aux is not None
-    if device == "cpu" and not unusual:
-        return SegmentAttention.apply(query[0], key[0], value[0], mask, scaling).transpose(0, 1)[None]
+    if dropout == 0 and softcap is None and s_aux is None:
+        if device == "cpu":
+            return SegmentAttention.apply(query[0], key[0], value[0], mask, scale).transpose(0, 1)[None]
+        if _takes_varlen(query, value, mask):
+            return _varlen(query[0], key[0], value[0], mask, scale)[None]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -184,19 +256,9 @@ def packed_attention(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, m = q.shape[2], k.shape[2]
         if softcap is not None or s_aux is not None:
-            return _plain_attention(q, k, v, mask.visible(n, m, q.device), scaling, dropout, softcap, s_aux)
-        if n == m and not mask.narrows(m):
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True)
-        return F.scaled_dot_product_attention(q, k, v, mask.visible(n, m, q.device), dropout_p=dropout, scale=scaling)
+            return _plain_attention(q, k, v, mask.visible(n, m, q.device), scale, softcap, s_aux, dropout)
+        plain = n == m and not mask.narrows(m)
+        keep = None if plain else mask.visible(n, m, q.device)
+        return F.scaled_dot_product_attention(q, k, v, keep, dropout_p=dropout, is_causal=plain, scale=scale)
 
-    segments = mask.layout["segments"]
-    sizes = [size for prefix_chosen_rejected in segments for size in prefix_chosen_rejected]
-    # One split and one concatenation: a slice for each pair would write a full-length gradient for each pair.
-    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
-    outputs = []
-    for i in range(0, len(sizes), 3):
-        for branch in (i + 1, i + 2):
-            k, v = (torch.cat([x[i], x[branch]], dim=2) for x in (keys, values))
-            q = torch.cat([queries[i], queries[branch]], dim=2) if branch == i + 1 else queries[branch]
-            outputs.append(attend(q, k, v))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return _by_branch(query, key, value, mask, attend).transpose(1, 2)

@@ -1,38 +1,30 @@
 """From a model and a packed batch to the log-probabilities of its pairs, without building logits.
 
-`prepare_model` gives a causal LM's forward one more keyword, `packed`: with it the forward runs the backbone on a packed batch and
-scores the batch's target tokens; without it nothing changes, so that generation and saving go on as before. The call goes through
-the model's own forward, so the hooks of DDP, FSDP2 and ZeRO-3 and the wrappers of PEFT and accelerate see it.
+`prepare_model` gives a causal LM's forward one more keyword, `packed`: with it the forward runs the backbone on a
+packed batch and scores the batch's target tokens; without it nothing changes, so that generation and saving go on as
+before. The call goes through the model's own forward, so the hooks of DDP, FSDP2 and ZeRO-3 and the wrappers of PEFT
+and accelerate see it. Whether a model can be run this way is not taken on trust: `prepare_model` compares a few
+tokens with the model's plain forward (preference/probe.py).
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from preference.attention import EngineError, install, packed_row
+from preference.attention import EngineError, packed_row
 from preference.losses import PairLogps
-from preference.scoring import token_logps
+from preference.scoring import target_logps, token_logps
 
-log = logging.getLogger(__name__)
-
-ROW_KEYS = ("segments", "key_at", "cu_queries", "cu_keys")
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How the packed engine runs a model. share_prompt: one packed row, or two padded rows per pair, and why."""
-
-    share_prompt: bool
-    reason: str = ""
+HEAD_ROWS = 256  # rows at once through a head that is more than a weight
 
 
 def logit_scale(config: Any) -> float:
@@ -46,33 +38,46 @@ def logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
+def _score(head: nn.Module, hidden_TD: Tensor, ids_T: Tensor, config: Any) -> Tensor:
+    scale, cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
+    # An exact nn.Linear; not one with an adapter, in 8 bits, or replaced by PEFT: those are called as they are.
+    if type(head).forward is nn.Linear.forward and "forward" not in vars(head) and head.weight.is_floating_point():
+        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
+        return token_logps(hidden_TD.to(weight.device), weight, bias, ids_T.to(weight.device), scale, cap)
+
+    def rows(hidden: Tensor, ids: Tensor) -> Tensor:
+        return target_logps(head(hidden), ids, scale, cap)
+
+    parts = zip(hidden_TD.split(HEAD_ROWS), ids_T.split(HEAD_ROWS), strict=True)
+    return torch.cat([checkpoint(rows, hidden, ids, use_reentrant=False) for hidden, ids in parts])
+
+
 def _packed_forward(self: PreTrainedModel, packed: Mapping[str, Any], kwargs: dict[str, Any]) -> Tensor:
     """The log-probabilities [T] of the batch's targets, fp32 at least."""
     inputs = {name: value for name, value in kwargs.items() if value is not None}
-    inputs |= {name: packed[name] for name in ("input_ids", "position_ids") if name in packed}
     if "segments" in packed:
-        with packed_row({name: packed[name] for name in ROW_KEYS}):
-            hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
+        with packed_row(packed):
+            out = self.base_model(**inputs, position_ids=packed["position_ids"], use_cache=False)
     else:
-        hidden = self.base_model(**inputs, use_cache=False).last_hidden_state
-        hidden = hidden[:, -packed["input_ids"].shape[1] :]
-    config = self.config.get_text_config()
-    head = self.get_output_embeddings()
+        out = self.base_model(**inputs, use_cache=False)
+    hidden = out.last_hidden_state[:, -packed["input_ids"].shape[1] :]  # behind the virtual tokens of prompt tuning
     hidden_TD = hidden.flatten(0, 1)[packed["target_at"]]
-    cap = getattr(config, "final_logit_softcapping", None)
-    return token_logps(hidden_TD, head.weight, head.bias, packed["target_ids"], logit_scale(config), cap)
+    return _score(self.get_output_embeddings(), hidden_TD, packed["target_ids"], self.config.get_text_config())
 
 
-def _patch_forward(model: PreTrainedModel) -> None:
-    """Let `model(packed=batch)` return target log-probabilities."""
-    installed = vars(model).get("forward")  # e.g. a hook of accelerate; the class's own forward is looked up on each call
+def patch_forward(model: PreTrainedModel) -> None:
+    """Let `model(input_ids=..., packed=batch)` return target log-probabilities. Done once per model."""
+    if hasattr(model.forward, "takes_packed"):
+        return
+    installed = vars(model).get("forward")  # e.g. a hook of accelerate; else the class's own, looked up on each call
 
-    @functools.wraps(type(model).forward)
+    @functools.wraps(type(model).forward)  # generate() checks its arguments against the signature
     def forward(self: PreTrainedModel, *args: Any, packed: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         if packed is not None:
             return _packed_forward(self, packed, kwargs)
         return installed(*args, **kwargs) if installed else type(self).forward(self, *args, **kwargs)
 
+    forward.takes_packed = True
     model.forward = types.MethodType(forward, model)
 
 
@@ -81,26 +86,16 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     while not isinstance(model, PreTrainedModel):
         inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
-            raise EngineError(f"{type(model).__name__} holds no transformers model")
+            raise EngineError(f"{type(model).__name__} holds no transformers model: use engine=trl")
         model = inner
     return model
 
 
-def prepare_model(model: nn.Module, *, share_prompt: bool = True) -> Engine:
-    """Make `model` (a causal LM, PEFT-wrapped or not) ready for `pair_logps`; to be called before it is wrapped for DDP or FSDP.
+def prepare_model(model: nn.Module, *, share_prompt: bool = True) -> Any:
+    """Make `model` ready for `pair_logps`; to be called before it is wrapped for DDP or FSDP. See `probe.prepare`."""
+    from preference.probe import prepare  # it needs this module's functions
 
-    Returns:
-        How it will be run; `share_prompt` of it goes to `pack_pairs`.
-
-    Raises:
-        EngineError: the model cannot be run exactly.
-    """
-    lm = causal_lm(model)
-    if not hasattr(lm, "_packed_engine"):
-        install(lm)
-        _patch_forward(lm)
-        lm._packed_engine = Engine(share_prompt)
-    return lm._packed_engine
+    return prepare(model, share_prompt=share_prompt)
 
 
 def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> PairLogps:
@@ -109,10 +104,9 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> PairLogps:
     Args:
         model: prepared by `prepare_model`, in any wrapper whose forward reaches it.
     """
-    logps_T = model(packed=batch)
-    if logps_T.numel() != batch["target_ids"].numel():
-        raise EngineError("the model returned no target log-probabilities: prepare_model was not called on it")
+    logps_T = model(input_ids=batch["input_ids"], packed=batch)
     sums = torch.segment_reduce(logps_T, "sum", lengths=batch["scored"].flatten(), initial=0.0).view(-1, 3)
     lengths = batch["lengths"].to(sums.dtype)
     prompt, chosen, rejected = sums.unbind(1)
-    return PairLogps(chosen, rejected, prompt, lengths[:, 1], lengths[:, 2], lengths[:, 0], batch["weight"].to(sums.dtype))
+    weight = batch["weight"].to(sums.dtype)
+    return PairLogps(chosen, rejected, prompt, lengths[:, 1], lengths[:, 2], lengths[:, 0], weight)

@@ -1,8 +1,9 @@
 """Preference objectives: pure functions of summed log-probabilities and lengths.
 
-An optimizer step has one loss, a function of its global batch alone: token means run over all its tokens and pair means over all
-its pairs. A micro-batch computes its share of it (`objective_share`), with the global counts in `Totals`; shares and their
-gradients add up, so how a batch is cut into micro-batches, accumulation steps and ranks cannot matter.
+An optimizer step has one loss, a function of its global batch alone: token means run over all its tokens and pair
+means over all its pairs. A micro-batch computes its share of it (`objective_share`), with the global counts in
+`Totals`; shares and their gradients add up, so how a batch is cut into micro-batches, accumulation steps and ranks
+cannot matter.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ NLL_SCOPES = ("sequence", "answer", "answer_per_pair")
 
 @dataclass
 class PairLogps:
-    """What a model says about B pairs: sums of token log-probabilities (natural log) and how many tokens each sum holds.
+    """What a model says about B pairs: sums of token log-probabilities (natural log), and how many tokens in each.
 
-    All have shape [B]. `prompt_B` covers prompt tokens 1..p-1, each given those before it; it is zero where the batch was packed
-    without them. `weight_B` is 1 for a pair of the batch and 0 for one that only evens out the ranks.
+    All have shape [B]. `prompt_B` covers prompt tokens 1..p-1, each given those before it; it is zero where the batch
+    was packed without them. `weight_B` is 1 for a pair of the batch and 0 for one that only evens out the ranks.
     """
 
     chosen_B: Tensor
@@ -42,8 +43,10 @@ class Objective:
     Attributes:
         loss: name in `LOSSES`.
         beta: strength of the preference term (ORPO's lambda, DPO's beta, IPO's tau).
-        nll_scope: ORPO's likelihood term. "sequence": prompt and answer tokens, token mean (the authors' code, TRL); "answer":
-            answer tokens, token mean (ms-swift); "answer_per_pair": mean per answer, then over pairs (the paper, LLaMA-Factory).
+        nll_scope: ORPO's likelihood term. "sequence": prompt and answer tokens, token mean (the authors' code, TRL);
+        "answer":
+            answer tokens, token mean (ms-swift); "answer_per_pair": mean per answer, then over pairs (the paper,
+            LLaMA-Factory).
         label_smoothing: dpo, robust, simpo, cpo: the share of labels taken to be flipped, below 0.5.
         simpo_gamma: SimPO's target margin, in units of the loss.
         cpo_alpha: weight of CPO's likelihood term.
@@ -100,7 +103,7 @@ class Totals:
 
 @dataclass
 class Terms:
-    """One loss over B pairs: the preference term of each, what counts as a reward, the weight of the likelihood term."""
+    """One loss over B pairs: each one's preference term, what counts as a reward, the weight of the likelihood."""
 
     pair_loss_B: Tensor
     chosen_reward_B: Tensor
@@ -112,9 +115,9 @@ class Terms:
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x <= 0, finite in value and gradient down to x = 0 exactly.
 
-    The two branches meet at -log 2 (Maechler 2012, "Accurately computing log(1 - exp(-|a|))"). Each branch sees only inputs that
-    it can take, as `where` would pass on the NaN gradient of the one not selected; inputs above -eps are read as -eps, which is
-    the resolution of a log-probability near 0, and get no gradient.
+    The two branches meet at -log 2 (Maechler 2012, "Accurately computing log(1 - exp(-|a|))"). Each branch sees only
+    inputs that it can take, as `where` would pass on the NaN gradient of the one not selected; inputs above -eps are
+    read as -eps, which is the resolution of a log-probability near 0, and get no gradient.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = x > -math.log(2)
@@ -136,7 +139,8 @@ def orpo(o: Objective, logps: PairLogps, reference: None) -> Terms:
     chosen_B, rejected_B = _mean_logps(logps)
     log_odds_B = (chosen_B - rejected_B) - (log1mexp(chosen_B) - log1mexp(rejected_B))
     ratio_B = F.logsigmoid(log_odds_B)
-    extra = {"log_odds_ratio": ratio_B, "log_odds_chosen": log_odds_B, "logps/chosen": chosen_B, "logps/rejected": rejected_B}
+    extra = {"log_odds_ratio": ratio_B, "log_odds_chosen": log_odds_B}
+    extra |= {"logps/chosen": chosen_B, "logps/rejected": rejected_B}
     return Terms(-o.beta * ratio_B, o.beta * chosen_B, o.beta * rejected_B, nll_weight=1.0, extra=extra)
 
 
@@ -215,8 +219,9 @@ def objective_share(
         reference: (chosen, rejected) sums of the reference model, each [B], for losses that need them.
 
     Returns:
-        The share, a scalar; the shares of all micro-batches of all ranks sum to the loss. And metrics under TRL's names, each a
-        detached sum over the micro-batch's pairs: summed over a global batch and divided by its pairs it is the metric.
+        The share, a scalar; the shares of all micro-batches of all ranks sum to the loss. And metrics under TRL's
+        names, each a detached sum over the micro-batch's pairs: summed over a global batch and divided by its pairs
+        it is the metric.
 
     Raises:
         ValueError: a loss that needs a reference got none, or the other way round.

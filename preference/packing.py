@@ -5,14 +5,15 @@ A pair with prompt P (p tokens), chosen answer C and rejected answer R is laid o
     P[0..p-2] | P[p-1] C[0..c-2] | P[p-1] R[0..r-2]
     prefix      chosen branch      rejected branch
 
-so that every position predicts exactly one token: p-1, c and r of them. Both branches start at position id p-1. A branch sees the
-prefix and itself, never the other branch, and no pair sees another (preference/attention.py). Prefix and chosen branch together are
-an ordinary causal sequence.
+so that every position predicts exactly one token: p-1, c and r of them. Both branches start at position id p-1. A
+branch sees the prefix and itself, never the other branch, and no pair sees another (preference/attention.py). Prefix
+and chosen branch together are an ordinary causal sequence.
 
-Models that cannot share a prefix get two full sequences per pair as right-padded rows of a batch instead: nothing about their
-forward is changed, and causality keeps the padding out of every result.
+Models that cannot share a prefix get two full sequences per pair as right-padded rows of a batch instead: nothing
+about their forward is changed, and causality keeps the padding out of every result.
 
-A packed batch is a dict of tensors and plain ints, so that DataLoader workers, pinned memory and `.to(device)` need no help.
+A packed batch is a dict of tensors and plain ints, so that DataLoader workers, pinned memory and `.to(device)` need
+no help.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _pack_shared(pairs: Sequence[Pair], lengths_B3: np.ndarray, prompt_logps: bo
     position_ids = _ragged_arange(position_starts.reshape(-1), sizes_B3.reshape(-1))
     answers = chosen + rejected
     scored_at = np.arange(sizes_B3.sum()) if prompt_logps else _ragged_arange(begin + prefix, answers)
-    # For varlen kernels: queries in row order, two segments a pair; keys are those of the segment plus the shared prefix.
+    # For varlen kernels: queries in row order, two segments a pair; a segment's keys include the shared prefix.
     key_starts = np.stack([begin, begin, begin + prefix + chosen], axis=1)
     key_sizes = np.stack([prefix + chosen, prefix, rejected], axis=1)
     query_sizes = np.stack([prefix + chosen, rejected], axis=1).reshape(-1)
@@ -123,17 +124,19 @@ def pack_pairs(pairs: Sequence[Pair], *, share_prompt: bool = True, prompt_logps
     """One micro-batch from B pairs.
 
     Args:
-        pairs: mappings with prompt_ids, chosen_ids, rejected_ids (ints) and optionally `weight` (1; 0 for a pair that only evens
+        pairs: mappings with prompt_ids, chosen_ids, rejected_ids (ints) and optionally `weight` (1; 0 for a pair that
+        only evens
             out the ranks) and `source` (for messages).
         share_prompt: the packed row described above; otherwise two right-padded rows per pair.
         prompt_logps: score the prompt tokens too (`Objective.needs_prompt`).
 
     Returns:
-        input_ids [1, N] and position_ids [1, N], or input_ids [2B, S] alone (chosen and rejected of each pair in turn);
-        target_ids [T], the T tokens to score, prompt, chosen and rejected of each pair in turn; target_at [T], where in the
-        flattened input_ids each of them is predicted; scored [B, 3], how many of each kind; lengths [B, 3], prompt_len (p-1),
-        chosen and rejected tokens; weight [B]. The packed row has besides: segments, a list of B triples of ints (prefix, chosen
-        branch, rejected branch); key_at, cu_queries, cu_keys for varlen attention kernels.
+        input_ids [1, N] and position_ids [1, N], or input_ids [2B, S] alone (chosen and rejected of each pair in
+        turn); target_ids [T], the T tokens to score, prompt, chosen and rejected of each pair in turn; target_at [T],
+        where in the flattened input_ids each of them is predicted; scored [B, 3], how many of each kind; lengths [B,
+        3], prompt_len (p-1), chosen and rejected tokens; weight [B]. The packed row has besides: segments, a list of
+        B triples of ints (prefix, chosen branch, rejected branch); key_at, cu_queries, cu_keys for varlen attention
+        kernels.
 
     Raises:
         PackingError: an empty prompt or answer.

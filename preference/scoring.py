@@ -4,8 +4,9 @@ With E = exp(logits - max), s its row sums, y the targets and g the gradient of 
 
     d hidden_t = g_t (W[y_t] - E_t W / s_t)        d W = sum over t of g_t (onehot(y_t) - E_t / s_t) hidden_t^T
 
-E is computed once, in rows that stay in cache, and both gradients are plain matrix products with it: the factors g and
-1/s are applied on the small side. For a frozen head the bracket of d hidden is finished in the forward and E is dropped.
+E is computed once, in rows that stay in cache, and both gradients are plain matrix products with it: the factors g
+and 1/s are applied on the small side. For a frozen head the bracket of d hidden is finished in the forward and E is
+dropped.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CACHE_ELEMENTS = 2**22  # logits that the element-wise steps handle at once: 16 
 
 
 def _exp_rows(logits_CV: Tensor, ids_C: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn raw logits into E in place, times the softcap's slope. Returns target log-probs, sums, target slopes, [C]."""
+    """Raw logits become E times the softcap's slope, in place. Returns target log-probs, sums, target slopes, [C]."""
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     rows = max(1, CACHE_ELEMENTS // logits_CV.shape[1])
     found = []
@@ -52,7 +53,13 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Te
 
 
 def _exp_block(
-    out_RV: Tensor, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_R: Tensor, scale: float, cap: float | None
+    out_RV: Tensor,
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    ids_R: Tensor,
+    scale: float,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill a block of E; returns as `_exp_rows`."""
     found = []
@@ -64,15 +71,15 @@ def _exp_block(
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Inputs as `token_logps`; the products run in `dtype`, everything of size [T] and the sums of d W in fp32 at least."""
+    """Inputs as `token_logps`; products run in `dtype`, whatever has size [T] and the sum of d W in fp32 at least."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD, weight_VD, bias_V, ids_T, scale, cap, dtype):  
+    def forward(ctx: Any, hidden_TD, weight_VD, bias_V, ids_T, scale, cap, dtype):
         ctx.settings = scale, cap, hidden_TD.dtype, weight_VD.dtype
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         hidden, weight = hidden_TD.to(dtype), weight_VD.to(dtype)
         bias = None if bias_V is None else bias_V.to(dtype)
-        (tokens, width), vocabulary = hidden.shape, weight.shape[0]
+        tokens, vocabulary = len(hidden), len(weight)
         ctx.frozen = not (need_weight or need_bias)
         ctx.rows = max(MATMUL_ROWS, KEEP_BYTES // (vocabulary * dtype.itemsize))
         keep = not ctx.frozen and tokens <= ctx.rows
@@ -103,7 +110,7 @@ class _TokenLogps(torch.autograd.Function):
         to_target, to_all = grad_T * slopes * scale, grad_T * scale / sums
         d_hidden = weight[ids_T].to(sums.dtype).mul_(to_target[:, None])
         d_weight = d_bias = None
-        block = torch.empty(ctx.rows, weight.shape[0], dtype=weight.dtype, device=weight.device) if kept is None else None
+        block = weight.new_empty(ctx.rows, len(weight)) if kept is None else None
         for start in range(0, len(ids_T), ctx.rows):
             part = slice(start, start + ctx.rows)
             exp = kept
@@ -124,6 +131,14 @@ class _TokenLogps(torch.autograd.Function):
         return d_hidden.to(hidden_dtype), d_weight, d_bias, None, None, None, None
 
 
+def target_logps(logits_TV: Tensor, ids_T: Tensor, scale: float, cap: float | None) -> Tensor:
+    """What `token_logps` computes, from logits that are there: for heads that are more than a weight."""
+    logits = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)) * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.gather(1, ids_T[:, None])[:, 0] - logits.logsumexp(1)
+
+
 def token_logps(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -134,8 +149,8 @@ def token_logps(
 ) -> Tensor:
     """log softmax(cap * tanh(scale * (hidden W^T + bias) / cap)) at each target id, [T], fp32 at least.
 
-    The matrix products run in the autocast dtype where autocast is on, else in the weight's; logits are rounded to it, as
-    the model's own head would round them.
+    The matrix products run in the autocast dtype where autocast is on, else in the weight's; logits are rounded to
+    it, as the model's own head would round them.
     """
     device = hidden_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype

@@ -1,8 +1,9 @@
 """Attention over the segments of a packed row on a CPU.
 
-The forward is torch's flash kernel (SDPA), one call per branch. Its backward is slow for short sequences (in bfloat16 nine times
-slower than the products that it consists of), so the backward is written out here as batched matrix products, by blocks of
-queries that see no more keys than causality and the window allow. Query heads that share a key head are one product.
+The forward is torch's flash kernel (SDPA), one call per branch. Its backward is slow for short sequences (in bfloat16
+nine times slower than the products that it consists of), so the backward is written out here as batched matrix
+products, by blocks of queries that see no more keys than causality and the window allow. Query heads that share a key
+head are one product.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def _grouped(x_HnD: Tensor, key_heads: int) -> Tensor:
 
 
 def _branches(segments: list[tuple[int, int, int]]) -> list[tuple[slice, slice | None, slice]]:
-    """(queries, prefix or None, keys) of every branch as slices of the row; the chosen branch takes its prefix along."""
+    """(queries, prefix or None, keys) of each branch, slices of the row; the chosen branch takes its prefix along."""
     found, start = [], 0
     for prefix, chosen, rejected in segments:
         first = slice(start, start + prefix + chosen)

@@ -1,0 +1,174 @@
+"""How the packed engine may run a model: with shared prompts, in padded rows, or not at all.
+
+What a class says about itself narrows the choice; then a few tokens are run both ways, packed and through the model's
+plain forward, and their log-probabilities compared. So an architecture that nobody thought of is measured, not trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from preference import cpu_memory
+from preference.attention import EngineError, installed
+from preference.head import causal_lm, pair_logps, patch_forward
+from preference.packing import pack_pairs
+from preference.scoring import target_logps
+
+log = logging.getLogger(__name__)
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a model is run. share_prompt: in one packed row; else in two padded rows per pair. reason: why not shared."""
+
+    share_prompt: bool
+    reason: str = ""
+
+
+def _prompt_learning(model: nn.Module) -> bool:
+    return any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values())
+
+
+def _why_not_shared(model: nn.Module, lm: PreTrainedModel) -> str:
+    """What a model says of itself that rules out a shared prefix; "" if nothing."""
+    config = lm.config.get_text_config()
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS)
+    if _prompt_learning(model):
+        return "virtual tokens of prompt tuning stand before each sequence"
+    if other:
+        return f"{other[0]} layers carry a state from token to token"
+    if not lm._can_set_attn_implementation():
+        return f"{type(lm).__name__} does not use transformers' AttentionInterface"
+    return ""
+
+
+def _refuse_by_config(lm: PreTrainedModel) -> None:
+    config = lm.config.get_text_config()
+    if getattr(lm.config, "is_encoder_decoder", False):
+        raise EngineError(f"{type(lm).__name__} is an encoder-decoder; only causal language models are trained here")
+    if lm.get_output_embeddings() is None:
+        raise EngineError(f"{type(lm).__name__} has no language-model head: use engine=trl")
+    if getattr(config, "output_router_logits", False):
+        raise EngineError(
+            "output_router_logits adds a loss over all tokens of a micro-batch, which depends on how a batch is cut: "
+            "set it to false in the model's config, or use engine=trl"
+        )
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _sequence_logps(model: nn.Module, prompt: list[int], answer: list[int]) -> Tensor:
+    """[prompt, answer] sums of log-probabilities by the model's plain forward."""
+    ids = torch.tensor([prompt + answer], device=next(model.parameters()).device)
+    logits = model(input_ids=ids).logits[0, -ids.shape[1] : -1]
+    logps = target_logps(logits, ids[0, 1:], 1.0, None)
+    return torch.stack([logps[: len(prompt) - 1].sum(), logps[len(prompt) - 1 :].sum()])
+
+
+def _probe_pairs(vocabulary: int) -> list[dict[str, list[int]]]:
+    """Three short pairs of arbitrary tokens, one with a one-token prompt."""
+    lengths = ((6, 5, 7), (1, 4, 2), (4, 1, 3))
+    ids = iter((17 + 7919 * i) % vocabulary for i in range(sum(map(sum, lengths))))
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [{name: [next(ids) for _ in range(n)] for name, n in zip(names, sizes, strict=True)} for sizes in lengths]
+
+
+def plain_logps(model: nn.Module, pairs: list[dict[str, list[int]]]) -> Tensor:
+    """[B, 3] sums over prompt, chosen and rejected tokens, one sequence at a time."""
+    rows = []
+    for pair in pairs:
+        prompt, chosen = _sequence_logps(model, pair["prompt_ids"], pair["chosen_ids"])
+        rows.append(torch.stack([prompt, chosen, _sequence_logps(model, pair["prompt_ids"], pair["rejected_ids"])[1]]))
+    return torch.stack(rows)
+
+
+def packed_logps(model: nn.Module, pairs: list[dict[str, list[int]]], share_prompt: bool) -> Tensor:
+    """The same by the packed engine."""
+    device = next(model.parameters()).device
+    batch = pack_pairs(pairs, share_prompt=share_prompt)
+    logps = pair_logps(model, {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()})
+    return torch.stack([logps.prompt_B, logps.chosen_B, logps.rejected_B], dim=1)
+
+
+def _difference(model: nn.Module, lm: PreTrainedModel, share_prompt: bool) -> str:
+    """How the packed forward differs from the plain one on the probe; "" if by rounding alone."""
+    pairs = _probe_pairs(lm.config.get_text_config().vocab_size)
+    low = {p.dtype for p in lm.parameters()} - {torch.float32, torch.float64}
+    tolerance = 0.3 if low else 2e-4
+    with _evaluating(model):
+        plain = plain_logps(model, pairs)
+        try:
+            packed = packed_logps(model, pairs, share_prompt)
+        except Exception as error:  # whatever a model's own code raises at a row that it was not written for
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    worst = float((packed - plain).abs().max())
+    return "" if worst <= tolerance else f"log-probabilities differ by {worst:.2g}"
+
+
+def _can_be_probed(lm: PreTrainedModel) -> bool:
+    """Not while its weights are elsewhere: on the meta device, or sharded by FSDP or ZeRO-3."""
+    return all(not p.is_meta and p.numel() and not isinstance(p, DTensor) for p in lm.parameters())
+
+
+def _choose(model: nn.Module, lm: PreTrainedModel, share_prompt: bool) -> Engine:
+    reason = _why_not_shared(model, lm) if share_prompt else "share_prompt=false"
+    probed = _can_be_probed(lm)
+    if not reason:
+        with installed(lm) as keep:
+            reason = _difference(model, lm, True) if probed else ""
+            if not reason:
+                keep()
+                return Engine(True)
+    difference = _difference(model, lm, False) if probed else ""
+    if difference:
+        raise EngineError(f"{type(lm).__name__} cannot be run by the packed engine ({difference}): use engine=trl")
+    return Engine(False, reason)
+
+
+def prepare(model: nn.Module, *, share_prompt: bool = True) -> Engine:
+    """Make `model` (a causal LM, PEFT-wrapped or not) ready for `pair_logps`. Calling it again changes nothing.
+
+    Args:
+        share_prompt: False lays every pair out as two rows even where its prompt could be shared.
+
+    Returns:
+        How it will be run; `share_prompt` of it goes to `pack_pairs`. The same on all ranks.
+
+    Raises:
+        EngineError: the model cannot be run exactly; the message names engine=trl.
+    """
+    lm = causal_lm(model)
+    if not hasattr(lm, "packed_engine") or lm.packed_engine[0] != share_prompt:
+        _refuse_by_config(lm)
+        if next(lm.parameters()).device.type == "cpu":
+            cpu_memory.keep_freed_memory()
+        patch_forward(lm)
+        choice = [_choose(model, lm, share_prompt)]
+        if dist.is_available() and dist.is_initialized():  # a rank whose weights are elsewhere could not measure
+            dist.broadcast_object_list(choice, src=0)
+        lm.packed_engine = (share_prompt, choice[0])
+    engine = lm.packed_engine[1]
+    if engine.reason and share_prompt:
+        log.warning("%s: prompts are not shared (%s); slower, same result", type(lm).__name__, engine.reason)
+    return engine
