@@ -224,6 +224,12 @@ def test_outer_white_space_is_kept_or_stripped_as_the_family_does(name: str, use
     assert conv.get_response(" y\n") == plain[0] + reply + plain[2]
 
 
+def test_white_space_between_a_folded_system_text_and_the_question() -> None:
+    """Llama 2 strips what stands between [INST] and [/INST], Gemma 3 the question alone."""
+    assert get_conv_template("llama2").get_prompt("  x ", [], "S").endswith("\n\n  x [/INST]")
+    assert "user\nS\n\nx<end_of_turn>" in get_conv_template("gemma3").get_prompt("  x ", [], "S")
+
+
 @pytest.mark.parametrize("system", ["", "Be dry."])
 @pytest.mark.parametrize("name", ["gemma", "alpaca"])
 def test_a_refused_system_text_names_the_way_out(name: str, system: str) -> None:

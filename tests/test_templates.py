@@ -250,6 +250,9 @@ def test_a_template_of_another_family_is_refused() -> None:
         resolve_template("gemma3", tokenizer_with(PLAIN))
     with pytest.raises(ConversationError, match="templates that fit it:.*chatml"):
         resolve_template("gemma3", tokenizer_with(None))
+
+
+def test_control_tokens_of_real_tokenizers() -> None:
     assert missing_tokens(get_conv_template("qwen"), load(SHARED / "qwen2")) == []
     assert missing_tokens(get_conv_template("qwen"), load(SHARED / "llama2"))
     assert missing_tokens(get_conv_template("llama2"), load(SHARED / "llama2")) == []
