@@ -61,7 +61,9 @@ class Conversation:
         """The end-of-turn text: generation stops here."""
         return self.reply_end.strip()
 
-    def get_prompt(self, question: str, history: Iterable[Sequence[str]] = (), system: str | None = None) -> str:
+    def get_prompt(
+        self, question: str, history: Iterable[Sequence[str]] | None = None, system: str | None = None
+    ) -> str:
         """The text up to where the assistant begins, for `history` pairs (user, assistant), oldest first.
 
         `system=None` writes the family's default, "" an empty system turn as the official template renders it.
@@ -142,9 +144,9 @@ def _without_channels(text: str) -> str:
     return "".join(part.split("<|channel>")[0] for part in text.split("<channel|>")).strip()
 
 
-def checked_history(history: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+def checked_history(history: Iterable[Sequence[str]] | None) -> list[tuple[str, str]]:
     """The history as pairs of text. Raises ConversationError for anything else, such as roles that do not alternate."""
-    pairs = list(history)
+    pairs = list(history or ())
     for i, pair in enumerate(pairs):
         if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ConversationError(f"history[{i}] must be [user, assistant], two texts, so that roles alternate")

@@ -64,7 +64,9 @@ class AutoConversation:
         """The end-of-turn text: generation stops here."""
         return self.affixes.learned_end.strip()
 
-    def get_prompt(self, question: str, history: Iterable[Sequence[str]] = (), system: str | None = None) -> str:
+    def get_prompt(
+        self, question: str, history: Iterable[Sequence[str]] | None = None, system: str | None = None
+    ) -> str:
         """As Conversation.get_prompt; `system=None` is no system message, so the template's default if it has one."""
         pairs = checked_history(history)
         if self.fold_system and system is not None:
