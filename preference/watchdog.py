@@ -47,7 +47,7 @@ class SpikeMeter:
     mean.
     """
 
-    def __init__(self, width: float = 6.0, warm_up: int = 20, decay: float = 0.97) -> None:
+    def __init__(self, width: float = 6.0, warm_up: int = 20, decay: float = 0.92) -> None:
         self.width, self.warm_up, self.decay = width, warm_up, decay
         self.seen, self.mean, self.variance = 0, 0.0, 0.0
 
@@ -104,10 +104,15 @@ class Watchdog:
         norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
         norm = torch.as_tensor(norm, dtype=torch.float32, device=losses.device).reshape(())
         bad_loss = ~losses.isfinite().all()
-        facts = torch.stack([bad_loss.float(), (~norm.isfinite()).float(), losses.sum().nan_to_num(0, 0, 0)])
-        loss_is_bad, norm_is_bad, loss = self.accelerator.reduce(facts, "mean").tolist()
+        total, known_norm = losses.sum().nan_to_num(0, 0, 0), norm.nan_to_num(0, 0, 0)
+        facts = torch.stack([bad_loss.float(), (~norm.isfinite()).float(), total, known_norm, known_norm**2])
+        loss_is_bad, norm_is_bad, loss, mean, mean_square = self.accelerator.reduce(facts, "mean").tolist()
         if loss_is_bad or (norm_is_bad and not self._scaler_handles_it()):
             self._stop("loss" if loss_is_bad else "gradient")
+        if mean_square - mean**2 > 1e-4 * mean**2:
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: the ranks have different gradients and train apart"
+            )
         self._report_spike(loss)
 
     def _scaler_handles_it(self) -> bool:
@@ -157,7 +162,20 @@ class Watchdog:
         self._require_finite_weights()
         super()._save_checkpoint(model, trial)
 
+    def _forget_evaluation(self) -> None:
+        """Let a model that was evaluated before training be prepared for training.
+
+        Trainer.evaluate has accelerate prepare the model for evaluation, which marks it as prepared: training would
+        then leave it out of DistributedDataParallel, and each rank would train alone.
+        """
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # these are prepared for both at once
+        if self.model_wrapped is self.model and not sharded:
+            self.model._is_accelerate_prepared = False
+            if "_original_forward" in vars(self.model):
+                self.model.forward = vars(self.model).pop("_original_forward")
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_evaluation()
         result = super().train(*args, **kwargs)
         self._require_finite_weights()
         return result

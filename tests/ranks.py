@@ -1,0 +1,61 @@
+"""Run by torchrun in tests: trains the runs of a JSON list on all ranks and writes what rank 0 logged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+import torch.distributed as dist  # noqa: E402
+from training import lora, make_pairs, make_trainer, pairs_of, poison  # noqa: E402
+
+from preference.watchdog import TrainingError  # noqa: E402
+from tiny import tiny_model  # noqa: E402
+
+
+def train_one(output: Path, run: dict) -> dict:
+    """One run: `pairs` and `eval_pairs` are (count, seed), `adapter` a kind of model; the rest is for make_trainer."""
+    run = dict(run)
+    pairs = make_pairs(*run.pop("pairs"))
+    if "poisoned_row" in run:
+        rows = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in pairs]
+        rows[run["poisoned_row"]][1][0] = 509
+        pairs = pairs_of(rows)
+    evaluation = run.pop("eval_pairs", None)
+    model = poison(tiny_model()) if run.pop("poisoned_row", None) is not None else tiny_model()
+    if run.pop("adapter", False):
+        model = lora(model)
+    evaluation = make_pairs(*evaluation) if evaluation else None
+    before = run.pop("evaluate_before", False)
+    trainer = make_trainer(run.pop("engine", "packed"), output, pairs, model=model, eval_pairs=evaluation, **run)
+    if before:
+        trainer.evaluate()
+        if before == "and leave it so":
+            trainer._forget_evaluation = lambda: None
+    try:
+        trainer.train()
+    except TrainingError as stopped:
+        return {"stopped": str(stopped), "rows": stopped.rows, "step": trainer.state.global_step}
+    metrics = trainer.evaluate() if evaluation else {}
+    return {"log": trainer.state.log_history, "metrics": metrics}
+
+
+def main(runs: str, results: str) -> None:
+    output = Path(results).parent / "runs"
+    answers = [train_one(output / str(i), run) for i, run in enumerate(json.loads(Path(runs).read_text()))]
+    everyone: list = [None] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, answers)
+    else:
+        everyone = [answers]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        Path(results).write_text(json.dumps(everyone))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
