@@ -4,9 +4,9 @@
     python data/convert.py hub:Anthropic/hh-rlhf::test --output hh_test.jsonl
 
 INPUT: files or folders of .jsonl, .json (lines or an array), .csv (each also .gz) and .parquet; folders that
-`Dataset.save_to_disk` wrote; hub:owner/name[:config[:split]]. Recognises the format of each file by the keys of its rows
-and says so; data/README.md lists the formats. Exit status: 0 if every INPUT gave rows, 1 if one was refused or nothing
-could be written, 2 for a wrong option.
+`Dataset.save_to_disk` wrote; hub:owner/name[:config[:split]]. Recognises the format of each file by the keys of its
+rows and says so; data/README.md lists the formats. Exit status: 0 if every INPUT gave rows, 1 if one was refused or
+nothing could be written, 2 for a wrong option.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output", required=True, metavar="OUT.jsonl", help="where the triples go (.gz: compressed)")
     add("--format", default="auto", help="read every INPUT as this format instead of recognising it")
     add("--columns", metavar="question=A,chosen=B,rejected=C", help="names of the columns (also system=, history=)")
-    add("--split-system", action="store_true", help="take a system prompt out of the question where it is written into it")
+    add("--split-system", action="store_true", help="take a system prompt out of the question it is written into")
     add("--axis", choices=["better", "safer"], help="PKU-SafeRLHF: which label decides")
     add("--min-score-gap", type=float, metavar="G", help="drop scored pairs that differ by less (default: ties only)")
     add("--pairs", default="best-worst", choices=["best-worst", "all", "best-random"], help="pairs of a ranked list")
@@ -103,7 +103,10 @@ class Progress:
 
 
 def convert(paths: list[str], output: Path, options: Options, repeats: Repeats, report: DataReport) -> int:
-    """Write the triples of `paths` to `output` (whole or not at all) and return how many were written."""
+    """Write the triples of `paths` to `output` and return how many were written.
+
+    A file appears whole or not at all; a pipe or device is written to as it is.
+    """
     own = output.resolve()
     sources = [source for source in find_sources(paths) if source.startswith(HUB) or Path(source).resolve() != own]
     progress = Progress(sources)
@@ -112,7 +115,8 @@ def convert(paths: list[str], output: Path, options: Options, repeats: Repeats, 
         progress.say(f"{source}: {format.name} ({format.what}), because {why}")
 
     written = 0
-    unfinished = output.with_name(output.name + ".part")
+    special = output.exists() and not output.is_file()
+    unfinished = output if special else output.with_name(output.name + ".part")
     output.parent.mkdir(parents=True, exist_ok=True)
     rows = iter_rows(
         sources, report, options, prompt_as_question=True, repeats=repeats, on_file=say_format, on_record=progress
@@ -122,10 +126,11 @@ def convert(paths: list[str], output: Path, options: Options, repeats: Repeats, 
             for row in rows:
                 file.write(triple_line(row))
                 written += 1
-        if written:
+        if written and not special:
             unfinished.replace(output)
     finally:
-        unfinished.unlink(missing_ok=True)
+        if not special:
+            unfinished.unlink(missing_ok=True)
         progress.bar.close()
     return written
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 MAX_RECORD_BYTES = 16 << 20  # one row of text; the longest open preference rows are about a thousandth of this
-CHUNK = 1 << 20
+CHUNK = 1 << 17  # bytes read at a time; the price of a fault grows with it, as json counts the lines before it
 BOM = codecs.BOM_UTF8
 
 

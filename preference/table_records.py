@@ -6,6 +6,7 @@ import ast
 import csv
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,10 +118,13 @@ def _parsed(text: str) -> Any:
         pass
     if len(text) > _LITERAL_LIMIT:
         return None
-    try:
-        return ast.literal_eval(text)  # tables written by pandas hold Python lists
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, SyntaxWarning):  # what Python thinks of escapes in the data's text
+            warnings.simplefilter("ignore", category)
+        try:
+            return ast.literal_eval(text)  # tables written by pandas hold Python lists
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
 
 
 def _are_scored(value: list) -> bool:

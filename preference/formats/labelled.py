@@ -152,7 +152,7 @@ def first_or_second(row: RowDict, options: Options) -> Iterator[Pair]:
     prompt, first, second, label = take(row, "prompt|question", "response_1", "response_2", "label")
     found = number(label)
     if found not in (0, 1, 2):
-        raise Drop("wrong_label", f"label must be 1 (the first is better), 0 or 2 (the second), not {str(label)[:40]!r}")
+        raise Drop("wrong_label", f"label must be 1 (first is better), 0 or 2 (second), not {str(label)[:40]!r}")
     yield Pair(prompt, first, second) if found == 1 else Pair(prompt, second, first)
 
 
@@ -162,6 +162,6 @@ FIRST_OR_SECOND = Format(
     needs=("prompt|question", "response_1", "response_2", "label"),
     answers=frozenset({"response_1", "response_2"}),
     pairs=first_or_second,
-    only_when_named="nothing in the file says what its label means; --format pairwise-label reads 1 as 'response_1 is "
-    "better' and 0 or 2 as 'response_2 is better'",
+    only_when_named="nothing in the file says what its label means; --format pairwise-label reads 1 as 'response_1 "
+    "is better' and 0 or 2 as 'response_2 is better'",
 )

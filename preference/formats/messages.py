@@ -139,7 +139,7 @@ def same(turns: list[Turn], others: list[Turn]) -> bool:
 
 
 def pair_of_dialogues(chosen: Any, rejected: Any, system: Any = None, extra: dict[str, Any] | None = None) -> Pair:
-    """Two whole dialogues that share all but the last turn. Raises Drop('different_prompts') where they part earlier."""
+    """Two dialogues that share all but the last turn. Raises Drop('different_prompts') where they part earlier."""
     ours, theirs = turns_of(chosen), turns_of(rejected)
     for name, turns in (("chosen", ours), ("rejected", theirs)):
         if not turns:
@@ -148,7 +148,7 @@ def pair_of_dialogues(chosen: Any, rejected: Any, system: Any = None, extra: dic
             raise Drop("irregular_turns", f"{name} ends in a {turns[-1].role} turn")
     if not same(ours[:-1], theirs[:-1]):
         parts = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False), 1) if not same([a], [b])), 0)
-        raise Drop("different_prompts", f"the two dialogues part at turn {parts} of {len(ours)} and {len(theirs)}")
+        raise Drop("different_prompts", f"the dialogues part at turn {parts} of {len(ours)} and {len(theirs)}")
     return pair_of_context(ours[:-1], ours[-1].text, theirs[-1].text, system, extra)
 
 

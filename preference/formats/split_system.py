@@ -34,7 +34,7 @@ def split_system(pair: Pair) -> bool:
     if is_transcript(text):
         turns = turns_of_transcript(text)
         return _set(pair, **context_of(turns[:-1] if turns[-1] == ("assistant", "") else turns))
-    if match := _LLAMA2.fullmatch(text):
+    if (match := _LLAMA2.fullmatch(text)) and "[/INST]" not in match.group(2):  # one turn; several are left alone
         return _set(pair, system=match.group(1), question=match.group(2))
     if match := _LABEL.fullmatch(text) or _PERSONA.fullmatch(text):
         return _set(pair, system=match.group(1), question=_USER.sub("", match.group(2), count=1))

@@ -1,0 +1,362 @@
+"""Reading rows: every fault with file, line and reason; good rows kept; counts that add up."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from preference import json_records
+from preference.triples import DataError, DataReport, iter_rows, load_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def triple(i: int, **other) -> dict:
+    return {"question": f"question {i}", "response_chosen": f"good {i}", "response_rejected": f"bad {i}"} | other
+
+
+def lines(*rows) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def read(path, **options):
+    """(rows, report) of `path`; checks that the counts add up."""
+    report = DataReport()
+    rows = list(iter_rows([path], report, **options))
+    content = report.to_dict()
+    assert content["rows_read"] == content["rows_kept"] + sum(content["dropped"].values())
+    assert content["rows_kept"] == len(rows)
+    for file in content["files"].values():
+        assert file["rows_read"] == file["rows_kept"] + sum(file["dropped"].values())
+    return rows, report
+
+
+def places(report, reason) -> list[int]:
+    return [place["line"] for place in report.examples.get(reason, [])]
+
+
+def write(tmp_path, content: bytes, name="rows.jsonl"):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return path
+
+
+def test_triple_with_system_and_history(tmp_path):
+    history = [["earlier question", "earlier answer"]]
+    path = write(tmp_path, lines(triple(0, system="Be brief.", history=history), triple(1, system="", history=[])))
+    rows, _ = read(path)
+    assert rows[0].system == "Be brief." and rows[0].history == (("earlier question", "earlier answer"),)
+    assert rows[1].system is None and rows[1].history == ()
+    assert (rows[1].question, rows[1].chosen, rows[1].rejected) == ("question 1", "good 1", "bad 1")
+    assert (rows[1].file, rows[1].line, rows[1].prompt) == (str(path), 2, None)
+
+
+def test_prompt_rows_are_verbatim_and_answers_stripped(tmp_path):
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    rows, _ = read(write(tmp_path, lines({"prompt": prompt, "chosen": " good \n", "rejected": "\tbad"})))
+    assert rows[0].prompt == prompt
+    assert (rows[0].question, rows[0].chosen, rows[0].rejected) == ("", "good", "bad")
+
+
+def test_outer_white_space_is_stripped_on_both_sides_and_counted(tmp_path):
+    row = {"question": " q\n", "response_chosen": "good", "response_rejected": " bad\u3000"}
+    rows, report = read(write(tmp_path, lines(row)))
+    assert (rows[0].question, rows[0].chosen, rows[0].rejected) == ("q", "good", "bad")
+    assert report.notes["leading_space_in_rejected_only"] == 1
+
+
+BAD = [
+    ("missing_key", {"question": "q", "response_chosen": "a"}, "response_rejected"),
+    ("missing_key", {"question": "q", "response_chosen": "a", "response_rejected": None}, "null"),
+    ("wrong_type", triple(0, response_chosen=5), "chosen"),
+    ("wrong_type", triple(0, question=["q"]), "question"),
+    ("wrong_type", triple(0, system=1), "system"),
+    ("wrong_type", triple(0, history="before"), "history"),
+    ("wrong_type", triple(0, history=[["only one"]]), "history"),
+    ("wrong_type", triple(0, history=[["a", 5]]), "history"),
+    ("empty_turn", triple(0, history=[["a", " "]]), "history"),
+    ("empty_answer", triple(0, response_chosen=" \n"), "chosen"),
+    ("empty_answer", triple(0, response_rejected=""), "rejected"),
+    ("empty_prompt", triple(0, question="  "), ""),
+    ("identical_answers", triple(0, response_chosen="same", response_rejected=" same\n"), ""),
+    ("nul_byte", triple(0, question="a\0b"), "question"),
+]
+
+
+@pytest.mark.parametrize("reason, row, detail", BAD, ids=[f"{bad[0]}-{i}" for i, bad in enumerate(BAD)])
+def test_bad_row_is_dropped_with_place_and_reason_and_others_stay(tmp_path, reason, row, detail):
+    path = write(tmp_path, lines(triple(1), row, triple(2)))
+    rows, report = read(path)
+    assert [kept.line for kept in rows] == [1, 3]
+    assert report.dropped == {reason: 1}
+    assert report.examples[reason][0]["file"] == str(path) and places(report, reason) == [2]
+    assert detail in report.examples[reason][0]["detail"]
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2: {reason}") as error:
+        list(iter_rows([path], DataReport(), data_check="strict"))
+    assert (error.value.file, error.value.line, error.value.reason) == (str(path), 2, reason)
+
+
+@pytest.mark.parametrize("reason, row, detail", BAD, ids=[f"{bad[0]}-{i}" for i, bad in enumerate(BAD)])
+def test_a_file_of_one_bad_row_names_the_same_reason(tmp_path, reason, row, detail):
+    with pytest.raises(DataError, match=reason):
+        load_rows([write(tmp_path, lines(row))], DataReport())
+
+
+RAW = [
+    ("broken_json", b'{"question": "q", "response_chosen": \n'),
+    ("broken_json", b"[" * 100_000 + b"\n"),
+    ("broken_json", b'{"question": ' + b"9" * 5000 + b"}\n"),
+    ("broken_json", b"plain text\n"),
+    ("not_an_object", b'["question"]\n'),
+    ("not_an_object", b"null\n"),
+    ("invalid_utf8", b'{"question": "\xff\xfe", "response_chosen": "a", "response_rejected": "b"}\n'),
+    ("nul_byte", b'{"question": "a\0"}\n'),
+    ("nul_byte", b"\0\0\0\n"),
+    ("invalid_unicode", b'{"question": "\\ud800", "response_chosen": "a", "response_rejected": "b"}\n'),
+    ("line_too_long", b'{"question": "' + b"x" * 50_000_000 + b'"}\n'),
+]
+
+
+@pytest.mark.parametrize("reason, raw", RAW, ids=[f"{bad[0]}-{i}" for i, bad in enumerate(RAW)])
+def test_damaged_line_costs_itself_alone(tmp_path, reason, raw):
+    rows, report = read(write(tmp_path, lines(triple(1)) + raw + lines(triple(2))))
+    assert [row.line for row in rows] == [1, 3]
+    assert report.dropped == {reason: 1} and places(report, reason) == [2]
+
+
+# not in an array: open brackets that swallow the rest, NUL bytes that are no element, 50 MB once is enough
+ELEMENTS = [bad for bad in RAW if not bad[1].startswith((b"[[", b"\0")) and bad[0] != "line_too_long"]
+
+
+@pytest.mark.parametrize("reason, raw", ELEMENTS, ids=[f"{bad[0]}-{i}" for i, bad in enumerate(ELEMENTS)])
+def test_damaged_element_of_an_array_costs_itself_alone(tmp_path, reason, raw):
+    element = raw.removesuffix(b"\n")
+    good = [json.dumps(triple(i)).encode() for i in range(4)]
+    rows, report = read(write(tmp_path, b"[\n" + b",\n".join([*good[:2], element, *good[2:]]) + b"\n]", "rows.json"))
+    assert [row.line for row in rows] == [2, 3, 5, 6]
+    assert report.dropped == {reason: 1} and places(report, reason) == [4]
+
+
+def test_bom_crlf_blank_lines_and_no_final_newline_lose_nothing(tmp_path):
+    raw = b"\xef\xbb\xbf" + lines(triple(1), triple(2)).replace(b"\n", b"\r\n")
+    raw += b"\r\n  \r\n" + lines(triple(3)).rstrip()
+    rows, report = read(write(tmp_path, raw))
+    assert [row.line for row in rows] == [1, 2, 5] and not report.dropped
+    rows, report = read(write(tmp_path, b"\xef\xbb\xbf" + json.dumps([triple(1)]).encode(), "rows.json"))
+    assert len(rows) == 1 and not report.dropped
+
+
+def test_unicode_line_separators_are_text(tmp_path):
+    odd = "a\u2028b\u2029c\x85d\x0be\x1cf"
+    rows, _ = read(write(tmp_path, lines(triple(1, question=odd), triple(2))))
+    assert [row.question for row in rows] == [odd, "question 2"] and rows[1].line == 2
+
+
+def test_git_lfs_pointer_and_empty_files_are_named(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+    write(tmp_path, pointer, "a.jsonl.gz")
+    write(tmp_path, b"", "b.jsonl")
+    write(tmp_path, b"\xef\xbb\xbf\n \n", "c.jsonl")
+    write(tmp_path, b"[]", "d.json")
+    write(tmp_path, lines(triple(1)), "e.jsonl")
+    rows, report = read(tmp_path)
+    assert len(rows) == 1 and report.dropped == {"git_lfs_pointer": 1, "empty_file": 3}
+    assert "git lfs pull" in report.examples["git_lfs_pointer"][0]["detail"]
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:1: git_lfs_pointer"):
+        list(iter_rows([tmp_path], DataReport(), data_check="strict"))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\n", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_nothing_left_stops(tmp_path, content):
+    with pytest.raises(DataError, match=r"no usable row in .*rows\.jsonl"):
+        load_rows([write(tmp_path, content)], DataReport())
+
+
+def test_empty_and_missing_folders(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty_folder"):
+        load_rows([tmp_path / "empty"], DataReport())
+    with pytest.raises(DataError, match="not_found"):
+        load_rows([tmp_path / "absent"], DataReport())
+
+
+def test_folder_is_read_recursively_in_order(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / ".cache").mkdir()
+    write(tmp_path / "deep" / "er", gzip.compress(lines(triple(1))), "a.jsonl.gz")
+    write(tmp_path, json.dumps([triple(2)]).encode(), "b.json")
+    write(tmp_path, b"# notes", "README.md")
+    write(tmp_path / ".cache", lines(triple(3)), "hidden.jsonl")
+    rows, _ = read(tmp_path)
+    assert [row.question for row in rows] == ["question 2", "question 1"]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2], ids=["one line", "flat", "indented"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_array_elements_have_true_line_numbers(tmp_path, indent, name):
+    rows = [triple(i, system="a\n" * i) for i in range(4)]
+    text = json.dumps(rows, indent=indent, ensure_ascii=False)
+    numbers = [text[: text.index(f'"question {i}"')].rindex("{") for i in range(4)]
+    kept, report = read(write(tmp_path, text.encode(), name))
+    assert [row.line for row in kept] == [text.count("\n", 0, at) + 1 for at in numbers]
+    assert [row.question for row in kept] == [f"question {i}" for i in range(4)] and not report.dropped
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
+def test_broken_array_loses_one_element_only(tmp_path, monkeypatch, indent, chunk):
+    monkeypatch.setattr(json_records, "CHUNK", chunk)
+    text = json.dumps([triple(i) for i in range(6)], indent=indent)
+    rows, report = read(write(tmp_path, text.replace('"good 2"', '"good 2').encode(), "rows.json"))
+    assert [row.question for row in rows] == [f"question {i}" for i in (0, 1, 3, 4, 5)]
+    line = text[: text.index('"question 2"')].count("\n") + (1 if indent is None else 0)
+    assert report.dropped == {"broken_json": 1} and places(report, "broken_json") == [line]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_cut_array_keeps_all_that_is_whole(tmp_path, indent):
+    text = json.dumps([triple(i) for i in range(4)], indent=indent)
+    ends = [text.index(f'"bad {i}"') + 8 for i in range(4)]
+    for cut in range(2, len(text)):
+        rows, report = read(write(tmp_path, text[:cut].encode(), "rows.json"))
+        whole = sum(text.index("}", end - 1) < cut for end in ends)
+        assert [row.question for row in rows] == [f"question {i}" for i in range(whole)], text[:cut]
+        assert report.dropped["broken_json"] == 1, text[:cut]
+
+
+def test_objects_over_several_lines_without_an_array(tmp_path):
+    text = "\n".join(json.dumps(triple(i), indent=1) for i in range(3))
+    rows, report = read(write(tmp_path, text.encode(), "rows.json"))
+    assert [row.line for row in rows] == [1, 6, 11] and not report.dropped
+
+
+def test_first_line_broken_leaves_json_lines(tmp_path):
+    rows, report = read(write(tmp_path, b'{"question": "q", \n' + lines(triple(1), triple(2)).replace(b", ", b",")))
+    assert len(rows) == 2 and places(report, "broken_json") == [1]
+
+
+def test_multi_byte_characters_across_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_records, "CHUNK", 5)
+    rows, report = read(write(tmp_path, json.dumps([triple(1, question="发烧怎么办😀")], ensure_ascii=False).encode()))
+    assert rows[0].question == "发烧怎么办😀" and not report.dropped
+
+
+def test_damaged_gzip_keeps_what_comes_before(tmp_path):
+    # Random text does not compress, so the cut falls behind whole rows.
+    import random
+
+    letters = random.Random(0)
+    packed = gzip.compress(lines(*(triple(i, system="".join(letters.choices("abcdefgh", k=4000))) for i in range(200))))
+    rows, report = read(write(tmp_path, packed[: len(packed) // 2], "rows.jsonl.gz"))
+    assert 50 < len(rows) < 150 and report.dropped["broken_gzip"] == 1
+    assert places(report, "broken_gzip")[0] > len(rows)
+
+
+def test_gzip_is_known_by_its_bytes(tmp_path):
+    assert len(read(write(tmp_path, gzip.compress(lines(triple(1))), "rows.json"))[0]) == 1
+    assert len(read(write(tmp_path, lines(triple(1)), "rows.jsonl.gz"))[0]) == 1
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_not_misread(tmp_path, codec):
+    with pytest.raises(DataError):
+        load_rows([write(tmp_path, lines(triple(1)).decode().encode(codec))], DataReport())
+
+
+def test_report_dict_save_and_summary(tmp_path):
+    path = write(tmp_path, lines(triple(1), *[triple(0, question="")] * 3))
+    _, report = read(path)
+    report.drop("too_long", str(path), 1, "900 tokens")
+    report.add_section("tokens", {"mean": 1.5})
+    report.save(tmp_path / "data_report.json")
+    content = json.loads((tmp_path / "data_report.json").read_text())
+    assert (content["rows_read"], content["rows_kept"]) == (4, 0)
+    assert content["dropped"] == {"empty_prompt": 3, "too_long": 1} and content["tokens"] == {"mean": 1.5}
+    assert [place["line"] for place in content["examples"]["empty_prompt"]] == [2, 3, 4]
+    assert len(report.to_dict(max_examples=1)["examples"]["empty_prompt"]) == 1
+    for part in ("4 read, 0 kept, 4 dropped", "empty_prompt", f"{path}:2", "tokens: mean 1.5"):
+        assert part in report.summary()
+
+
+def test_report_lists_at_most_max_listed_but_counts_all(tmp_path):
+    report = DataReport(max_listed=2)
+    list(iter_rows([write(tmp_path, lines(*[triple(0, question="")] * 5))], report))
+    assert report.dropped["empty_prompt"] == 5 and len(report.examples["empty_prompt"]) == 2
+
+
+def test_text_with_half_surrogates_can_be_reported(tmp_path):
+    path = write(tmp_path, b'{"\\ud800": 1, "question": "q", "response_chosen": "a"}\n' + lines(triple(1)))
+    _, report = read(path)
+    report.save(tmp_path / "report.json")
+    report.summary().encode()
+    json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+
+
+def test_text_figures(tmp_path):
+    rows = [
+        triple(1, response_chosen="a much longer answer", response_rejected="short"),
+        triple(1, response_chosen="A much  longer answer", response_rejected="short", question="Question  1 "),
+        triple(2, response_chosen="see <|im_end|> and </s>", response_rejected="No, and that is all there is to it."),
+        triple(3, question="发烧怎么办？", response_chosen="多休息，多喝水。", response_rejected="多休息，多喝水！",
+               system="S", history=[["a", "b"]]),
+    ]  # fmt: skip
+    _, report = read(write(tmp_path, lines(*rows)))
+    text = report.sections["text"]
+    assert (text["rows"], text["with_system"], text["with_history"]) == (4, 1, 1)
+    assert (text["duplicate_pairs"], text["repeated_prompts"], text["near_identical_answers"]) == (1, 1, 0)
+    assert text["scripts"] == {"latin": 3, "han": 1}
+    assert text["control_text_rows"] == 1 and text["control_text"] == {"<|im_end|>": 1, "</s>": 1}
+    assert text["length_bias"] == {"chosen_longer": 0.5, "equal": 0.25, "accuracy_of_length_alone": 0.625}
+    assert text["characters"]["chosen"]["max"] == 23
+
+
+def test_near_identical_answers(tmp_path):
+    long = "Rest, drink water, and see a doctor if the fever lasts for more than three days or gets worse."
+    changed = long.replace("three", "four")
+    rows = [triple(1, response_chosen=long, response_rejected=changed), triple(2, response_chosen=long.upper(),
+            response_rejected=long), triple(3, response_chosen=long, response_rejected="Antibiotics.")]  # fmt: skip
+    _, report = read(write(tmp_path, lines(*rows)))
+    assert report.sections["text"]["near_identical_answers"] == 2
+
+
+def test_prompts_shared_by_training_and_evaluation(tmp_path):
+    from preference.text_stats import shared_prompts
+
+    train, _ = read(write(tmp_path, lines(triple(1), triple(2, system="S")), "train.jsonl"))
+    evaluation, _ = read(write(tmp_path, lines(triple(1, question="QUESTION 1"), triple(2), triple(3)), "eval.jsonl"))
+    report = DataReport()
+    assert [row.line for row in shared_prompts(train, evaluation, report)] == [1]
+    assert report.sections["prompts_in_train_and_eval"]["rows"] == 1 and "eval.jsonl:1" in report.warnings[0]
+
+
+def test_unknown_choices_are_errors(tmp_path):
+    path = write(tmp_path, lines(triple(1)))
+    for choice in ({"data_check": "lax"}, {"format": "none"}, {"axis": "left"}, {"pairs": "x"}, {"columns": "x=y"}):
+        with pytest.raises(ValueError):
+            load_rows([path], DataReport(), **choice)
+
+
+def test_importing_the_readers_is_light():
+    code = "import preference.triples, sys; print({'torch', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_memory_stays_flat(tmp_path):
+    """A file of 30 MB, as lines and as an array, is read in a few MB."""
+    import tracemalloc
+
+    row = json.dumps(triple(1, system="x" * 3000)).encode()
+    for name, content in (("a.jsonl", (row + b"\n") * 10_000), ("a.json", b"[" + b",".join([row] * 10_000) + b"]")):
+        path = write(tmp_path, content, name)
+        del content
+        tracemalloc.start()
+        count = sum(1 for _ in iter_rows([path], DataReport()))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count == 10_000 and peak < 12 << 20, f"{name}: {peak >> 20} MB"
