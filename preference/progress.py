@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from preference.hints import hints
 from preference.outcome import greedy_answers
-from preference.run_files import JsonLines
+from preference.run_files import JsonLines, evaluation_sets
 from preference.speed import SpeedMeter, compute_dtype, flops_per_token, matmul_rate, peak_memory
 from preference.trainer import PairTrainer
 
@@ -159,8 +159,8 @@ class Progress(TrainerCallback):
             lines = [f"trained {step - self.first_step} steps in {duration(logs['train_runtime'])}"]
         else:
             lines = [
-                "  ".join([f"evaluation{name} at step {step}:", *readable(logs, prefix)])
-                for prefix, name in evaluation_sets(logs).items()
+                "  ".join([f"{prefix.replace('eval', 'evaluation', 1)} at step {step}:", *readable(logs, prefix)])
+                for prefix in evaluation_sets(logs)
             ]
         for name, text in hints(state.log_history, state.max_steps):
             if name not in self.explained:
@@ -207,14 +207,6 @@ class Answers(TrainerCallback):
             for prompt, answer in zip(self.prompts, answers, strict=True):
                 record = {"step": state.global_step, "source": prompt["source"], "question": prompt["question"]}
                 self.file.append(record | {"answer": answer})
-
-
-def evaluation_sets(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """{"eval": ""} or {"eval_NAME": " of NAME", ...}: the prefixes of the evaluation sets that `metrics` are of."""
-    suffix = "_loss"
-    prefixes = [key[: -len(suffix)] for key in metrics if key.startswith("eval") and key.endswith(suffix)]
-    prefixes = [prefix for prefix in prefixes if not prefix.endswith("_nll")]
-    return {prefix: "" if prefix == "eval" else f" of {prefix.removeprefix('eval_')}" for prefix in prefixes}
 
 
 def readable(logs: Mapping[str, Any], prefix: str = "", only: Sequence[str] = ()) -> list[str]:

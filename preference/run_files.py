@@ -56,3 +56,10 @@ def _line(record: Mapping[str, Any]) -> str:
     """JSON has no word for nan and infinity: they become null."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def evaluation_sets(metrics: Mapping[str, Any]) -> list[str]:
+    """The prefixes of the evaluation sets that `metrics` are of: "eval", or "eval_NAME" of several sets."""
+    suffix = "_loss"
+    prefixes = [key[: -len(suffix)] for key in metrics if key.startswith("eval") and key.endswith(suffix)]
+    return [prefix for prefix in prefixes if not prefix.endswith("_nll")]
