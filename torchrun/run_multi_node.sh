@@ -11,7 +11,7 @@
 #   MASTER_ADDR  address of machine 0, as the others reach it
 #   MASTER_PORT  a port that is free there (default 29500); the same on every machine
 #   NPROC        processes on this machine, one a GPU (default: the number of visible GPUs; 2 on a CPU)
-#   strategy     ddp (default): each process holds the whole model; fsdp: weights, gradients and optimizer are shared out
+#   strategy     ddp: each process holds the whole model; README.md says what that means for its size
 # Every variable and flag of run_orpo.sh counts too, and must be the same on every machine. See README.md here.
 
 set -eu
@@ -63,13 +63,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 # ---- the strategy
 case ${strategy:=ddp} in
 ddp) ;;
-fsdp) # FSDP2 through accelerate, which reads these; layer by layer, and saved whole so that transformers and peft load it
-    export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP
-    export FSDP_RESHARD_AFTER_FORWARD="${FSDP_RESHARD_AFTER_FORWARD:-true}" FSDP_OFFLOAD_PARAMS="${FSDP_OFFLOAD_PARAMS:-false}"
-    export FSDP_STATE_DICT_TYPE="${FSDP_STATE_DICT_TYPE:-FULL_STATE_DICT}" FSDP_CPU_RAM_EFFICIENT_LOADING=false
-    ;;
-zero2 | zero3 | zero3_offload) fail "strategy=$strategy needs DeepSpeed, which is not wired in yet; strategy=fsdp shards like zero3" ;;
-*) fail "strategy=$strategy is unknown: ddp or fsdp" ;;
+fsdp | zero2 | zero3 | zero3_offload) fail "strategy=$strategy is not offered yet; ddp is, and use_peft=true makes a model fit" ;;
+*) fail "strategy=$strategy is unknown; ddp is what there is" ;;
 esac
 
 printf 'torchrun: %s machine(s) x %s process(es), strategy=%s, OMP_NUM_THREADS=%s\n' "$NNODES" "$NPROC" "$strategy" "$OMP_NUM_THREADS"

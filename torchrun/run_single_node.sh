@@ -2,12 +2,12 @@
 # run_orpo.sh on all GPUs of this machine, one process each; without a GPU, on two CPU processes (gloo).
 #
 #   sh torchrun/run_single_node.sh                       every visible GPU
-#   NPROC=4 strategy=fsdp model_name_or_path=Qwen/Qwen2.5-7B-Instruct template_name=auto sh torchrun/run_single_node.sh
+#   NPROC=4 model_name_or_path=Qwen/Qwen2.5-7B-Instruct template_name=auto sh torchrun/run_single_node.sh
 #   sh torchrun/run_single_node.sh NPROC=2 --max_steps 20
 #
 # Variables, from the environment or as leading NAME=value words:
 #   NPROC      processes, one a GPU (default: the number of visible GPUs; 2 on a CPU)
-#   strategy   ddp (default): each process holds the whole model; fsdp: weights, gradients and optimizer are shared out
+#   strategy   ddp: each process holds the whole model; README.md says what that means for its size
 # MASTER_PORT is chosen by the system, so that two runs on one machine do not collide.
 
 set -eu
