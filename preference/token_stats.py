@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _PLACES = 20  # places listed where rows are counted and not dropped
 _SIDES = ("prompt", "chosen", "rejected")
+_BINS = 24  # of the histograms
 
 
 class TokenStats:
@@ -83,6 +84,7 @@ class TokenStats:
         section: dict[str, Any] = {"pairs": len(kept), **self.limits}
         if len(kept):
             section |= {side: _distribution(kept[:, i]) for i, side in enumerate(_SIDES)}
+            section["histogram"] = _histogram(kept)
             longer, shorter = (float(np.mean(side)) for side in (kept[:, 1] > kept[:, 2], kept[:, 1] < kept[:, 2]))
             section["length_bias"] = {
                 "chosen_longer": round(longer, 4),
@@ -140,3 +142,12 @@ class TokenStats:
 def _distribution(values: np.ndarray) -> dict[str, int]:
     points = np.percentile(values, [0, 50, 90, 99, 100], method="higher")
     return dict(zip(("min", "p50", "p90", "p99", "max"), map(int, points), strict=True))
+
+
+def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
+    """Rows by length, [n, 3] -> bins of equal width from `from` up to, but not including, `to`, with a count a side."""
+    width = int(lengths.max()) // _BINS + 1
+    edges = np.arange(0, int(lengths.max()) + width + 1, width)
+    counts = [np.histogram(lengths[:, i], edges)[0].tolist() for i in range(len(_SIDES))]
+    bins = zip(edges[:-1].tolist(), edges[1:].tolist(), *counts, strict=True)
+    return [dict(zip(("from", "to", *_SIDES), each, strict=True)) for each in bins]
