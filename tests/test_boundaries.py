@@ -244,7 +244,7 @@ def test_reasoning_tags_and_white_space_are_content():
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>", "\n\n", "<|tool|>", "<b>"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<reserved>"]})
-    control = ControlTokens(tokenizer, "<b>")
+    control = ControlTokens(tokenizer, "<b>\n\n<think></think>")
     assert set(control.texts) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|tool|>", "<reserved>", "<b>"}
     assert control.found_in("<think>a</think>\n\n<b>") == ["<b>"]
 
