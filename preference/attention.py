@@ -118,13 +118,13 @@ def _usual_attention(module: torch.nn.Module, eager: bool) -> Callable[..., Any]
 
 def _attention(eager: bool) -> Callable[..., Any]:
     def attention_function(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        if isinstance(mask, PackedMask):
-            return packed_attention(module, query, key, value, mask, *args, **kwargs), None
+        if isinstance(attention_mask, PackedMask):
+            return packed_attention(module, query, key, value, attention_mask, **kwargs), None
         if _layout.get() is not None:
             raise EngineError(f"{type(module).__name__} does not pass its mask on: use engine=trl")
-        return _usual_attention(module, eager)(module, query, key, value, mask, *args, **kwargs)
+        return _usual_attention(module, eager)(module, query, key, value, attention_mask, **kwargs)
 
     return attention_function
 

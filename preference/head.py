@@ -55,11 +55,12 @@ def _score(head: nn.Module, hidden_TD: Tensor, ids_T: Tensor, config: Any) -> Te
 def _packed_forward(self: PreTrainedModel, packed: Mapping[str, Any], kwargs: dict[str, Any]) -> Tensor:
     """The log-probabilities [T] of the batch's targets, fp32 at least."""
     inputs = {name: value for name, value in kwargs.items() if value is not None}
+    backbone = self.model if self.base_model is self else self.base_model
     if "segments" in packed:
         with packed_row(packed):
-            out = self.base_model(**inputs, position_ids=packed["position_ids"], use_cache=False)
+            out = backbone(**inputs, position_ids=packed["position_ids"], use_cache=False)
     else:
-        out = self.base_model(**inputs, use_cache=False)
+        out = backbone(**inputs, use_cache=False)
     hidden = out.last_hidden_state[:, -packed["input_ids"].shape[1] :]  # behind the virtual tokens of prompt tuning
     hidden_TD = hidden.flatten(0, 1)[packed["target_at"]]
     return _score(self.get_output_embeddings(), hidden_TD, packed["target_ids"], self.config.get_text_config())

@@ -37,7 +37,7 @@ _HEADER = re.compile(rb'"?[\w .\-]{1,40}"?(?:[,;\t]"?[\w .\-]{1,40}"?)+\s*')
 def find_sources(paths: Sequence[str | Path]) -> list[str]:
     """Every source in `paths`: files and hub ids as given, folders recursively in sorted order.
 
-    Raises DataError for a path that does not exist, a folder without a data file, a saved DatasetDict of several splits.
+    Raises DataError for a path that does not exist, a folder without data files, a saved DatasetDict of several splits.
     """
     found: list[str] = []
     for path in paths:

@@ -225,6 +225,11 @@ def resolve_template(
             f"template {name} does not fit this tokenizer: {' '.join(missing)} {verb} of it, "
             f"so the model never saw such turns. {advice}"
         )
+    if conv.reasoning == "hidden":
+        warnings.append(
+            f"template {name} opens a think block in the prompt and shows no reasoning in replies: the model learns to "
+            "answer inside the block. template_name=deepseek_r1_think keeps the reasoning and closes the block"
+        )
     difference = first_difference(conv, tokenizer) if own else None
     if difference:
         warnings.append(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -112,15 +112,16 @@ class TextStats:
                     self.control[token] += 1
 
     def to_dict(self) -> dict[str, Any]:
-        chosen, rejected = self.lengths["chosen"], self.lengths["rejected"]
-        longer = sum(c > r for c, r in zip(chosen, rejected, strict=True))
-        equal = sum(c == r for c, r in zip(chosen, rejected, strict=True))
+        import numpy as np  # here, so that reading rows needs no numpy
+
+        chosen, rejected = (np.asarray(self.lengths[name]) for name in ("chosen", "rejected"))
+        longer, equal = int((chosen > rejected).sum()), int((chosen == rejected).sum())
         return {
             "rows": self.rows,
             "with_system": self.system_rows,
             "with_history": self.history_rows,
-            "duplicate_pairs": self.rows - len(set(self.pairs)),
-            "repeated_prompts": self.rows - len(set(self.prompts)),
+            "duplicate_pairs": self.rows - len(np.unique(self.pairs)),
+            "repeated_prompts": self.rows - len(np.unique(self.prompts)),
             "near_identical_answers": self.counts["near_identical_answers"],
             "characters": {name: spread(values) for name, values in self.lengths.items()},
             "length_bias": length_bias(longer, equal, self.rows),
@@ -130,14 +131,16 @@ class TextStats:
         }
 
 
-def spread(values: Iterable[int]) -> dict[str, float]:
+def spread(values: Sequence[int]) -> dict[str, float]:
     """Mean and quantiles of lengths ({} for none)."""
-    ordered = sorted(values)
-    if not ordered:
+    import numpy as np
+
+    if not len(values):
         return {}
+    ordered = np.sort(np.asarray(values))
     at = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    quantiles = {name: ordered[round(share * (len(ordered) - 1))] for name, share in at.items()}
-    return {"mean": round(sum(ordered) / len(ordered), 1), **quantiles}
+    quantiles = {name: int(ordered[round(share * (len(ordered) - 1))]) for name, share in at.items()}
+    return {"mean": round(float(ordered.mean()), 1), **quantiles}
 
 
 def length_bias(longer: int, equal: int, rows: int) -> dict[str, float]:

@@ -75,8 +75,10 @@ class Format:
 
 def take(row: RowDict, *keys: str) -> list[Any]:
     """The values of `keys` ("a|b": the first that is there). Raises Drop('missing_key') that names the absent ones."""
-    values = []
-    missing = []
+    values = [row.get(key) for key in keys]
+    if None not in values:
+        return values
+    values, missing = [], []
     for alternatives in keys:
         value = next((row[key] for key in alternatives.split("|") if row.get(key) is not None), None)
         values.append(value)

@@ -1,0 +1,161 @@
+"""Every causal-LM architecture of transformers that can be built tiny, run by the packed engine and compared.
+
+    python tests/architectures.py            # writes docs/architectures.md, about a minute
+
+A model is random, of a few layers, with a window of 6 tokens where its attention has windows, so that they matter.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import transformers  # noqa: E402
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+
+from preference.attention import EngineError  # noqa: E402
+from preference.head import prepare_model  # noqa: E402
+from preference.probe import packed_logps, plain_logps  # noqa: E402
+
+SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=512)
+TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LARGEST = 30_000_000  # parameters
+EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+TRIES = (  # what configs disagree about; the first that builds and runs is taken
+    dict(num_hidden_layers=4, num_key_value_heads=2),
+    dict(num_hidden_layers=4, num_key_value_heads=2, head_dim=8),
+    dict(num_hidden_layers=4, num_key_value_heads=4),
+    dict(num_hidden_layers=4, num_key_value_heads=2, head_dim=8, **EXPERTS),
+    dict(num_hidden_layers=4),
+)
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": dict(mamba_n_heads=8, mamba_d_head=8, mamba_expand=2, attn_layer_indices=[1]),
+    "codegen": dict(rotary_dim=4, n_embd=32, n_layer=2, n_head=4, n_inner=64),
+    "gptj": dict(rotary_dim=4, n_embd=32, n_layer=2, n_head=4, n_inner=64),
+    "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4, window_size=6),
+    "lfm2": dict(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
+    "mamba2": dict(num_heads=8, head_dim=8, expand=2, state_size=16, n_groups=1),
+    "qwen3_next": dict(num_hidden_layers=4, head_dim=8, num_key_value_heads=2, **EXPERTS),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    model_type: str
+    how: str  # shared, rows, refused, not built
+    detail: str = ""
+
+
+def _pairs(vocabulary: int) -> list[dict[str, list[int]]]:
+    draw = random.Random(0)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    lengths = [(14, 9, 5), (1, 3, 8), (7, 1, 1)]
+    return [
+        {name: [draw.randrange(3, vocabulary) for _ in range(n)] for name, n in zip(names, sizes, strict=True)}
+        for sizes in lengths
+    ]
+
+
+def build(model_type: str, **config: Any) -> Any:
+    """A tiny random model that runs. Raises whatever its last try raised."""
+    special = SPECIAL.get(model_type)
+    error: Exception | None = None
+    for more in [special] if special else TRIES:
+        try:
+            made = CONFIG_MAPPING[model_type](**(SIZES | TOKENS | more | config))
+            text = made.get_text_config()
+            if getattr(text, "sliding_window", None) and "sliding_window" not in config:
+                text.sliding_window = 6
+            with torch.device("meta"):
+                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(made).parameters())
+            if size > LARGEST:
+                raise ValueError(f"{size / 1e6:.0f} M parameters")
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(made).eval()
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False)
+            return model
+        except Exception as caught:  # any model's own code: configs have no common contract
+            error = caught
+    raise error
+
+
+def examine(model_type: str) -> Finding:
+    """How the engine runs an architecture.
+
+    Raises:
+        AssertionError: it ran it and the log-probabilities are wrong.
+    """
+    try:
+        model = build(model_type)
+    except Exception as error:
+        return Finding(model_type, "not built", f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
+    pairs = _pairs(model.config.get_text_config().vocab_size)
+    with torch.no_grad():
+        plain = plain_logps(model, pairs)
+        try:
+            engine = prepare_model(model)
+        except EngineError as error:
+            return Finding(model_type, "refused", str(error))
+        packed = packed_logps(model, pairs, engine.share_prompt)
+    worst = float((packed - plain).abs().max())
+    assert worst < 1e-3, f"{model_type}: log-probabilities differ by {worst:.2g}"
+    return Finding(model_type, "shared" if engine.share_prompt else "rows", engine.reason)
+
+
+def sweep() -> Iterator[Finding]:
+    for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        yield examine(model_type)
+
+
+INTRO = """# Which architectures the packed engine runs, and how
+
+Made by `python tests/architectures.py` with transformers {version}: a tiny random model of every causal-LM architecture
+that could be built (with an attention window of 6 tokens where there are windows) was run packed, and its log-probabilities
+compared with one plain forward per sequence. `tests/test_architectures.py` does the same for the common ones.
+
+- **shared**: one packed row, every prompt once. Full, sliding-window and chunked attention, grouped heads, capped
+  scores, learned sinks, mixtures of experts.
+- **rows**: two right-padded rows per pair; the objective, the head and the batches are the engine's all the same. For
+  models that carry a state from token to token, bias attention by distance in their own code, or do not use transformers'
+  AttentionInterface. (Laying both answers out in one row without sharing would be wrong for all of these.)
+- **refused**: the engine stops with a message that names `engine=trl`. Encoders used as decoders without
+  `is_decoder`, and heads that are more than a projection.
+
+The choice is measured again for the model at hand each time one is loaded (`preference/probe.py`): a dozen tokens are run both
+ways. Prompt-tuning adapters run in rows; LoRA and DoRA change nothing. Two things depend on a batch by a model's own
+design and stay so: rotary embeddings that rescale with the longest position (dynamic, longrope), and dropout, which in
+a shared row is the same for both answers' prompt.
+
+"""
+
+
+def write(path: Path) -> None:
+    findings = list(sweep())
+    lines = [INTRO.format(version=transformers.__version__)]
+    lines.append(", ".join(f"{how}: {sum(f.how == how for f in findings)}" for how in ("shared", "rows", "refused")))
+    lines.append("\n| model_type | runs | why |\n|---|---|---|")
+    for f in findings:
+        if f.how != "not built":
+            lines.append(f"| {f.model_type} | {f.how} | {f.detail.replace('|', '/')} |")
+    missing = ", ".join(f.model_type for f in findings if f.how == "not built")
+    lines.append(f"\nNot built tiny, so decided when one is loaded: {missing}.\n")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    for f in findings:
+        if f.how == "not built":
+            print(f"{f.model_type}: {f.detail}")
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    write(ROOT / "docs" / "architectures.md")
