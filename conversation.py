@@ -118,18 +118,20 @@ class Conversation:
             reply = _without_channels(reply)
         elif self.reasoning != "text" and "</think>" in reply:
             reply = reply.split("</think>")[-1]
-            reply = reply if self.reasoning == "open-raw" else reply.lstrip("\n")
+            reply = reply if self.reasoning in ("hidden", "open-raw") else reply.lstrip("\n")
         return self.assistant + self.seam + reply + self.turn_end
 
     def _reply(self, reply: str) -> str:
         """A reply to learn. Policies: "text" is untouched; "channel" loses its thought channels; "block" always holds
         a think block, empty if the reply has none; "closed" holds none, as the prompt already closed it; "open" and
-        "open-raw" close the block that the prompt opened."""
+        "open-raw" close the block that the prompt opened; "hidden" does not, as the official template shows none."""
         reply = self._clean("R", reply)
         if self.reasoning == "text":
             return reply
         if self.reasoning == "channel":
             return _without_channels(reply)
+        if self.reasoning == "hidden":
+            return reply.split("</think>")[-1]
         thought, answer = "", reply
         if "</think>" in reply:
             thought = self._clean("R", reply.split("</think>")[0].rstrip("\n").split("<think>")[-1]).strip("\n")
@@ -209,6 +211,8 @@ def _jinja_reasoning(c: Conversation) -> str:
             "{%- set past = kept.text | trim -%}{%- set reply = past -%}"
         )
     clean = ".strip()" if "R" in c.strip else ".strip('\\n')"
+    if c.reasoning == "hidden":
+        return "{%- set past = content.split('</think>')[-1] -%}{%- set reply = past -%}"
     left = "" if c.reasoning == "open-raw" else ".lstrip('\\n')"
     before = {"block": r"'<think>\n' + thought + '\n</think>\n\n' + ", "closed": ""}
     return (
@@ -326,7 +330,9 @@ _TABLE = [
     _deepseek("deepseek_v2", "DeepSeek LLM, V2, Coder-V2", system=("", "\n\n"), user=("User: ", "\n\n"),
               assistant="Assistant:", seam=" ", tokens=_DEEPSEEK),
     _deepseek("deepseek_v3", "DeepSeek V2.5, V3"),
-    _deepseek("deepseek_r1_distill", "DeepSeek-R1-Distill", reasoning="open-raw", opens="<think>\n"),
+    _deepseek("deepseek_r1_distill", "DeepSeek-R1-Distill", reasoning="hidden", opens="<think>\n"),
+    # To train them with reasoning, which their own template deletes from every reply.
+    _deepseek("deepseek_r1_think", "DeepSeek-R1-Distill, with reasoning", reasoning="open-raw", opens="<think>\n"),
     _tagged("chatglm3", "ChatGLM3-6B", *_TAGS, "\n ", "</s>", "", begin="[gMASK]sop", seam="\n "),
     # GLM-4 ends its turn by opening the user's, so <|user|> is what it must learn to write.
     _tagged("glm4", "GLM-4-9B-Chat", *_TAGS, "\n", "<|user|>", "", begin="[gMASK]<sop>", seam="\n", skip_empty="SUR"),

@@ -151,7 +151,13 @@ REASONING = {
         "Grains.\n</think>\n\nNo.<|im_end|>",
         "\n</think>\n\nNo.<|im_end|>",
     ),
-    "deepseek_r1_distill": (  # the history keeps the line ends behind </think>, as the official template does
+    "deepseek_r1_distill": (  # keeps the line ends behind </think>, as the official template does
+        "<｜Assistant｜>\n\nNo.<｜end▁of▁sentence｜>",
+        "<｜Assistant｜><think>\n",
+        "\n\nNo.<｜end▁of▁sentence｜>",
+        "No.<｜end▁of▁sentence｜>",
+    ),
+    "deepseek_r1_think": (
         "<｜Assistant｜>\n\nNo.<｜end▁of▁sentence｜>",
         "<｜Assistant｜><think>\n",
         "Grains.\n</think>\n\nNo.<｜end▁of▁sentence｜>",
@@ -337,9 +343,6 @@ def test_official_rendering(name: str, facts: dict, case: dict) -> None:
     # Where the prompt is no prefix of the whole, the case's own prefix is an accident of where the two part.
     prefix = case["reply_prefix"] if case["prompt_is_prefix_of_full"] else facts["nominal_reply_prefix"]
     rendered = case["reply_rendered"]
-    if name == "deepseek_r1_distill":  # its template shows no reasoning; behind `<think>\n` the block must be closed
-        thought = "91 = 7 * 13" if "</think>" in case["reply"] else ""
-        prefix, rendered = f"{thought}\n</think>\n\n", rendered.lstrip("\n")
     suffix = case["reply_suffix"]
     learned_suffix = suffix[: suffix.index(stop) + len(stop)] if stop in suffix else stop
     assert conv.stop_str == stop
