@@ -44,18 +44,27 @@ def find_sources(paths: Sequence[str | Path]) -> list[str]:
         if str(path).startswith(HUB):
             found.append(str(path))
         elif Path(path).is_dir():
-            inside = _sources_in(Path(path))
+            try:
+                inside = _sources_in(Path(path), set())
+            except OSError as error:
+                raise DataError.at(error.filename or str(path), 0, "unreadable_file", error.strerror or "") from error
             if not inside:
                 raise DataError.at(str(path), 0, "empty_folder", f"no {', '.join(DATA_SUFFIXES)} file (or .gz) in it")
             found += inside
-        elif Path(path).exists():
+        elif Path(path).is_file():
             found.append(str(path))
+        elif Path(path).exists():
+            raise DataError.at(str(path), 0, "unreadable_file", "neither a file nor a folder (a pipe?)")
         else:
             raise DataError.at(str(path), 0, "not_found", "no such file or folder")
     return list(dict.fromkeys(found))
 
 
-def _sources_in(folder: Path) -> list[str]:
+def _sources_in(folder: Path, seen: set[str]) -> list[str]:
+    """The sources below `folder`; links are followed, but no folder is read twice."""
+    if (real := os.path.realpath(folder)) in seen:
+        return []
+    seen.add(real)
     if is_arrow_folder(folder):
         return [str(folder)]
     splits = splits_of(folder)
@@ -63,13 +72,13 @@ def _sources_in(folder: Path) -> list[str]:
         if len(splits) != 1:
             choices = ", ".join(str(folder / split) for split in splits)
             raise DataError.at(str(folder), 0, "ambiguous_split", f"a saved DatasetDict: give one of {choices}")
-        return _sources_in(folder / splits[0])
+        return _sources_in(folder / splits[0], seen)
     found = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name.startswith((".", "__MACOSX")):
             continue
-        if entry.is_dir(follow_symlinks=False):
-            found += _sources_in(folder / entry.name)
+        if entry.is_dir():
+            found += _sources_in(folder / entry.name, seen)
         elif entry.is_file() and _is_data_name(entry.name):
             found.append(str(folder / entry.name))
     return found

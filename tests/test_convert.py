@@ -202,6 +202,25 @@ def test_memory_stays_flat(tmp_path):
     assert grown < 25_000, f"{grown} KB"  # 40 bytes a row are 3 MB
 
 
+def test_commands_and_formats_of_the_readme_exist():
+    import re
+    import shlex
+
+    from preference.formats import FORMATS
+
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`(python data/convert\.py [^`]+)`", text)
+    assert len(commands) > 25
+    for command in commands:
+        script.options_of(script.arguments(shlex.split(command)[2:]))
+    named = {name for cell in re.findall(r"`([a-z][a-z0-9-]+)`", text) for name in [cell] if name in FORMATS}
+    assert named == set(FORMATS)
+    table = text.split("## Datasets")[1].split("### Shapes")[0]
+    for dataset in ("ChiMed-DPO", "FineMed", "KoMeP", "MedicalGPT", "UltraFeedback", "UltraMix", "UltraChat DPO",
+                    "Anthropic HH", "SHP"):  # fmt: skip
+        assert f"| {dataset}" in table
+
+
 @real_samples
 def test_real_hh(tmp_path, capsys):
     report = tmp_path / "r.json"

@@ -196,6 +196,20 @@ def test_folder_is_read_recursively_in_order(tmp_path):
     assert [row.question for row in rows] == ["question 2", "question 1"]
 
 
+def test_links_are_followed_once_and_pipes_are_refused(tmp_path):
+    import os
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere", lines(triple(1)), "a.jsonl")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
+    assert len(read(tmp_path / "data")[0]) == 1
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="unreadable_file"):
+        load_rows([tmp_path / "pipe"], DataReport())
+
+
 @pytest.mark.parametrize("indent", [None, 0, 2], ids=["one line", "flat", "indented"])
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
 def test_array_elements_have_true_line_numbers(tmp_path, indent, name):

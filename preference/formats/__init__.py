@@ -26,7 +26,10 @@ _ALL = (
 )  # fmt: skip
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 _DETECTED = [format for format in _ALL if format.detected]
-_ADVICE = "name the format with --format, or the columns with --columns question=...,chosen=...,rejected=..."
+_ADVICE = (
+    "name the format with --format (in training --data_format), or the columns with "
+    "--columns question=...,chosen=...,rejected=..."
+)
 
 
 class Recognised(NamedTuple):
@@ -87,7 +90,8 @@ def _refuse_ambiguity(best: Format, rows: Sequence[RowDict]) -> None:
         rivals = [other for other in _DETECTED if not other.answers & best.answers and other.matches(row)]
         if rivals:
             names = ", ".join(f"{format.name} ({' and '.join(sorted(format.answers))})" for format in [best, *rivals])
-            raise NotRecognised("ambiguous_format", f"the rows could be read as {names}: say which with --format")
+            advice = "say which with --format (in training --data_format)"
+            raise NotRecognised("ambiguous_format", f"the rows could be read as {names}: {advice}")
 
 
 def _near_miss(rows: Sequence[RowDict]) -> Recognised:

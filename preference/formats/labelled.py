@@ -162,6 +162,6 @@ FIRST_OR_SECOND = Format(
     needs=("prompt|question", "response_1", "response_2", "label"),
     answers=frozenset({"response_1", "response_2"}),
     pairs=first_or_second,
-    only_when_named="nothing in the file says what its label means; --format pairwise-label reads 1 as 'response_1 "
-    "is better' and 0 or 2 as 'response_2 is better'",
+    only_when_named="nothing in the file says what its label means; naming the format pairwise-label reads 1 as "
+    "'response_1 is better' and 0 or 2 as 'response_2 is better'",
 )

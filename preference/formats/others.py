@@ -101,5 +101,5 @@ ZHONGJING_RANKS = Format(
     answers=frozenset({"rank1", "rank2", "rank3", "rank4"}),
     pairs=zhongjing_ranks,
     only_when_named="the published tool fills rank1 .. rank4 with the inverse of the order that the labeller gave, so "
-    "most rows may be mis-ordered; if yours are right, --format zhongjing-ranks reads rank1 as the best",
+    "most rows may be mis-ordered; if yours are right, naming the format zhongjing-ranks reads rank1 as the best",
 )
