@@ -350,18 +350,20 @@ def serve(models: Models, args: argparse.Namespace) -> None:
 
     from preference.chatting import Turn
 
+    mark = "**tuned**\n\n"
+
     def text(content: Any) -> str:
         """A message's text: gradio gives a string or a list of parts."""
         return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
     def respond(question: str, messages: list[dict], system: str, both: bool) -> Iterator[str]:
-        said = [text(message["content"]) for message in messages]
+        said = [text(message["content"]).rpartition(mark)[2] for message in messages]  # the tuned model's words alone
         turn, _ = models.tuned.fit(Turn(question, tuple(zip(said[::2], said[1::2], strict=False)), system or None))
         seed = args.seed + len(said) // 2
         shown = ""
         if both:
             base, within = models.base()
-            shown = f"**base**\n\n{_whole(base, turn, seed, within)}\n\n**tuned**\n\n"
+            shown = f"**base**\n\n{_whole(base, turn, seed, within)}\n\n{mark}"
         with closing(models.tuned.stream(turn, seed)) as pieces:
             for piece in pieces:
                 shown += piece

@@ -1,0 +1,247 @@
+#!/usr/bin/env python3
+"""Turn what a run has left into a model that other programs load: merged, in one type, with template and stop tokens.
+
+    python export_model.py outputs/run --output exported                    safetensors, for transformers and vLLM
+    python export_model.py outputs/run --output exported --gguf q8_0        also GGUF and an Ollama Modelfile
+    python export_model.py outputs/run --output exported --push_to_hub me/my-model
+
+Works on the CPU and needs memory for the weights in float32. docs/serving.md says how the result is served.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from preference.loading import Source
+
+SUPPORTED_GGUF = ("q8_0", "f16")
+
+
+class ExportError(RuntimeError):
+    """An export that would destroy something or cannot be done; str() says the way out."""
+
+
+def main() -> None:
+    args = parse_arguments()
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "1")
+
+    from conversation import ConversationError
+    from preference.gguf_tokenizer import GGUFError
+    from preference.loading import LoadingError
+    from preference.starter import ModelNotFound, StarterModelError
+
+    try:
+        export(args)
+        if args.push_to_hub:
+            push(Path(args.output), args.push_to_hub, args.hub)
+    except (ConversationError, ExportError, GGUFError, LoadingError, ModelNotFound, StarterModelError) as error:
+        sys.exit(f"export_model.py: {error}")
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("model", help="a run's output folder, one of its checkpoints, a model folder or a hub id")
+    add("--output", required=True, metavar="DIR", help="folder to make")
+    add("--overwrite", action="store_true", help="replace the model that lies in --output")
+    add("--base_model", help="the model that the adapter belongs to, where it is not where the run found it")
+    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="auto = as the base has it")
+    add("--max_shard_size", default="5GB", help="largest safetensors file")
+    add("--gguf", choices=SUPPORTED_GGUF, help="also write GGUF: q8_0 = 8 bits a weight, f16 = 16")
+    add("--push_to_hub", metavar="OWNER/NAME", help="upload the folder, as a private repository")
+    add("--hub", choices=["huggingface", "modelscope"], default="huggingface", help="where --push_to_hub goes")
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
+    args = parser.parse_args(words)
+    if args.push_to_hub and args.push_to_hub.count("/") != 1:
+        parser.error("--push_to_hub takes owner/name")
+    return args
+
+
+def export(args: argparse.Namespace) -> None:
+    """Make the folder: built beside its place and moved there whole, so that a failed export leaves nothing behind."""
+    from transformers.utils import logging
+
+    from preference.loading import find_source, load_template, load_tokenizer, resolve_base
+
+    logging.disable_progress_bar()
+    modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
+    source = find_source(
+        args.model, base=args.base_model, use_modelscope=modelscope, trust_remote_code=args.trust_remote_code
+    )
+    base = resolve_base(source, modelscope) if source.adapter else source.name
+    output = Path(args.output)
+    check_output(output, args.overwrite, [source.name, base])
+    config = load_config(base, args)
+    tokenizer = load_tokenizer(source)
+    template, warnings = load_template(source, tokenizer)
+    for warning in warnings:
+        print(f"warning: {warning}")
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=output.parent))
+    try:
+        write(args, source, config, tokenizer, template, folder, modelscope)
+        copy_licence(base, folder)
+        folder.chmod(0o777 & ~_umask())
+        move_into_place(folder, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    size = sum(file.stat().st_size for file in output.iterdir())
+    print(f"exported to {output} ({size / 1e6:,.0f} MB): {', '.join(sorted(file.name for file in output.iterdir()))}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_output(output: Path, overwrite: bool, sources: list[str]) -> None:
+    """Refuse to write over anything but a model that may go, and over what is read."""
+    for source in sources:
+        if Path(source).exists() and Path(source).resolve().is_relative_to(output.resolve()):
+            raise ExportError(f"--output {output} would replace {source}, which is read")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ExportError(f"--output {output} is not a folder")
+    if any(output.iterdir()):
+        if not overwrite:
+            raise ExportError(f"--output {output} is not empty: choose another folder, or add --overwrite")
+        if not (output / "config.json").is_file():
+            raise ExportError(
+                f"--output {output} holds no model, so --overwrite leaves it alone: choose another folder"
+            )
+
+
+def move_into_place(folder: Path, output: Path) -> None:
+    """Put `folder` where `output` is; what lay there goes only once the new one is whole."""
+    old = None
+    if output.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent)) / output.name
+        output.rename(old)
+    folder.rename(output)
+    if old:
+        shutil.rmtree(old.parent)
+
+
+def load_config(base: str, args: argparse.Namespace) -> Any:
+    """The base model's config. Raises GGUFError before anything is loaded if its architecture cannot be written."""
+    from transformers import AutoConfig
+
+    from preference.loading import LoadingError
+
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise LoadingError(f"{base} cannot be loaded: {error}") from error
+    if args.gguf:
+        from preference.gguf_export import check_supported
+
+        check_supported(config)
+    return config
+
+
+def write(
+    args: argparse.Namespace, source: Source, config: Any, tokenizer: Any, template: Any, folder: Path, modelscope: bool
+) -> None:
+    """Merge, measure, and write every file of the export into `folder`."""
+    import torch
+
+    from preference.export_card import export_card
+    from preference.loading import generation_config, stop_ids
+    from preference.merging import cast, load_merged, probes
+    from preference.templates import chat_template_to_save
+
+    questions = probes(template, tokenizer)
+    print(f"loading {source.name}" + (f" and its base {source.base}" if source.adapter else "") + " ...")
+    model, merged = load_merged(source, questions, modelscope)
+    if merged:
+        print(f"merged: logits differ by {merged.logits:.1e} at most, {merged.share:.0e} of the largest")
+    generation = generation_config(source, model)
+    stops = stop_ids(generation, template, tokenizer)
+    generation.eos_token_id = stops
+    tokenizer.chat_template = chat_template_to_save(template, tokenizer)
+
+    files = []
+    if args.gguf:  # from the float32 weights, before they are rounded
+        files.append(write_gguf_files(args, model, tokenizer, template, stops, folder))
+    dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
+    rounded = cast(model, dtype, questions)
+    name = str(dtype).removeprefix("torch.")
+    if rounded.logits:
+        print(f"rounded to {name}: answers change by {rounded.kl:.1e} nats a token (KL divergence)")
+    model.generation_config = generation
+    if not generation.do_sample and any(
+        getattr(generation, name) is not None for name in ("temperature", "top_p", "top_k")
+    ):
+        generation.do_sample = True  # sampling values mean that sampling is meant; transformers refuses to save else
+    model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+    tokenizer.save_pretrained(folder)
+    card = export_card(source, name, merged, rounded, files, args.output)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_gguf_files(
+    args: argparse.Namespace, model: Any, tokenizer: Any, template: Any, stops: list[int], folder: Path
+) -> str:
+    """The GGUF file and its Modelfile; returns the file's name."""
+    from preference.gguf_export import write_gguf
+    from preference.ollama import family_of, modelfile, writes_bos
+
+    name = Path(args.output).resolve().name
+    file = f"{name}-{args.gguf}.gguf"
+    bos = writes_bos(template, tokenizer)
+    share = write_gguf(
+        folder / file, model, tokenizer, quantization=args.gguf, stop_ids=stops, writes_bos=bos, name=name
+    )
+    print(f"{file}: read back, every tensor as written (largest error {share:.2f} of what {args.gguf} allows)")
+    conv = family_of(template, tokenizer)
+    text = modelfile(file, conv, [tokenizer.decode([token]) for token in stops], tokenizer.bos_token if bos else "")
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    print("\n".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")))
+    return file
+
+
+def copy_licence(base: str, folder: Path) -> None:
+    """A derived model carries the licence of its base, where that lies in the base's folder."""
+    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"):
+        for file in Path(base).glob(pattern) if Path(base).is_dir() else ():
+            shutil.copy(file, folder / file.name)
+
+
+def push(folder: Path, name: str, hub: str) -> None:
+    """Upload the folder to a private repository of the hub, made if it is not there."""
+    if hub == "huggingface":
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+
+        api = HfApi()
+        try:
+            api.create_repo(name, private=True, exist_ok=True)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload tuned model")
+        except (HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OSError) as error:
+            raise ExportError(f"{name} could not be uploaded ({folder} is complete): {error}") from error
+    else:
+        try:
+            from modelscope.hub.api import HubApi
+        except ImportError:
+            raise ExportError("--hub modelscope needs its package: pip install modelscope") from None
+        api = HubApi()
+        api.create_repo(name, repo_type="model", visibility="private", exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Upload tuned model")
+    print(f"pushed to {name} on {hub}; a repository that is new is private")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The model card of an exported model: the run's own, and what this copy of it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from preference.loading import Source
+from preference.merging import Difference
+from preference.starter import ROOT, STARTER_MODEL
+
+_STARTER_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def export_card(
+    source: Source, dtype: str, merged: Difference | None, rounded: Difference, files: Sequence[str], output: str
+) -> str:
+    """README.md of the exported folder. `files` are those besides the checkpoint (GGUF)."""
+    path = source.file("README.md") if source.run else None  # without a run it is the base model's or PEFT's blank form
+    text = path.read_text(encoding="utf-8") if path else ""
+    front, body = _split(text)
+    head = _front_matter(source, front)
+    if not body:
+        body = f"# {Path(output).name}\n\nA copy of {Path(source.name).name} for serving.\n"
+    return "\n".join(
+        [
+            head,
+            body.rstrip(),
+            "",
+            *_data(source),
+            *(_results(source) if "## Evaluation" not in body else []),
+            *_copy(source, dtype, merged, rounded, files),
+        ]
+    )
+
+
+def _split(text: str) -> tuple[str, str]:
+    match = re.match(r"---\n(.*?)\n---\n+(.*)", text, re.DOTALL)
+    return (match[1], match[2]) if match else ("", text)
+
+
+def _front_matter(source: Source, front: str) -> str:
+    """The run's metadata for a plain model. A base_model that is no hub id would be refused by the hub: left out."""
+    kept = [line for line in front.splitlines() if not re.match(r"(base_model|library_name|pipeline_tag):", line)]
+    base = hub_id(source.base)
+    lines = [f"base_model: {json.dumps(base)}"] if base else []
+    return "\n".join(["---", *lines, "library_name: transformers", "pipeline_tag: text-generation", *kept, "---", ""])
+
+
+def hub_id(base: str | None) -> str | None:
+    """The hub id of a base model; None for one that lies in a folder of this machine."""
+    if base in (STARTER_MODEL, str(ROOT / STARTER_MODEL)):
+        return _STARTER_ID
+    if base is None or Path(base).is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
+        return None
+    return base
+
+
+def _json(source: Source, name: str) -> Mapping[str, Any]:
+    path = source.file(name)
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+
+def _data(source: Source) -> list[str]:
+    report = _json(source, "data_report.json")
+    if not report:
+        return []
+    dropped = ", ".join(f"{count} {reason}" for reason, count in report.get("dropped", {}).items())
+    lines = [f"{report.get('rows_read', 0)} rows read, {report.get('rows_kept', 0)} kept."]
+    lines += [f"Left out: {dropped}."] if dropped else []
+    lines += ["", "| file | rows | kept |", "|---|---|---|"] if report.get("files") else []
+    for file, counts in report.get("files", {}).items():
+        lines.append(f"| {Path(file).name} | {counts['rows_read']} | {counts['rows_kept']} |")
+    return ["## Data", "", *lines, ""]
+
+
+def _results(source: Source) -> list[str]:
+    results = _json(source, "all_results.json")
+    rows = [f"| {name} | {value:.6g} |" for name, value in results.items() if isinstance(value, (int, float))]
+    return ["## Results", "", "| metric | value |", "|---|---|", *rows, ""] if rows else []
+
+
+def _copy(
+    source: Source, dtype: str, merged: Difference | None, rounded: Difference, files: Sequence[str]
+) -> list[str]:
+    lines = ["## This copy", ""]
+    if merged:
+        lines.append(
+            f"- The LoRA adapter is merged into the weights; logits differ by {merged.logits:.1e} at most, "
+            f"{merged.share:.0e} of the largest."
+        )
+    if source.arguments.get("qlora") or source.arguments.get("load_in_4bit"):
+        lines.append("- The adapter was trained over 4-bit weights and is merged into the unquantized ones.")
+    if rounded.logits:
+        lines.append(
+            f"- Weights are {dtype}; rounding them changes next-token distributions by {rounded.kl:.1e} nats "
+            "a token (mean KL divergence over three answers)."
+        )
+    else:
+        lines.append(f"- Weights are {dtype}, as trained.")
+    lines += [f"- `{name}` holds the same model for llama.cpp and Ollama (`Modelfile`)." for name in files]
+    lines += [
+        "- Answers end at the tokens in generation_config.json; the chat template is the one trained with.",
+        "",
+        "```sh",
+        "vllm serve . --served-model-name tuned",
+        *(["ollama create tuned -f Modelfile && ollama run tuned"] if files else []),
+        "```",
+        "",
+    ]
+    return lines
