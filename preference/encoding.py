@@ -17,6 +17,7 @@ since answers are encoded on their own. `Encoder.encode_answers` encodes them be
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -244,9 +245,8 @@ def _renamed_backend(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
     state.update(truncation=None, padding=None, post_processor=None)
     for token in state["added_tokens"]:
         if token["content"] in names:
-            # A leading space put by the normalizer hides some tokenizers' own control tokens behind a letter; not here
-            found = token["id"] in backend.encode(f"a{token['content']}a", add_special_tokens=False).ids
-            token.update(content=names[token["content"]], normalized=token["normalized"] and found)
+            # Not normalized: where the normalizer puts spaces, control tokens would be found behind a space alone
+            token.update(content=names[token["content"]], normalized=False)
     model = state["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(text, text): i for text, i in model["vocab"].items()}
@@ -268,5 +268,5 @@ def flatten(rows: Sequence[Ids]) -> tuple[np.ndarray, np.ndarray]:
     """Lists of ids as one int32 array and its len(rows) + 1 offsets (many times faster than handing lists to Arrow)."""
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
-    flat = np.fromiter((i for row in rows for i in row), dtype=np.int32, count=int(offsets[-1]))
+    flat = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1]))
     return flat, offsets

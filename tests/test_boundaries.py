@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece_like import KINDS, sentencepiece_like
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conversation import get_conv_template
@@ -238,6 +238,18 @@ def test_control_tokens_matched_behind_the_normalizer(name):
         assert encoder.encode_prompts(texts, sentinel) == encoder.encode_prompts(texts)
     (ids,) = encoder.encode_prompts(["a ＜/s> b"], sentinel)
     assert tokenizer.eos_token_id not in ids
+
+
+def test_an_answer_that_merges_with_one_anchor_is_encoded_behind_another():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["a\n\nb\n\nc\n\n x7 77 xx"] * 9, trainer)
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    answers = ["\n\nb", "x7", "77", "! a", "b"]
+    encoded = encoder.encode_answers(answers, [[1]] * len(answers))
+    assert ["".join(map(tokenizer.id_to_token, ids)) for ids in encoded] == ["ĊĊb", "x7", "77", "!Ġa", "b"]
 
 
 def test_reasoning_tags_and_white_space_are_content():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -185,6 +186,14 @@ def test_truncation_by_one_token_takes_the_stop_token_and_keeps_a_bos():
     assert pair["prompt_ids"][0] == tokenizer.bos_token_id and len(pair["prompt_ids"]) == 20
 
 
+def test_a_cut_answer_holds_no_part_of_a_stop_text_of_two_tokens():
+    conv = replace(QWEN, reply_end="<|im_end|><|endoftext|>")
+    need = len(ids_of("Rest, and drink water.<|im_end|>"))
+    (pair,) = build([row("What helps? " * 9, "Rest, and drink water.", "No.")], None, conv, 20, need, truncate=True)
+    assert pair["chosen_ids"] == ids_of("Rest, and drink water.")
+    assert pair["rejected_ids"] == ids_of("No.<|im_end|><|endoftext|>")
+
+
 def test_answers_that_a_cut_makes_equal_are_dropped():
     report = DataReport()
     rows = [row(line=1), row("?" * 99, "Rest and water", "Rest and wine", line=2)]
@@ -233,7 +242,7 @@ def test_described_pair_marks_what_is_learned():
 
 @pytest.mark.parametrize("as_dataset", [False, True])
 def test_split_keeps_questions_together(as_dataset):
-    texts = [f"Question {i % 40}?" if i % 2 else f" question  {i % 40}?" for i in range(120)]
+    texts = [f"Question {i % 41}?" if i % 2 or as_dataset else f" question  {i % 41}?" for i in range(120)]
     rows = [row(text, f"Yes {i}", "No", line=i) for i, text in enumerate(texts)]
     given = build(rows) if as_dataset else rows
     training, evaluation = split_by_prompt(given, 10, seed=3)
@@ -241,7 +250,7 @@ def test_split_keeps_questions_together(as_dataset):
     def questions(part):
         return {item["prompt"] if as_dataset else " ".join(item.question.casefold().split()) for item in part}
 
-    assert len(training) + len(evaluation) == 120 and len(evaluation) == 12
+    assert len(training) + len(evaluation) == 120 and 10 <= len(evaluation) <= 12
     assert not questions(training) & questions(evaluation)
     lines = [item["source"] if as_dataset else item.line for item in training]
     assert lines == sorted(lines, key=lambda line: int(str(line).split(":")[-1]))  # the given order
