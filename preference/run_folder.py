@@ -77,7 +77,7 @@ class Run:
         return [{"step": 0, **before}, *log, {"step": last, **after}]
 
     @property
-    def preference_weight(self) -> float:
+    def likelihood_weight(self) -> float:
         arguments = self.get("run.json").get("arguments", {})
         return arguments.get("cpo_alpha", 1.0) if arguments.get("loss") == "cpo" else 1.0
 
@@ -88,8 +88,9 @@ class Run:
         for record in self.records:
             if prefix or "loss" in record:
                 value = record.get(head + metric)
-                if metric == "preference_part" and record.get(f"{head}nll_loss") is not None:
-                    value = record[f"{head}loss"] - self.preference_weight * record[f"{head}nll_loss"]
+                loss, nll = record.get(f"{head}loss"), record.get(f"{head}nll_loss")
+                if metric == "preference_part" and None not in (loss, nll):
+                    value = loss - self.likelihood_weight * nll
                 if value is not None:
                     found[record["step"]] = value
         return sorted(found.items())

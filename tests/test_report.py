@@ -1,0 +1,234 @@
+"""The report of a run: what it shows, what it says is missing, and that data in it stays text."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_run import CHINESE, HOSTILE, STEPS, figures, log, make_run
+from PIL import Image
+
+from preference.figures import Curve, Plot, running_mean
+from preference.report import CURVES, main, write_comparison, write_report
+from preference.run_folder import INPUTS, Run
+from preference.token_stats import TokenStats
+
+VOID = {"meta", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text outside of styles; fails at tags that do not nest."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.elements)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Pages with empty plots, in a tenth of the time, for tests of the rest."""
+    monkeypatch.setattr(Plot, "svg", lambda plot: "<svg></svg>")
+    monkeypatch.setattr(Plot, "save_png", lambda plot, folder: folder)
+
+
+def test_shows_all_that_a_run_leaves(run):
+    assert write_report(run) == run / "report.html"
+    page = Page(run / "report.html")
+    words = [
+        "models/starter", "2.13.0", "CPU (2 threads)", "25.0% → 75.0%", "+50.0 points", CHINESE, "多休息。", "第40步",
+        "empty_answer", "data/train/a.jsonl:9", "one_sided_space", "260 pairs", "62%", "0.25 TFLOP/s", "2.50 GiB",
+        "margin -0.900", "60 steps of 8 pairs",
+    ]  # fmt: skip
+    assert [word for word in words if word not in page.text] == []
+    assert "Every file of the run was found." in page.text
+    assert page.text.index("margin -0.900") < page.text.index("margin -0.400")
+    assert page.count("svg") == page.count("figure") == len(CURVES) + 1
+    pictures = sorted(path.stem for path in (run / "report_figures").iterdir())
+    assert pictures == sorted([name for name, *_ in CURVES] + ["lengths_train"])
+    for path in (run / "report_figures").iterdir():
+        picture = Image.open(path).convert("RGB")
+        assert picture.width > 500 and len(picture.getcolors(1 << 20)) > 30
+
+
+def test_data_stays_text_and_nothing_is_loaded(run):
+    write_report(run)
+    page = Page(run / "report.html")
+    assert page.count("script") == 0 and page.count("style") == 1 + page.count("svg")  # matplotlib's own, one a plot
+    assert page.text.count(HOSTILE) > 10
+    ids = [values["id"] for _, values in page.elements if "id" in values]
+    assert len(ids) == len(set(ids))
+    for _, values in page.elements:
+        for name in ("src", "href", "xlink:href"):
+            link = values.get(name) or "#"
+            assert link.startswith(("#", "data:")) and (link in ("#", "data:,") or link[1:] in ids)
+        assert not [name for name in values if name.startswith("on")]
+    policy = [values.get("content") for _, values in page.elements if values.get("http-equiv")]
+    assert policy and policy[0].startswith("default-src 'none'")
+    raw = (run / "report.html").read_text(encoding="utf-8")
+    assert "url(http" not in raw and "@import" not in raw and "#0000f" not in raw
+
+
+def test_an_empty_folder_says_what_is_missing(tmp_path):
+    page = Page(write_report(tmp_path))
+    assert [name for name in INPUTS if f"no {name}" not in page.text] == []
+    assert "This run has no evaluation." in page.text and page.count("figure") == 0
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_any_file_may_be_missing_or_broken(tmp_path, name, no_plots):
+    run = make_run(tmp_path / "run", **{name.partition(".")[0]: None})
+    assert f"no {name}" in Page(write_report(run)).text
+    (run / name).write_bytes(b'{"cut sho')
+    text = Page(write_report(run)).text
+    assert f"no {name}" in text or f"{name} cannot be read" in text
+
+
+def test_an_evaluation_alone(tmp_path, no_plots):
+    left_out = dict.fromkeys(("trainer_state", "metrics", "answers", "worst_pairs"))
+    samples = [{"source": "a:1", "question": "Q", "chosen": "C", "model": "the model's answer"}]
+    run = make_run(tmp_path / "run", all_results=figures(9, "eval_"), samples=samples, **left_out)
+    text = Page(write_report(run)).text
+    assert "the model's answer" in text and "32.5%" in text and "→" not in text
+
+
+def test_what_a_loss_does_not_have_is_named(tmp_path, no_plots):
+    records = [
+        {k: v for k, v in record.items() if "nll" not in k and "odds" not in k and "logps" not in k} for record in log()
+    ]
+    run = make_run(tmp_path / "run", metrics=records, all_results={})
+    page = Page(write_report(run))
+    assert page.count("figure") == len(CURVES) + 1 - 4
+    assert "Not in this run's log: Likelihood part" in page.text and "Log odds ratio" in page.text
+
+
+def test_points_of_training_and_evaluation(run):
+    data = Run.read(run)
+    assert [step for step, _ in data.points("loss")] == list(range(2, STEPS + 1, 2))
+    assert data.points("rewards/accuracies", "eval")[0] == (0, 0.25)
+    assert [step for step, _ in data.points("loss", "eval")] == [0, 20, 40, 60]
+    step, part = data.points("preference_part")[3]
+    assert part == pytest.approx(figures(step)["loss"] - figures(step)["nll_loss"]) and part > 0
+    assert data.speed["tokens_per_second"] == 441 and data.speed["memory_gib"] == 2.5
+    (run / "metrics.jsonl").unlink()
+    assert Run.read(run).points("loss") == data.points("loss")
+
+
+def test_cpo_weighs_its_likelihood(tmp_path):
+    arguments = {"arguments": {"loss": "cpo", "cpo_alpha": 0.5}}
+    data = Run.read(make_run(tmp_path / "run", run=arguments))
+    assert data.points("preference_part")[0][1] == pytest.approx(figures(2)["loss"] - 0.5 * figures(2)["nll_loss"])
+
+
+def test_a_step_logged_twice_counts_once(tmp_path, no_plots):
+    not_finite = {"step": 4, "loss": None, "nll_loss": 1.0}
+    records = [{"step": 2, "loss": 9.0}, {"step": 2, "loss": 1.0}, not_finite, {"step": 6, "loss": 0.5}]
+    data = Run.read(make_run(tmp_path / "run", metrics=records))
+    assert data.points("loss") == [(2, 1.0), (6, 0.5)]
+    write_report(tmp_path / "run")
+
+
+def test_several_evaluation_sets_and_names_no_font_can_write(tmp_path):
+    sets = ("eval_english", "eval_中文")
+    results = {
+        f"{head}{name}": value
+        for prefix in sets
+        for head, step in (("base_", 0), ("", STEPS))
+        for name, value in figures(step, f"{prefix}_").items()
+    }
+    run = make_run(tmp_path / "run", metrics=log(sets), all_results=results)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of glyphs that its font lacks
+        text = Page(write_report(run)).text
+    assert "english" in text and "中文" in text and "set 2" in text
+    assert text.count("+50.0 points") == 2
+
+
+def test_comparison(tmp_path):
+    slow = {"arguments": {"loss": "orpo", "learning_rate": 1e-7}, "versions": {"torch": "2.13.0"}}
+    folders = [make_run(tmp_path / "one"), make_run(tmp_path / HOSTILE[:8], run=slow), make_run(tmp_path / "three")]
+    path = write_comparison(folders, tmp_path / "pages" / "compared.html")
+    page = Page(path)
+    assert "1e-07" in page.text and "learning_rate" in page.text and CHINESE in page.text
+    assert "started" not in page.text
+    assert page.count("figure") == len(CURVES) == len(list((tmp_path / "pages" / "compared_figures").iterdir()))
+    assert {"var(--f0)", "var(--f1)", "var(--f2)"} <= set(path.read_text(encoding="utf-8").replace(";", " ").split())
+    for count in (1, 7):
+        with pytest.raises(ValueError, match="2 to 6 runs"):
+            write_comparison(folders[:1] * count, path)
+
+
+def test_command_line(run, tmp_path, capsys, monkeypatch, no_plots):
+    main([str(run)])
+    assert capsys.readouterr().out == f"wrote {run / 'report.html'}\n"
+    monkeypatch.chdir(tmp_path)
+    main(["--compare", str(run), str(run)])
+    assert Path("comparison.html").is_file()
+    for wrong in ([], [str(run), "--compare", str(run)], ["no/such/folder"], ["--compare", str(run)]):
+        with pytest.raises(SystemExit) as stop:
+            main(wrong)
+        assert stop.value.code == 2
+
+
+def test_text_that_is_no_utf8_is_written(tmp_path, no_plots):
+    samples = [{"source": "a:1", "question": "broken \ud800 text", "base": "b", "tuned": "t"}]
+    run = make_run(tmp_path / "run", samples=samples)
+    assert "broken \\ud800 text" in Page(write_report(run)).text
+
+
+def test_running_mean_keeps_lines_and_ends():
+    line = [2.0 * i for i in range(30)]
+    assert running_mean(line, 5) == pytest.approx(line)
+    assert running_mean([0.0, 3.0, 0.0], 1) == [0.0, 1.0, 0.0]
+
+
+def test_a_plot_is_the_same_each_time():
+    plot = Plot("p", "Title", "Reading.", [Curve("", [(1, 2.0), (2, 3.0)], {"evaluation": [(1, 2.5)]})])
+    assert plot.svg() == plot.svg() and not plot.empty
+    assert Plot("p", "t", "r", [Curve("", [], {"evaluation": []})]).empty
+
+
+def test_histogram_of_the_data_report(tmp_path):
+    stats = TokenStats(1024, 512, truncate=False)
+    lengths = [(3 + i, 2 + i % 40, 250 - i) for i in range(100)]
+    for each in lengths:
+        stats.keep(*each)
+    section = json.loads(json.dumps(stats.outcome()["section"]))
+    bins = section["histogram"]
+    assert all(a["to"] == b["from"] for a, b in zip(bins, bins[1:], strict=False))
+    for i, side in enumerate(("prompt", "chosen", "rejected")):
+        for each in bins:
+            assert each[side] == sum(each["from"] <= length[i] < each["to"] for length in lengths)
+        assert sum(each[side] for each in bins) == 100
+    run = make_run(tmp_path / "run", data_report={"rows_read": 1, "rows_kept": 1, "evaluation": section})
+    write_report(run)
+    assert (run / "report_figures" / "lengths_evaluation.png").is_file()
