@@ -110,6 +110,9 @@ def test_a_lock_whose_holder_died_or_stands_still_is_taken_over(tmp_path, dead):
     holder = {"token": "x", "host": socket.gethostname(), "pid": gone.pid if dead else os.getpid(), "rows": 5}
     (tmp_path / "key.lock").write_text(json.dumps(holder))
     (tmp_path / "key.work-left").mkdir()
+    if not dead:  # it did make progress once
+        late = json.dumps(holder | {"rows": 6})
+        threading.Timer(0.5, lambda: (tmp_path / "key.lock").write_text(late)).start()
     calls: list[int] = []
     start = time.monotonic()
     prepared.get_or_prepare(tmp_path, "key", slow_make(calls), stall_seconds=600 if dead else 1.0)
