@@ -5,8 +5,8 @@
     python benchmarks/bench_data.py --only_ours --rows 1000000 --turns 0 --cache_dir DIR     # speed and peak memory
 
 Ours is the whole of build_dataset: rendering, encoding, length filter, Arrow. TRL's is what its constructor does to
-rows that are rendered already, three maps of which one tokenizes; what the rest of the constructor takes is measured and
-taken off. Rows per second are the best of the rounds. Memory is the process's peak resident set; with --cache_dir the
+rows that are rendered already, three maps of which one tokenizes; what the rest of the constructor takes is measured
+and taken off. Rows per second are the best of the rounds. Memory is the peak resident set; with --cache_dir the
 rows are generated twice and held by nobody.
 """
 
