@@ -206,13 +206,13 @@ def _resynchronise(window: _Window, at: int, first_key: str | None) -> None:
     line_start = window.text.rfind("\n", 0, window.pos) + 1
     indent = window.text[line_start : window.pos]
     choices = []
-    if not indent.strip() and (line_start or window.line == 1):
-        choices.append(r"\n" + indent + r"(?=\{)")  # the next object at the same indentation
     if first_key is not None:
-        choices.append(r'[\s,\[}](?=\{\s*"' + re.escape(first_key) + r'"\s*:)')
+        choices.append(r'(?=\{\s*"' + re.escape(first_key) + r'"\s*:)')
+    if not indent.strip() and (line_start or window.line == 1):
+        choices.append(r"\n" + indent + r"(?=\{)")  # the next object at the same indentation, whatever its keys
+        at = max(window.pos + 1, at - len(indent) - 1)
     beginning = re.compile("|".join(choices) or r"\n\s*(?=\{)")
-    at = min(at, len(window.text))
-    window.advance(at - 1 if at > window.pos + 1 else at)  # the pattern looks at one character in front of the brace
+    window.advance(min(at, len(window.text)))
     while True:
         if match := beginning.search(window.text, window.pos):
             window.advance(match.end())

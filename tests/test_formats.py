@@ -123,6 +123,11 @@ def test_row_of_a_family(tmp_path, name, row):
     assert rows[0].prompt is None
 
 
+def test_implicit_prompt_ends_with_a_word(tmp_path):
+    rows, _ = read(write(tmp_path, lines({"chosen": "It is a cat.", "rejected": "It is a car."})))
+    assert (rows[0].question, rows[0].chosen, rows[0].rejected) == ("It is a", "cat.", "car.")
+
+
 def test_every_recognised_format_has_an_example_here():
     named_only = {name for name, format in FORMATS.items() if format.only_when_named or not format.detected}
     assert set(FORMATS) - named_only == {name for name, _ in ROWS}
@@ -175,6 +180,8 @@ DROPPED = [
                          "rejected": HH.format("Hello", "x\n\nAssistant: y") + HH.format(USER, BAD)}),
     ("irregular_turns", {"chosen": HH.format(USER, "x\n\nAssistant: y"),
                          "rejected": HH.format(USER, "x\n\nAssistant: z")}),
+    ("irregular_turns", {"prompt": HH.format(USER, ""), "response": GOOD, "chosen": GOOD + HH.format("And?", "So."),
+                         "rejected": BAD}),
     ("empty_answer", {"chosen": HH.format(USER, ""), "rejected": HH.format(USER, BAD)}),
     ("different_prompts", {"chosen": [u(), a(GOOD)], "rejected": [u("Else?"), a(BAD)]}),
     ("different_prompts", {"prompt": [u()], "chosen": [u("Else?"), a(GOOD)], "rejected": [a(BAD)]}),
@@ -410,6 +417,15 @@ def test_csv_with_newlines_in_cells_has_true_line_numbers_and_loses_only_broken_
     assert [(row.line, row.question) for row in rows] == [(2, "line 1\nline 2"), (6, "q"), (7, "q3")]
     assert rows[-1].chosen == 'with "quotes" and, comma'
     assert sorted(place["line"] for place in report.examples["broken_csv"]) == [4, 5]
+
+
+def test_too_long_line_of_a_csv_costs_itself_alone(tmp_path, monkeypatch):
+    from preference import json_records
+
+    monkeypatch.setattr(json_records, "MAX_RECORD_BYTES", 1000)
+    content = b"question,chosen,rejected\nq1,a,b\nq2,a," + b"x" * 2000 + b"\nq3,a,b\n"
+    rows, report = read(write(tmp_path, content, "rows.csv"))
+    assert [row.line for row in rows] == [2, 4] and report.dropped == {"line_too_long": 1}
 
 
 def test_an_answer_that_looks_like_json_stays_text(tmp_path):

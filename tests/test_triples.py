@@ -144,7 +144,7 @@ def test_damaged_element_of_an_array_costs_itself_alone(tmp_path, reason, raw):
 
 def test_bom_crlf_blank_lines_and_no_final_newline_lose_nothing(tmp_path):
     raw = b"\xef\xbb\xbf" + lines(triple(1), triple(2)).replace(b"\n", b"\r\n")
-    raw += b"\r\n  \r\n" + lines(triple(3)).rstrip()
+    raw += b"\r\n  \r\n\xef\xbb\xbf" + lines(triple(3)).rstrip()  # as files written one behind the other
     rows, report = read(write(tmp_path, raw))
     assert [row.line for row in rows] == [1, 2, 5] and not report.dropped
     rows, report = read(write(tmp_path, b"\xef\xbb\xbf" + json.dumps([triple(1)]).encode(), "rows.json"))
@@ -233,6 +233,23 @@ def test_broken_array_loses_one_element_only(tmp_path, monkeypatch, indent, chun
 
 
 @pytest.mark.parametrize("indent", [None, 2])
+def test_element_without_its_end_does_not_take_the_next_with_it(tmp_path, indent):
+    text = json.dumps([triple(i) for i in range(4)], indent=indent)
+    at = text.index('"bad 1"') + 7
+    text = text[:at] + text[text.index("{", at) :]  # the brace, the comma and the white space behind row 1 are gone
+    rows, report = read(write(tmp_path, text.encode(), "rows.json"))
+    assert [row.question for row in rows] == ["question 0", "question 2", "question 3"]
+    assert report.dropped == {"broken_json": 1}
+
+
+def test_broken_element_of_an_indented_array_with_changing_keys(tmp_path):
+    text = json.dumps([dict(reversed(triple(i).items())) if i == 3 else triple(i) for i in range(6)], indent=2)
+    for broken in (text.replace('"good 2"', '"good 2'), text.replace('"bad 2"\n  },', '"bad 2"')):
+        kept, _ = read(write(tmp_path, broken.encode(), "rows.json"))
+        assert [row.question for row in kept] == [f"question {i}" for i in (0, 1, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
 def test_cut_array_keeps_all_that_is_whole(tmp_path, indent):
     text = json.dumps([triple(i) for i in range(4)], indent=indent)
     ends = [text.index(f'"bad {i}"') + 8 for i in range(4)]
@@ -276,9 +293,9 @@ def test_gzip_is_known_by_its_bytes(tmp_path):
     assert len(read(write(tmp_path, lines(triple(1)), "rows.jsonl.gz"))[0]) == 1
 
 
-@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_utf_16_is_refused_not_misread(tmp_path, codec):
-    with pytest.raises(DataError):
+@pytest.mark.parametrize("codec, why", [("utf-16", "UTF-16"), ("utf-16-le", "nul_byte"), ("utf-16-be", "nul_byte")])
+def test_utf_16_is_refused_not_misread(tmp_path, codec, why):
+    with pytest.raises(DataError, match=why):
         load_rows([write(tmp_path, lines(triple(1)).decode().encode(codec))], DataReport())
 
 
@@ -327,6 +344,14 @@ def test_text_figures(tmp_path):
     assert text["control_text_rows"] == 1 and text["control_text"] == {"<|im_end|>": 1, "</s>": 1}
     assert text["length_bias"] == {"chosen_longer": 0.5, "equal": 0.25, "accuracy_of_length_alone": 0.625}
     assert text["characters"]["chosen"]["max"] == 23
+
+
+def test_length_bias():
+    from preference.text_stats import length_bias, spread
+
+    assert length_bias(1, 0, 4) == {"chosen_longer": 0.25, "equal": 0.0, "accuracy_of_length_alone": 0.75}
+    assert length_bias(0, 4, 4)["accuracy_of_length_alone"] == 0.5 and length_bias(0, 0, 0) == {}
+    assert spread([3, 1, 2]) == {"mean": 2.0, "min": 1, "p50": 2, "p90": 3, "p99": 3, "max": 3} and spread([]) == {}
 
 
 def test_near_identical_answers(tmp_path):
