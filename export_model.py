@@ -91,7 +91,8 @@ def export(args: argparse.Namespace) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=output.parent))
     try:
         write(args, source, config, tokenizer, template, folder, modelscope)
-        copy_licence(base, folder)
+        for origin in (base, source.base):
+            copy_licence(origin, folder)
         folder.chmod(0o777 & ~_umask())
         move_into_place(folder, output)
     finally:
@@ -213,10 +214,10 @@ def write_gguf_files(
     return file
 
 
-def copy_licence(base: str, folder: Path) -> None:
+def copy_licence(origin: str | None, folder: Path) -> None:
     """A derived model carries the licence of its base, where that lies in the base's folder."""
-    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"):
-        for file in Path(base).glob(pattern) if Path(base).is_dir() else ():
+    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*") if origin else ():
+        for file in Path(origin).glob(pattern):
             shutil.copy(file, folder / file.name)
 
 
