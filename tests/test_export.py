@@ -496,8 +496,14 @@ def test_the_starter_model_is_exported_to_gguf(
     questions = probes(load_template(source, tokenizer)[0], tokenizer)
     exact = AutoModelForCausalLM.from_pretrained(starter_model, dtype=torch.float32)
     found = AutoModelForCausalLM.from_pretrained(out, gguf_file="smol-q8_0.gguf", dtype=torch.float32)
-    change = merging.difference(merging.logits_of(exact, questions), merging.logits_of(found, questions))
-    assert change.kl < 1e-3
+    read_back, expected = merging.logits_of(found, questions), merging.logits_of(exact, questions)
+    assert merging.difference(expected, read_back).kl < 5e-3
+    with torch.no_grad():  # the rest is the format's own rounding, and nothing else
+        for weight in exact.parameters():
+            if weight.ndim == 2:
+                q8 = gguf.GGMLQuantizationType.Q8_0
+                weight.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), q8), q8)))
+    assert (merging.logits_of(exact, questions) - read_back).abs().max() < 1e-3
     read = AutoTokenizer.from_pretrained(out, gguf_file="smol-q8_0.gguf")
     for text in [*TEXTS, tokenizer.decode(questions[0][0])]:
         assert read.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
