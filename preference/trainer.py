@@ -26,9 +26,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from preference.batching import Cut, EvaluationPlan, PackSteps, TrainingPlan, plan_loader, row_lengths
+from preference.checkpoints import Checkpoints
 from preference.head import causal_lm, pair_logps, prepare_model
-from preference.losses import Objective, Totals, objective_share
+from preference.losses import Objective, PairLogps, Totals, objective_share
 from preference.reference import References, reference_model
+from preference.sharding import Sharded
+from preference.signals import Interruptible
 from preference.watchdog import TrainingError, Watchdog
 
 logger = logging.getLogger(__name__)
@@ -78,7 +81,7 @@ class MetricSums:
         return means
 
 
-class PairTrainer(Watchdog, Trainer):
+class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
     """Trains a causal LM on preference pairs.
 
     Args:
@@ -134,7 +137,10 @@ class PairTrainer(Watchdog, Trainer):
             self.references = References(
                 model, self._reference_logps, how=reference, cache_dir=cache_dir, precision=precision
             )
-        self.train_metrics, self.eval_metrics = MetricSums(), MetricSums()
+        self.train_metrics = MetricSums()
+        self.eval_metrics: MetricSums | None = None  # None: only scores are wanted, not the objective
+        # evaluation set -> [n, 2] (chosen, rejected) sums of log-probabilities, of its last evaluation
+        self.scores: dict[str, np.ndarray] = {}
         self.collected: Tensor | None = None
 
     # ---- data
@@ -236,7 +242,10 @@ class PairTrainer(Watchdog, Trainer):
             reference = (logps.chosen_B, logps.rejected_B)
         elif self.references:
             reference = batch["reference"].unbind(1)
-        return objective_share(self.objective, pair_logps(model, batch), totals, reference)
+        logps = pair_logps(model, batch)
+        if self.collected is not None:
+            self._collect(batch, logps)
+        return objective_share(self.objective, logps, totals, reference)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.references:  # before a checkpoint is loaded over the reference's weights
@@ -263,8 +272,13 @@ class PairTrainer(Watchdog, Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         self.eval_metrics = MetricSums()
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        means = self.eval_metrics.read(self.accelerator)
+        self.collected = torch.zeros(len(dataloader.dataset), 2, device=self.args.device)
+        try:
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            self.scores[metric_key_prefix] = self.accelerator.reduce(self.collected, "sum").cpu().numpy()
+            means = self.eval_metrics.read(self.accelerator)
+        finally:
+            self.collected = self.eval_metrics = None
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 
@@ -272,16 +286,15 @@ class PairTrainer(Watchdog, Trainer):
         """Adds the batch's share to the set's metrics; there are no predictions to gather."""
         with torch.no_grad():
             for batch in inputs["micro_batches"]:
-                if self.collected is not None:
-                    self._collect(model, batch)
+                if self.eval_metrics is None:
+                    batch = self._prepare_inputs(batch)
+                    self._collect(batch, pair_logps(model, batch))
                 else:
                     _, metrics = self._share(model, batch, inputs["totals"])
                     self.eval_metrics.add(metrics, 1 / inputs["totals"].pairs)
         return None, None, None
 
-    def _collect(self, model: Any, batch: dict[str, Any]) -> None:
-        batch = self._prepare_inputs(batch)
-        logps = pair_logps(model, batch)
+    def _collect(self, batch: dict[str, Any], logps: PairLogps) -> None:
         values = torch.stack([logps.chosen_B, logps.rejected_B], dim=1).float()
         kept = logps.weight_B > 0
         self.collected[batch["rows"][kept]] = values[kept]

@@ -33,8 +33,11 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from preference.batching import ID_COLUMNS, row_lengths
+from preference.checkpoints import Checkpoints
 from preference.losses import Objective, log1mexp
 from preference.reference import is_fresh_adapter
+from preference.sharding import Sharded
+from preference.signals import Interruptible
 from preference.watchdog import Watchdog, name_rows
 
 TESTED = "1.16.0"
@@ -83,7 +86,7 @@ class DpoCollator:
         }
 
 
-class _Guards(Watchdog):
+class _Guards(Watchdog, Checkpoints, Interruptible, Sharded):
     """What both of TRL's trainers need; goes before them in the bases."""
 
     def __init__(self, *args: Any, send_usage: bool, **kwargs: Any) -> None:

@@ -230,6 +230,7 @@ def test_one_token_answers(loss, tmp_path):
 def test_saturated_log_probabilities(loss, tmp_path):
     """A model that is certain of its answers: log-probabilities of exactly 0 and of -1e5."""
     model = tiny_model()
+    prepare_model(model)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
         prompts = [[i, i + 1] for i in range(5, 21, 2)]

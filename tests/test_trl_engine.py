@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_rows(loss, tmp_path):
         trainer.train()
     assert stopped.value.rows == [f"pairs.jsonl:{i}" for i in (1, 2, 3, 4)]
     assert same_weights(before, weights_of(model))
-    assert not [entry for entry in trainer.state.log_history if entry.get("loss") == 0]
+    assert math.isnan(trainer.evaluate(pairs_of(rows))["eval_loss"])  # nor is one batch filtered out of an evaluation
 
 
 @BOTH
@@ -304,6 +304,20 @@ def test_dpo_compares_an_adapter_that_was_trained_with_its_beginning(tmp_path):
     trainer = make_trainer("trl", tmp_path, make_pairs(4), loss="dpo", model=model, max_steps=1)
     trainer.train()
     assert logged(trainer, "loss")[0][0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@BOTH
+def test_the_model_is_given_what_it_knows(loss, tmp_path):
+    """The rows' names travel with a batch, but not into the model."""
+    given: set[str] = set()
+    model = tiny_model()
+    model.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    trainer = make_trainer(
+        "trl", tmp_path, make_pairs(4), loss=loss, model=model, eval_pairs=make_pairs(4), max_steps=1
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert "attention_mask" in given and "source" not in given
 
 
 @BOTH

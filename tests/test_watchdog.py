@@ -129,7 +129,7 @@ def test_a_spike_is_reported_with_its_rows(engine, tmp_path, caplog):
     trainer.training_step = spoil
     with caplog.at_level(logging.WARNING, "preference.watchdog"):
         trainer.train()
-    (message,) = caplog.messages
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "preference.watchdog"]
     assert message.startswith("step 25: the loss is ")
     assert message.count("pairs.jsonl:") == 4
 
