@@ -1,0 +1,49 @@
+"""Do all processes of a run see the same code, settings and data? Compared before anything depends on it."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+
+class AgreementError(RuntimeError):
+    """The processes of a run differ; the message names those that do, and in what."""
+
+
+def code_fingerprint() -> str:
+    """A hash of the project's own Python files."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *(root / "preference").rglob("*.py")]):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compare_ranks(facts: Mapping[str, Any]) -> None:
+    """Compare `facts` (name -> a value with a short repr) over all processes. One small collective.
+
+    Raises:
+        AgreementError: on every rank, with the same message.
+    """
+    everyone = gather_object([(socket.gethostname(), dict(facts))])
+    faults = []
+    for name in facts:
+        values = [repr(others.get(name)) for _, others in everyone]
+        common, count = Counter(values).most_common(1)[0]
+        odd = [(rank, value) for rank, value in enumerate(values) if value != common]
+        if odd:
+            who = ", ".join(f"rank {rank} on {everyone[rank][0]} has {value}" for rank, value in odd[:4])
+            more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
+            faults.append(f"{name}: {who}{more}; {count} of {len(values)} have {common}")
+    if faults:
+        raise AgreementError(
+            "the processes of this run are not alike, so they would train apart. " + ". ".join(faults)
+            + ". Each machine needs the same checkout, settings, model and data"
+        )  # fmt: skip

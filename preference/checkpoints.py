@@ -1,0 +1,237 @@
+"""Checkpoints that are either complete or not there, whatever happens to the machine while they are written.
+
+A checkpoint is written to a temporary folder in output_dir, every file is flushed to the disk, a manifest of sizes
+and SHA-256 sums is written last, and only then the folder gets its name. Reading goes by the manifest: a folder
+without one, or that no longer agrees with it, is not a checkpoint.
+
+`Checkpoints` goes before `transformers.Trainer` in a class's bases; both engines use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+
+MANIFEST = "manifest.json"
+WRITING = ".writing"  # folder in output_dir for what is not complete yet, and for what is being deleted
+NAME = re.compile(r"checkpoint-(\d+)")
+CHUNK = 1 << 22
+SMALL_FILES = 64 << 20  # tokenizer, configuration and states beside the weights of a checkpoint, at most
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or that this run cannot continue; the message says what to do."""
+
+
+# ---- folders
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or folder to the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Flush the folder's files to the disk and write down what they are, with `facts` beside."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {}
+    for path in paths:
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        _sync(path)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({**facts, "files": files}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for path in (manifest, *{path.parent for path in paths}, folder):
+        _sync(path)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+
+
+def fault(folder: Path) -> str | None:
+    """Why the folder is no good checkpoint; None if it is one. Reads every byte of it."""
+    if not folder.is_dir():
+        return "it is not there"
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"it is incomplete: no readable {MANIFEST}"
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != expected["size"]:
+            return f"{name} has {size} bytes instead of {expected['size']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} is damaged: its SHA-256 differs from the manifest's"
+    return None
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The optimizer step in a checkpoint's name; -1 for other names."""
+    match = NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """Folders with a checkpoint's name, latest step first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and checkpoint_step(path) >= 0]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; if that is cut short, what is left no longer has a checkpoint's name."""
+    aside = folder.parent / WRITING / f"removed-{folder.name}"
+    aside.parent.mkdir(exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a complete checkpoint its name. An older one of that name goes first; `recover` mends a death in between."""
+    if final.exists():
+        remove(final)
+    temporary.rename(final)
+    _sync(final.parent)
+
+
+def recover(output_dir: Path) -> None:
+    """Clean up after a run that died while writing: a checkpoint that was complete gets its name, the rest goes."""
+    writing = output_dir / WRITING
+    for folder in checkpoint_folders(writing):
+        if fault(folder) is None:
+            publish(folder, output_dir / folder.name)
+    shutil.rmtree(writing, ignore_errors=True)
+
+
+def prune(output_dir: Path, run: str, keep: int | None) -> None:
+    """Keep the latest `keep` checkpoints of a run. Incomplete ones do not count, so that good ones outlive them."""
+    own = [path for path in checkpoint_folders(output_dir) if (read_manifest(path) or {}).get("run") == run]
+    for folder in own[max(keep, 1) :] if keep else ():
+        remove(folder)
+
+
+# ---- the disk
+
+
+def checkpoint_bytes(model: Any, optim: str) -> tuple[int, int]:
+    """(bytes of the saved weights, bytes of a whole checkpoint), about; of the model before it is sharded."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    saved = trained if hasattr(model, "peft_config") else model.parameters()
+    weights = sum(p.numel() * p.element_size() for p in saved)
+    per_value = 0 if "adam" not in optim else 2 if "8bit" in optim else 8
+    return weights, weights + per_value * sum(p.numel() for p in trained) + SMALL_FILES
+
+
+def check_disk(output_dir: Path, model: Any, args: Any, planned: int) -> None:
+    """Whether the checkpoints to come and the final model will fit.
+
+    Args:
+        planned: checkpoints that training will write.
+
+    Raises:
+        CheckpointError: they will not; with the numbers.
+    """
+    weights, checkpoint = checkpoint_bytes(model, str(getattr(args.optim, "value", args.optim)))
+    at_once = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # old ones go last
+    present = sum(f.stat().st_size for path in checkpoint_folders(output_dir) for f in path.rglob("*") if f.is_file())
+    needed = max(0, at_once * checkpoint - present) + weights
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise CheckpointError(
+            f"{output_dir} has {_gb(free)} free, and {at_once} checkpoints of {_gb(checkpoint)} and the model of "
+            f"{_gb(weights)} are to come: free {_gb(needed - free)}, or take another output_dir, a larger save_steps "
+            "or a smaller save_total_limit"
+        )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+# ---- the trainer
+
+
+class Checkpoints:
+    """Mixin for `transformers.Trainer` (see the module).
+
+    Attributes:
+        run: the run's id, identity and launch facts, written into each checkpoint (preference/resuming.py sets it).
+    """
+
+    run: Mapping[str, Any] = {}
+    _writing: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the Trainer puts its checkpoint folder: the temporary place while one is being written."""
+        return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output_dir = Path(super()._get_output_dir(trial))
+        final = output_dir / f"checkpoint-{self.state.global_step}"
+        temporary = output_dir / WRITING / final.name
+        if self.args.should_save:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        error: Exception | None = None
+        self._writing = temporary.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as caught:  # torch reports a full disk as RuntimeError
+            error = caught
+        finally:
+            self._writing = None
+        self._all_wrote(error, final)
+        if self.args.should_save:
+            try:
+                write_manifest(temporary, {"step": self.state.global_step, **self.run})
+                publish(temporary, final)
+                prune(output_dir, self.run.get("run"), self.args.save_total_limit)
+            except OSError as caught:
+                error = caught
+        self._all_wrote(error, final)
+
+    def _all_wrote(self, error: Exception | None, final: Path) -> None:
+        """Raises on every rank what went wrong on any."""
+        if error is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            faults = [self._fault(error)]  # the others may be waiting in a collective: torchrun ends them
+        else:
+            faults = [text for text in gather_object([error and self._fault(error)]) if text]
+        if not faults:
+            return
+        if self.args.should_save:
+            shutil.rmtree(final.parent / WRITING, ignore_errors=True)
+        good = next((path for path in checkpoint_folders(final.parent) if fault(path) is None), None)
+        kept = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
+        raise CheckpointError(f"{final.name} could not be written: {faults[0]}; {kept}") from error
+
+    def _fault(self, error: Exception) -> str:
+        free = shutil.disk_usage(self.args.output_dir).free
+        full = f"; {_gb(free)} are free on the disk of {self.args.output_dir}"
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{full}"

@@ -1,0 +1,72 @@
+"""What a run is: all that its weights at step N depend on, so that a checkpoint is continued by the same run only.
+
+The identity is a dict of names that a user knows (flags mostly) and values that JSON keeps. What changes speed or
+memory alone is not part of it: micro-batches under engine=packed, the number of processes, gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from preference.reference import data_fingerprint
+
+SAMPLED = 64  # values of each tensor that go into the fingerprint of a model's weights
+
+DATA = ("max_source_length", "max_target_length", "truncate")
+OBJECTIVE = ("loss", "nll_scope", "label_smoothing", "simpo_gamma", "cpo_alpha", "engine")
+SCHEDULE = ("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm")
+ADAPTER = ("target_modules", "lora_rank", "lora_alpha", "lora_dropout", "use_dora")
+
+
+@torch.no_grad()
+def weights_sample(model: torch.nn.Module) -> str:
+    """A hash of a few values of every parameter: cheap, and different after any training. Before sharding only."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        flat = p.detach().reshape(-1)
+        picked = flat[:: max(1, len(flat) // SAMPLED)].contiguous().cpu()
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        digest.update(picked.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def run_identity(args: Any, trainer: Any, template: Any) -> dict[str, Any]:
+    """The identity of the run that `args` (preference.arguments) and `trainer` describe.
+
+    Called before the model is trained or sharded; `template` is the conversation template.
+    """
+    run, training = args.run, trainer.args
+    flags = vars(args.data) | vars(args.objective) | vars(run) | vars(args.model)
+    adapter = ADAPTER if args.model.use_peft else ()
+    identity = {name: flags[name] for name in (*DATA, *OBJECTIVE, *SCHEDULE, "use_peft", *adapter, "seed")}
+    pairs = trainer.get_total_train_batch_size(training)
+    identity |= {
+        "beta": args.beta,
+        "learning_rate": args.learning_rate,
+        "length of training": f"max_steps {run.max_steps}" if run.max_steps > 0 else f"{run.num_train_epochs:g} epochs",
+        "training pairs": len(trainer.train_dataset),
+        "tokens of the training pairs": data_fingerprint(trainer.train_dataset)[:16],
+        "template": template.name,
+        "stop text": template.stop_str,
+        "tokenizer": f"{type(trainer.processing_class).__name__} of {len(trainer.processing_class)} tokens",
+        "weights that training starts from": weights_sample(trainer.model),
+        "bf16": training.bf16,
+        "pairs per optimizer step": pairs,
+    }
+    if args.objective.engine == "trl":  # TRL's objective depends on how a batch is cut
+        identity["micro-batches"] = f"{training.per_device_train_batch_size} pairs on {training.world_size} processes"
+    return identity
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One "name: was A, is B" for everything that is not the same."""
+    names = [*before, *(name for name in now if name not in before)]
+    return [
+        f"{name}: was {before.get(name, 'not set')}, is {now.get(name, 'not set')}"
+        for name in names
+        if name not in before or name not in now or before[name] != now[name]
+    ]

@@ -1,0 +1,201 @@
+"""Where a run starts: from nothing, or from a checkpoint of its own.
+
+`begin` is called once on every rank, before training. All ranks decide alike; with disks that are not shared between
+machines a checkpoint counts if every machine has a good copy.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list, gather_object
+
+from preference.checkpoints import (
+    CheckpointError,
+    check_disk,
+    checkpoint_folders,
+    checkpoint_step,
+    fault,
+    read_manifest,
+    recover,
+)
+from preference.identity import differences
+from preference.outcome import save_json
+
+RUN_FILE = "run_identity.json"  # in output_dir: the run that it belongs to, and whether that is finished
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts (None: at step 0), and what the user should know about it."""
+
+    checkpoint: Path | None
+    notes: tuple[str, ...]
+
+    @property
+    def step(self) -> int:
+        return checkpoint_step(self.checkpoint) if self.checkpoint else 0
+
+
+def _ours(ask: Any) -> Any:
+    """What the first rank finds, on every rank."""
+    from accelerate import PartialState
+
+    answer = [ask() if PartialState().is_main_process else None]
+    return broadcast_object_list(answer)[0]
+
+
+def _fault_anywhere(folder: Path, keeper: bool) -> str | None:
+    faults = gather_object([fault(folder) if keeper else None])
+    return next((text for text in faults if text), None)
+
+
+def _read_run(output_dir: Path) -> dict[str, Any]:
+    try:
+        run = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return run if isinstance(run, dict) else {}
+
+
+def _see_disks(trainer: Any, output_dir: Path) -> None:
+    """Let one process of each machine write checkpoints where the machines share no disk."""
+    token = f".disk-{uuid.uuid4().hex}"
+    token = _ours(lambda: ((output_dir / token).touch(), token)[1])
+    shared = all(gather_object([(output_dir / token).exists()]))
+    if trainer.is_world_process_zero():
+        (output_dir / token).unlink()
+    if shared:
+        return
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise CheckpointError(
+            f"the machines do not share {output_dir}, and strategies that share the weights out write one checkpoint "
+            "together: put output_dir on a shared file system, or use strategy=ddp"
+        )
+    trainer.args.save_on_each_node = True
+
+
+def _latest(output_dir: Path, run: str | None, keeper: bool, notes: list[str]) -> Path | None:
+    """The latest good checkpoint of `run` (None: of any run); those passed over are named in `notes`."""
+
+    def steps() -> list[int]:
+        folders = checkpoint_folders(output_dir)
+        return [
+            checkpoint_step(path)
+            for path in folders
+            if run is None or (read_manifest(path) or {"run": run}).get("run") == run
+        ]
+
+    for step in _ours(steps):
+        folder = output_dir / f"checkpoint-{step}"
+        reason = _fault_anywhere(folder, keeper)
+        if reason is None:
+            return folder
+        notes.append(f"warning: {folder} is passed over: {reason}")
+    return None
+
+
+def _check(folder: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any], launch: Mapping[str, Any],
+           anyway: bool, notes: list[str]) -> None:  # fmt: skip
+    was = manifest.get("launch", launch)
+    if was["strategy"] != launch["strategy"]:
+        raise CheckpointError(
+            f"{folder} was written under strategy={was['strategy']}, whose optimizer state strategy="
+            f"{launch['strategy']} cannot read: use the former, or start anew with resume=never"
+        )
+    if was["world_size"] != launch["world_size"]:
+        if launch["strategy"].startswith("zero"):
+            raise CheckpointError(
+                f"{folder} holds optimizer shards of {was['world_size']} processes, which DeepSpeed cannot deal to "
+                f"{launch['world_size']}: start as many as before, or anew with resume=never"
+            )
+        notes.append(
+            f"note: {was['world_size']} processes wrote {folder.name}, {launch['world_size']} go on: weights, "
+            "optimizer and place in the data carry over exactly; dropout draws other numbers"
+        )
+    if "identity" not in manifest:
+        changed = ["it does not say which run wrote it"]
+    else:
+        changed = differences(manifest["identity"], identity)
+    if changed and not anyway:
+        raise CheckpointError(
+            f"{folder} belongs to another run: {'; '.join(changed)}. Set these back; or start anew with resume=never "
+            "or another output_dir; or go on from it as it is with resume_anyway=true"
+        )
+    notes += [f"warning: resuming although it has changed: {text}" for text in changed]
+
+
+def begin(trainer: Any, how: str, identity: Mapping[str, Any], *, strategy: str = "ddp", anyway: bool = False) -> Start:
+    """Find where to start, and make the trainer write this run's identity into its checkpoints.
+
+    Args:
+        how: "auto": the latest good checkpoint in output_dir if the run there is not finished; "last": the same, and
+            there must be one; "never": step 0; or a checkpoint's folder.
+        anyway: resume under a changed identity too.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another run, or the disk is too small.
+    """
+    args, output_dir, notes = trainer.args, Path(trainer.args.output_dir), []
+    if args.load_best_model_at_end:
+        raise CheckpointError("load_best_model_at_end would pick a checkpoint by itself: export the one that you want")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _see_disks(trainer, output_dir)
+    keeper = args.should_save
+    if keeper:
+        recover(output_dir)
+    trainer.accelerator.wait_for_everyone()
+    before, checkpoint = _ours(lambda: _read_run(output_dir)), None
+    if how == "auto" and before.get("finished"):
+        notes.append(f"the run in {output_dir} is finished; this is a new one")
+    elif how in ("auto", "last"):
+        checkpoint = _latest(output_dir, before.get("run"), keeper, notes)
+        if checkpoint is None and how == "last":
+            raise CheckpointError(f"{output_dir} holds no checkpoint to resume from. {' '.join(notes)}".rstrip())
+    elif how != "never":
+        checkpoint = Path(how)
+        reason = _fault_anywhere(checkpoint, keeper)
+        if reason and not (anyway and "incomplete" in reason):
+            raise CheckpointError(f"{checkpoint} cannot be resumed from: {reason}")
+    launch = {"strategy": strategy, "world_size": args.world_size}
+    manifest = _ours(lambda: (read_manifest(checkpoint) or {}) if checkpoint else {})
+    if checkpoint:
+        _check(checkpoint, manifest, identity, launch, anyway, notes)
+        notes.append(f"resuming from {checkpoint}")
+    same_run = checkpoint and how in ("auto", "last")  # from a folder by name the later ones are another branch
+    run = manifest.get("run") if same_run else None
+    run = run or _ours(lambda: uuid.uuid4().hex)
+    trainer.run = {"run": run, "identity": dict(identity), "launch": launch}
+    _check_disks(trainer, output_dir)
+    if keeper:
+        save_json(output_dir / RUN_FILE, trainer.run | {"finished": False})
+    return Start(checkpoint, tuple(notes))
+
+
+def _check_disks(trainer: Any, output_dir: Path) -> None:
+    args = trainer.args
+    steps = args.max_steps
+    if steps <= 0:
+        pairs = trainer.get_total_train_batch_size(args)
+        steps = int(args.num_train_epochs * -(-len(trainer.train_dataset) // pairs))
+    saves = str(getattr(args.save_strategy, "value", args.save_strategy)) == "steps"
+    planned = steps // max(1, int(args.save_steps)) if saves and args.save_steps >= 1 else 0
+    error = None
+    try:
+        if args.should_save:
+            check_disk(output_dir, trainer.model, args, planned)
+    except CheckpointError as caught:
+        error = str(caught)
+    if faults := [text for text in gather_object([error]) if text]:
+        raise CheckpointError(faults[0])
+
+
+def finish(trainer: Any) -> None:
+    """The model is saved: the next run in output_dir is a new one."""
+    if trainer.args.should_save:
+        save_json(Path(trainer.args.output_dir) / RUN_FILE, {**trainer.run, "finished": True})

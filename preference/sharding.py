@@ -1,0 +1,63 @@
+"""Strategies that share a model's weights out among processes: FSDP2 through accelerate, ZeRO through DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+CONFIGS = Path(__file__).resolve().parents[1] / "torchrun"
+
+
+class StrategyError(ValueError):
+    """A strategy that cannot be had here; the message says what to install or choose."""
+
+
+def strategy_options(strategy: str, world_size: int) -> dict[str, Any]:
+    """What TrainingArguments take besides for `strategy`: ddp, fsdp, zero2, zero3 or zero3_offload."""
+    if strategy == "ddp":
+        return {}
+    if world_size < 2:
+        raise StrategyError(
+            f"strategy={strategy} shares a model out among processes, and there is one: NPROC=2 strategy={strategy} sh "
+            "torchrun/run_single_node.sh, or strategy=ddp"
+        )
+    if strategy == "fsdp":
+        # The full state dict is what plain transformers and peft load, and any number of processes resumes from.
+        config = {"version": 2, "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT"}
+        return {"fsdp": True, "fsdp_config": config}
+    if importlib.util.find_spec("deepspeed") is None:
+        raise StrategyError(
+            f"strategy={strategy} needs DeepSpeed, which is not installed: pip install deepspeed, or strategy=fsdp, "
+            "which shares out weights, gradients and optimizer as zero3 does and needs nothing else"
+        )
+    return {"deepspeed": str(CONFIGS / f"{strategy}.json")}
+
+
+def takes_all_ranks(trainer: Any) -> bool:
+    """Whether every rank has to take part in every forward pass, generation included."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
+
+class Sharded:
+    """Mixin for `transformers.Trainer`: under FSDP2 a model can be evaluated, and can generate, before it is trained.
+
+    accelerate shards a model together with its optimizer only. Sharding it first is the same in-place operation, and
+    `train` then makes the optimizer over the shards.
+    """
+
+    def shard(self) -> None:
+        """Share the weights out now, where the strategy does so and it has not been done."""
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            self.model = self.model_wrapped = fsdp2_prepare_model(self.accelerator, self.model)
+            self.accelerator._models.append(self.model)
+            dist.fsdp.register_fsdp_forward_method(self.model, "generate")
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.shard()
+        return super().evaluation_loop(*args, **kwargs)
