@@ -112,6 +112,7 @@ def write_report(output_dir: str | Path) -> Path:
         "results": [(prefix, _before_after(run.get("all_results.json"), prefix)) for prefix in run.sets],
         "notes": [text for _, text in hints(run.records, run.get("trainer_state.json").get("max_steps", 0))],
         "samples": _samples(run),
+        "groups": _groups(run.get("evaluation.json")),
         "worst": sorted(run.get("worst_pairs.json", []), key=lambda pair: pair.get("margin", 0.0))[:20],
         "data": data,
         "sections": {name: value for name, value in data.items() if _is_length_section(value)},
@@ -226,6 +227,20 @@ def _before_after(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any
             row |= {"before": form.format(old), "change": change}
             row["better"] = None if better is None or new == old else (new > old) == better
         rows.append(row)
+    return rows
+
+
+def _groups(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of preference/evaluation.py's figures: one for each group of pairs and model."""
+    rows = []
+    for way, groups in analysis.items():
+        for name, models in ({"all": groups} if way == "all" else groups).items():
+            for model, figures in models.items():
+                row = {"way": way, "name": name, "model": model, "pairs": figures["pairs"]}
+                for key in ("accuracy", "length_controlled_accuracy"):
+                    low, high = figures["interval"][key]
+                    row[key] = f"{figures[key]:.1%} ({low:.0%} to {high:.0%})"
+                rows.append(row | {"margin": f"{figures['margin']:+.3f}"})
     return rows
 
 

@@ -15,12 +15,13 @@ from preference.run_files import evaluation_sets, read_lines
 INPUTS = {
     "run.json": "arguments, versions and hardware",
     "all_results.json": "the results before and after",
+    "evaluation.json": "accuracy by source and by script",
     "metrics.jsonl": "speed and memory over time",
     "trainer_state.json": "the log of a finished run",
     "data_report.json": "what happened to the data",
     "samples.json": "answers of the base and the tuned model",
     "answers.jsonl": "answers during training (they need an evaluation during training)",
-    "worst_pairs.json": "the pairs that are still judged wrongly",
+    "worst_pairs.json": "pairs that are still judged wrongly",
 }
 SUMMARIES = {
     "pairs_per_second": median,
@@ -47,13 +48,16 @@ class Run:
         for name, purpose in INPUTS.items():
             path = run.folder / name
             try:
-                content = read_lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
+                if path.suffix == ".jsonl":
+                    content = read_lines(path) or None
+                else:
+                    content = json.loads(path.read_text(encoding="utf-8"))
             except FileNotFoundError:
                 content = None
             except ValueError as error:
                 run.missing.append(f"{name} cannot be read ({error}): no {purpose}")
                 continue
-            if content:
+            if content is not None:
                 run.files[name] = content
             else:
                 run.missing.append(f"no {name}: no {purpose}")

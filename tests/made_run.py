@@ -43,6 +43,17 @@ def log(sets: tuple[str, ...] = ("eval",)) -> list[dict[str, Any]]:
     return records
 
 
+def analysed(accuracy: float) -> dict[str, Any]:
+    interval = {name: [accuracy - 0.1, accuracy + 0.1] for name in ("accuracy", "length_controlled_accuracy")}
+    return {
+        "pairs": 64,
+        "accuracy": accuracy,
+        "margin": -0.01,
+        "length_controlled_accuracy": accuracy + 0.001,
+        "interval": interval,
+    }
+
+
 def make_run(folder: Path, **changed: Any) -> Path:
     """Write the folder; `changed` replaces the content of a file by its stem, None leaves the file out."""
     histogram = [
@@ -106,6 +117,10 @@ def make_run(folder: Path, **changed: Any) -> Path:
             {"source": "a.jsonl:3", "question": HOSTILE, "chosen": HOSTILE, "rejected": "W" * 400, "margin": -0.4},
             {"source": "a.jsonl:4", "question": CHINESE, "chosen": "好", "rejected": "坏", "margin": -0.9},
         ],
+        "evaluation.json": {
+            "all": {"base": analysed(0.25), "tuned": analysed(0.75)},
+            "source": {HOSTILE: {"base": analysed(0.125), "tuned": analysed(0.625)}},
+        },
         "metrics.jsonl": log(),
         "answers.jsonl": [
             {"step": step, "source": "a.jsonl:1", "question": CHINESE, "answer": f"第{step}步 {HOSTILE}"}
