@@ -120,22 +120,23 @@ def sweep() -> Iterator[Finding]:
 
 INTRO = """# Which architectures the packed engine runs, and how
 
-Made by `python tests/architectures.py` with transformers {version}: a tiny random model of every causal-LM architecture
-that could be built (with an attention window of 6 tokens where there are windows) was run packed, and its log-probabilities
-compared with one plain forward per sequence. `tests/test_architectures.py` does the same for the common ones.
+Made by `python tests/architectures.py` with transformers {version}: a tiny random model of every causal-LM
+architecture that could be built (with an attention window of 6 tokens where there are windows) was run packed, and its
+log-probabilities compared with one plain forward per sequence. `tests/test_architectures.py` does the same for the
+common ones.
 
 - **shared**: one packed row, every prompt once. Full, sliding-window and chunked attention, grouped heads, capped
   scores, learned sinks, mixtures of experts.
 - **rows**: two right-padded rows per pair; the objective, the head and the batches are the engine's all the same. For
-  models that carry a state from token to token, bias attention by distance in their own code, or do not use transformers'
-  AttentionInterface. (Laying both answers out in one row without sharing would be wrong for all of these.)
+  models that carry a state from token to token, bias attention by distance in their own code, or do not use
+  transformers' AttentionInterface. (Both answers in one row without sharing would be wrong for all of these.)
 - **refused**: the engine stops with a message that names `engine=trl`. Encoders used as decoders without
   `is_decoder`, and heads that are more than a projection.
 
-The choice is measured again for the model at hand each time one is loaded (`preference/probe.py`): a dozen tokens are run both
-ways. Prompt-tuning adapters run in rows; LoRA and DoRA change nothing. Two things depend on a batch by a model's own
-design and stay so: rotary embeddings that rescale with the longest position (dynamic, longrope), and dropout, which in
-a shared row is the same for both answers' prompt.
+The choice is measured again for the model at hand each time one is loaded (`preference/probe.py`): a dozen tokens are
+run both ways. Prompt-tuning adapters run in rows; LoRA and DoRA change nothing. Two things depend on a batch by a
+model's own design and stay so: rotary embeddings that rescale with the longest position (dynamic, longrope), and
+dropout, which in a shared row is the same for both answers' prompt.
 
 """
 

@@ -1,0 +1,200 @@
+"""The packed row: what stands where, and that nothing sees what it must not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+
+import pytest
+import torch
+
+from preference import attention, scoring, segment_attention
+from preference.attention import PackedMask
+from preference.head import pair_logps, prepare_model
+from preference.packing import PackingError, pack_pairs, packed_length
+from preference.probe import packed_logps, plain_logps
+from tiny import tiny_model
+
+PAIRS = [
+    dict(prompt_ids=[11, 12, 13], chosen_ids=[21, 22], rejected_ids=[31, 32, 33]),
+    dict(prompt_ids=[14], chosen_ids=[23], rejected_ids=[34], weight=0.0),
+]
+
+
+def random_pairs(n: int, seed: int = 0, prompt: int = 20, answer: int = 12) -> list[dict]:
+    draw = random.Random(seed)
+    sizes = [(draw.randint(1, prompt), draw.randint(1, answer), draw.randint(1, answer)) for _ in range(n)]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [{k: [draw.randrange(3, 500) for _ in range(m)] for k, m in zip(names, s, strict=True)} for s in sizes]
+
+
+def test_layout_of_a_row() -> None:
+    batch = pack_pairs(PAIRS)
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 21, 13, 31, 32, 14, 14]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 0]]
+    assert batch["target_ids"].tolist() == [12, 13, 21, 22, 31, 32, 33, 23, 34]
+    assert batch["target_at"].tolist() == list(range(9))
+    assert batch["segments"] == [(2, 2, 3), (0, 1, 1)]
+    assert batch["scored"].tolist() == batch["lengths"].tolist() == [[2, 2, 3], [0, 1, 1]]
+    assert batch["weight"].tolist() == [1.0, 0.0]
+    assert batch["cu_queries"].tolist() == [0, 4, 7, 8, 9]
+    assert batch["cu_keys"].tolist() == [0, 4, 9, 10, 11]
+    assert batch["key_at"].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8]
+
+
+def test_only_answers_are_scored_where_the_loss_needs_no_more() -> None:
+    batch = pack_pairs(PAIRS, prompt_logps=False)
+    assert batch["target_ids"].tolist() == [21, 22, 31, 32, 33, 23, 34]
+    assert batch["target_at"].tolist() == [2, 3, 4, 5, 6, 7, 8]
+    assert batch["scored"].tolist() == [[0, 2, 3], [0, 1, 1]]
+    assert batch["lengths"].tolist() == [[2, 2, 3], [0, 1, 1]]
+
+
+def test_layout_of_rows() -> None:
+    batch = pack_pairs(PAIRS, share_prompt=False)
+    ids = batch["input_ids"]
+    assert ids.shape == (4, 5)
+    assert [row[:n] for row, n in zip(ids.tolist(), [4, 5, 1, 1], strict=True)] == [
+        [11, 12, 13, 21], [11, 12, 13, 31, 32], [14], [14]
+    ]  # fmt: skip
+    assert "segments" not in batch and "position_ids" not in batch
+    assert batch["target_at"].tolist() == [0, 1, 2, 3, 7, 8, 9, 10, 15]
+    assert pack_pairs(PAIRS, share_prompt=False, prompt_logps=False)["target_at"].tolist() == [2, 3, 7, 8, 9, 10, 15]
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_length_is_what_is_packed(share_prompt: bool) -> None:
+    for pair in random_pairs(20):
+        ids = pack_pairs([pair], share_prompt=share_prompt)["input_ids"]
+        padding = 0 if share_prompt else abs(len(pair["chosen_ids"]) - len(pair["rejected_ids"]))
+        assert ids.numel() == packed_length(pair, share_prompt=share_prompt) + padding
+
+
+@pytest.mark.parametrize("empty", ["prompt_ids", "chosen_ids", "rejected_ids"])
+def test_empty_parts_are_refused_by_name(empty: str) -> None:
+    with pytest.raises(PackingError, match=f"a.jsonl:7: the {empty.split('_')[0]}"):
+        pack_pairs([*PAIRS, PAIRS[0] | {empty: [], "source": "a.jsonl:7"}])
+
+
+def test_a_batch_travels_to_workers() -> None:
+    batch = pickle.loads(pickle.dumps(pack_pairs(PAIRS)))
+    assert all(isinstance(value, (torch.Tensor, list)) for value in batch.values())
+    assert all(isinstance(n, int) for segment in batch["segments"] for n in segment)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_answers_and_pairs_do_not_see_each_other(arch: str, share_prompt: bool) -> None:
+    """Changing one answer changes nothing of the other answer, the prompt, or another pair."""
+    model, pairs = tiny_model(arch), random_pairs(3)
+    prepare_model(model, share_prompt=share_prompt)
+    with torch.no_grad():
+        before = packed_logps(model, pairs, share_prompt)
+        for i, (column, part) in enumerate([(1, "chosen_ids"), (2, "rejected_ids")]):
+            changed = copy.deepcopy(pairs)
+            changed[i][part] = [(t + 50) % 500 for t in changed[i][part]]
+            after = packed_logps(model, changed, share_prompt)
+            differs = (before - after).abs() > 1e-6
+            assert differs[i, column] and differs.sum() == 1
+
+
+@pytest.mark.parametrize("blocks", [3, 256])
+@pytest.mark.parametrize("heads, key_heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window, chunk", [(None, None), (6, None), (None, 5)])
+def test_segment_attention_is_attention(monkeypatch, blocks, heads, key_heads, window, chunk) -> None:
+    """Values and gradients against dense attention under the mask that the layout means, in double precision."""
+    monkeypatch.setattr(segment_attention, "BLOCK", blocks)
+    batch = pack_pairs(random_pairs(4))
+    mask = PackedMask(batch, window, chunk)
+    n = batch["input_ids"].shape[1]
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, h, n, 8, dtype=torch.float64, requires_grad=True) for h in (heads, key_heads, key_heads)]
+    grad = torch.randn(1, n, heads, 8, dtype=torch.float64)
+    dense = dense_attention(*inputs, batch, window, chunk)
+    module = torch.nn.Module()
+    for run in (
+        attention.packed_attention(module, *inputs, mask),
+        attention.packed_attention(module, *inputs, mask, softcap=1e9),  # branch by branch, written out
+        varlen_on_cpu(monkeypatch, inputs, mask) if chunk is None else None,
+    ):
+        if run is not None:
+            assert torch.allclose(run, dense, atol=1e-7)
+            want = torch.autograd.grad(dense, inputs, grad, retain_graph=True)
+            for a, b in zip(torch.autograd.grad(run, inputs, grad), want, strict=True):
+                assert torch.allclose(a, b, atol=1e-6)
+
+
+def dense_attention(query, key, value, batch, window, chunk) -> torch.Tensor:
+    segments = enumerate(batch["segments"])
+    kinds = [(i, branch) for i, sizes in segments for branch, n in enumerate(sizes) for _ in range(n)]
+    position = batch["position_ids"][0].tolist()
+    keep = torch.tensor([
+        [
+            kinds[q][0] == kinds[k][0] and kinds[k][1] in (0, kinds[q][1]) and k <= q
+            and (window is None or position[q] - position[k] < window)
+            and (chunk is None or position[q] // chunk == position[k] // chunk)
+            for k in range(len(kinds))
+        ]
+        for q in range(len(kinds))
+    ])  # fmt: skip
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3) * 8**-0.5).masked_fill(~keep, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def varlen_on_cpu(monkeypatch, inputs, mask) -> torch.Tensor:
+    """The CUDA path over a stand-in that does what torch documents of varlen_attn: causal from the bottom right."""
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        outputs = []
+        for a, b, c, d in zip(cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:], strict=True):
+            assert b - a <= max_q and d - c <= max_k
+            q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
+            at = torch.arange(d - c)
+            back = at[-(b - a) :, None] - at
+            left = window_size[0] if window_size[0] >= 0 else len(at)
+            hidden = (back < -window_size[1]) | (back > left)
+            scores = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, float("-inf"))
+            outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+        return torch.cat(outputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "varlen_attn", varlen_attn)
+        attention._varlen_options.cache_clear()
+        out = attention._varlen(*(x[0] for x in inputs), mask, 8**-0.5)[None]
+    attention._varlen_options.cache_clear()
+    return out
+
+
+@pytest.mark.parametrize("keep_bytes", [1, 2**30])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("scale, cap, bias", [(1.0, None, False), (0.3, 2.0, True)])
+def test_head_is_log_softmax(monkeypatch, keep_bytes, frozen, scale, cap, bias) -> None:
+    """Values and gradients of the head in small blocks, kept or computed again, against log_softmax."""
+    monkeypatch.setattr(scoring, "KEEP_BYTES", keep_bytes)
+    monkeypatch.setattr(scoring, "MATMUL_ROWS", 5)
+    monkeypatch.setattr(scoring, "CACHE_ELEMENTS", 100)
+    torch.manual_seed(0)
+    hidden = torch.randn(17, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=not frozen)
+    offset = torch.randn(30, dtype=torch.float64, requires_grad=not frozen) if bias else None
+    ids, grad = torch.randint(0, 30, (17,)), torch.randn(17, dtype=torch.float64)
+    inputs = [x for x in (hidden, weight, offset) if x is not None and x.requires_grad]
+    got = scoring.token_logps(hidden, weight, offset, ids, scale, cap)
+    logits = torch.nn.functional.linear(hidden, weight, offset) * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    want = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    assert torch.allclose(got, want, atol=1e-12)
+    assert torch.allclose(scoring.target_logps(logits, ids, 1.0, None), want, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_head_under_autocast_is_the_models_head() -> None:
+    model, pairs = tiny_model("llama"), random_pairs(4)
+    prepare_model(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(packed_logps(model, pairs, True), plain_logps(model, pairs), rtol=0.01, atol=0.1)
+        assert pair_logps(model, pack_pairs(pairs)).chosen_B.dtype == torch.float32
