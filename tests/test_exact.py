@@ -85,7 +85,7 @@ def test_against_trl(arch: str, loss: str, tmp_path) -> None:
     got, metrics = packed_loss(policy, objective, pairs, reference)
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
     assert relative(gradients(got, policy), gradients(want, trl_model)) < 1e-5
-    assert metrics["loss"].item() / len(pairs) == pytest.approx(got.item(), rel=1e-12)
+    assert metrics["loss"].item() / len(pairs) == pytest.approx(got.item(), rel=1e-6)
 
 
 def plain_loss(model, objective: Objective, pairs, reference) -> torch.Tensor:
