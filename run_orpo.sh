@@ -127,7 +127,7 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 PYTHON=$(sh "$here/setup.sh") || exit 1
 for word in "$@"; do flags="$flags $(quote "$word")"; done
 launch=$(quote "$PYTHON")
-if [ -n "${TORCHRUN_ARGS:-}" ]; then launch="$launch -m torch.distributed.run $TORCHRUN_ARGS"; fi
+if [ -n "${TORCHRUN_ARGS:-}" ]; then launch="$launch torchrun/launch.py $TORCHRUN_ARGS"; fi
 cd "$here"
 printf '+ %s orpo_train.py%s\n' "$launch" "$flags"
 eval "exec $launch orpo_train.py $flags"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LOSSES = ("orpo", "dpo", "robust", "simpo", "ipo", "cpo", "hinge")
+STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "zero3_offload")
 
 
 class ArgumentError(ValueError):
@@ -139,7 +140,14 @@ class RunArguments:
     save_steps: int = opt(0, "write a checkpoint every that many steps (0: none; the final model is always saved)")
     save_total_limit: int = opt(2, "checkpoints kept")
     logging_steps: int = opt(5, "log every that many steps")
-    resume_from_checkpoint: str | None = opt(None, "a checkpoint folder, or last = the newest in output_dir")
+    resume: str = opt(
+        "auto", "auto = go on from the latest checkpoint of an unfinished run in output_dir; never; or a checkpoint"
+    )
+    resume_from_checkpoint: str | None = opt(None, "resume under another name: a checkpoint folder, or last")
+    resume_anyway: bool = opt(False, "resume although settings or data have changed since the checkpoint")
+    strategy: str = opt(
+        "ddp", "how processes share a model (torchrun/README.md): ddp = each holds all of it", STRATEGIES
+    )
     bf16: bool | None = opt(None, "bfloat16 autocast over the weights (unset: where the hardware has it)")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third slower")
     torch_compile: bool = opt(False, "compile the model: minutes at the start, faster steps on a GPU")
@@ -187,6 +195,10 @@ class Arguments:
         )
 
     @property
+    def resume(self) -> str:
+        return self.run.resume_from_checkpoint or self.run.resume
+
+    @property
     def learning_rate(self) -> float:
         return self.run.learning_rate or (2e-4 if self.model.use_peft else 5e-6)
 
@@ -221,7 +233,8 @@ IGNORED: tuple[Ignored, ...] = (
         for flag in (
             "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
             "optim", "max_grad_norm", "eval_steps", "save_steps", "save_total_limit", "gradient_accumulation_steps",
-            "gradient_checkpointing", "resume_from_checkpoint", "max_train_samples", "per_device_train_batch_size",
+            "gradient_checkpointing", "resume", "resume_from_checkpoint", "resume_anyway", "max_train_samples",
+            "per_device_train_batch_size",
         )
     ),
 )  # fmt: skip
@@ -278,6 +291,8 @@ def _check(args: Arguments) -> None:
         raise ArgumentError(f"engine=trl offers loss=orpo and loss=dpo; loss={args.objective.loss} needs engine=packed")
     if args.objective.engine == "trl" and args.objective.nll_scope != "sequence":
         raise ArgumentError("engine=trl computes nll_scope=sequence alone; the other scopes need engine=packed")
+    if {"resume", "resume_from_checkpoint"} <= args.given:
+        raise ArgumentError("resume and resume_from_checkpoint are the same flag: give one of them")
     if not (args.run.do_train or args.run.do_eval):
         raise ArgumentError("nothing to do: do_train and do_eval are both false")
     if args.data.train_file_dir is None and args.data.dataset_name is None:

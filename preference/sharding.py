@@ -6,8 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 CONFIGS = Path(__file__).resolve().parents[1] / "torchrun"
 
@@ -51,12 +53,37 @@ class Sharded:
     `train` then makes the optimizer over the shards.
     """
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            self._shard_on_cpu()
+
+    def _shard_on_cpu(self) -> None:
+        """accelerate passes over FSDP on CPU processes without a word, although FSDP2 works there through gloo."""
+        state = self.accelerator.state
+        if state.distributed_type != DistributedType.MULTI_CPU:
+            raise StrategyError(f"FSDP was asked for, but accelerate runs as {state.distributed_type.value}")
+        plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if state.mixed_precision != "no":
+            plugin.set_mixed_precision(state.mixed_precision)
+        state.fsdp_plugin = plugin
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        self.is_fsdp_enabled = True
+
     def shard(self) -> None:
         """Share the weights out now, where the strategy does so and it has not been done."""
         if self.is_fsdp_enabled and not self.accelerator._models:
             self.model = self.model_wrapped = fsdp2_prepare_model(self.accelerator, self.model)
             self.accelerator._models.append(self.model)
-            dist.fsdp.register_fsdp_forward_method(self.model, "generate")
+            register_fsdp_forward_method(self.model, "generate")
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass leaves the last layers gathered; the optimizer is for the shards."""
+        if self.is_fsdp_enabled:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return super().create_optimizer(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.shard()

@@ -61,7 +61,7 @@ def test_many_machines_by_environment_or_by_words(echo: Path) -> None:
         (["NODE_RANK=0"], "set NNODES"),
         (["NNODES=1", "NPROC=all"], "NPROC is a whole number; got 'all'"),
         (["NNODES=1", "NPROC=0"], "at least 1"),
-        (["NNODES=1", "strategy=zero3"], "not offered yet"),
+        (["NNODES=2:1", "MASTER_ADDR=a"], "MIN:MAX"),
         (["NNODES=1", "strategy=dpp"], "unknown"),
         (["NPROCS=2"], "'NPROCS=2' is not understood"),
     ],

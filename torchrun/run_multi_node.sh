@@ -11,7 +11,10 @@
 #   MASTER_ADDR  address of machine 0, as the others reach it
 #   MASTER_PORT  a port that is free there (default 29500); the same on every machine
 #   NPROC        processes on this machine, one a GPU (default: the number of visible GPUs; 2 on a CPU)
-#   strategy     ddp: each process holds the whole model; README.md says what that means for its size
+#   strategy     ddp: each process holds the whole model; fsdp, zero3: a part of it; zero2, zero3_offload: see README.md
+#   MAX_RESTARTS start again from the last checkpoint that many times by itself if a process dies (default 0)
+# Elastic: NNODES=1:4 takes between one and four machines, whichever are there; MASTER_ADDR is then any one of them, and
+# NODE_RANK is not needed.
 # Every variable and flag of run_orpo.sh counts too, and must be the same on every machine. See README.md here.
 
 set -eu
@@ -21,9 +24,9 @@ whole() { case $2 in '' | *[!0-9]*) fail "$1 is a whole number; got '$2'" ;; esa
 
 while [ $# -gt 0 ]; do
     case $1 in
-    NNODES=* | NODE_RANK=* | MASTER_ADDR=* | MASTER_PORT=* | NPROC=* | strategy=*) eval "${1%%=*}=\${1#*=}" ;;
+    NNODES=* | NODE_RANK=* | MASTER_ADDR=* | MASTER_PORT=* | NPROC=* | MAX_RESTARTS=* | strategy=*) eval "${1%%=*}=\${1#*=}" ;;
     --*) break ;;
-    *) fail "'$1' is not understood: first NAME=value with NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC, strategy; then flags" ;;
+    *) fail "'$1' is not understood: first NAME=value with NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC, MAX_RESTARTS, strategy; then flags" ;;
     esac
     shift
 done
@@ -33,16 +36,23 @@ export PYTHON
 
 # ---- the processes
 [ -n "${NNODES:-}" ] || fail "set NNODES, the number of machines (on one machine: torchrun/run_single_node.sh)"
-whole NNODES "$NNODES"
+whole NNODES "${NNODES%%:*}"
+whole NNODES "${NNODES##*:}"
 if [ -z "${NPROC:-}" ]; then
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
     if [ "$gpus" -gt 0 ]; then NPROC=$gpus; else NPROC=2; fi
 fi
 whole NPROC "$NPROC"
-[ "$NPROC" -gt 0 ] && [ "$NNODES" -gt 0 ] || fail "NPROC and NNODES are at least 1; got NPROC=$NPROC NNODES=$NNODES"
+[ "$NPROC" -gt 0 ] && [ "${NNODES%%:*}" -gt 0 ] && [ "${NNODES##*:}" -ge "${NNODES%%:*}" ] || fail "NPROC and NNODES are at least 1, NNODES=MIN:MAX in that order; got NPROC=$NPROC NNODES=$NNODES"
 
-if [ "$NNODES" -eq 1 ]; then # the port is the system's choice, and no name of this machine needs to be resolved
+if [ "$NNODES" = 1 ]; then # the port is the system's choice, and no name of this machine needs to be resolved
     TORCHRUN_ARGS="--standalone --local_addr 127.0.0.1 --nproc_per_node $NPROC"
+elif [ "${NNODES#*:}" != "$NNODES" ]; then # machines meet at MASTER_ADDR and number themselves
+    [ -n "${MASTER_ADDR:-}" ] || fail "set MASTER_ADDR, the address of one of the machines as the others reach it"
+    MASTER_PORT=${MASTER_PORT:-29500}
+    whole MASTER_PORT "$MASTER_PORT"
+    TORCHRUN_ARGS="--nnodes $NNODES --nproc_per_node $NPROC --rdzv_backend c10d --rdzv_id orpo"
+    TORCHRUN_ARGS="$TORCHRUN_ARGS --rdzv_endpoint $MASTER_ADDR:$MASTER_PORT"
 else
     whole NODE_RANK "${NODE_RANK:-}"
     [ "$NODE_RANK" -lt "$NNODES" ] || fail "NODE_RANK goes from 0 to NNODES-1 = $((NNODES - 1)); got $NODE_RANK"
@@ -52,6 +62,8 @@ else
     TORCHRUN_ARGS="--nnodes $NNODES --node_rank $NODE_RANK --nproc_per_node $NPROC"
     TORCHRUN_ARGS="$TORCHRUN_ARGS --master_addr $MASTER_ADDR --master_port $MASTER_PORT"
 fi
+whole MAX_RESTARTS "${MAX_RESTARTS:=0}"
+[ "$MAX_RESTARTS" -eq 0 ] || TORCHRUN_ARGS="$TORCHRUN_ARGS --max_restarts $MAX_RESTARTS"
 export TORCHRUN_ARGS
 
 # Cores are shared among the processes of a machine; without this torch gives every process one.
@@ -63,9 +75,15 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 # ---- the strategy
 case ${strategy:=ddp} in
 ddp) ;;
-fsdp | zero2 | zero3 | zero3_offload) fail "strategy=$strategy is not offered yet; ddp is, and use_peft=true makes a model fit" ;;
-*) fail "strategy=$strategy is unknown; ddp is what there is" ;;
+fsdp) set -- "$@" --strategy fsdp ;;
+zero2 | zero3 | zero3_offload)
+    "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("deepspeed") is None)' ||
+        fail "strategy=$strategy needs DeepSpeed: $PYTHON -m pip install deepspeed; or strategy=fsdp, which needs nothing"
+    set -- "$@" --strategy "$strategy"
+    ;;
+*) fail "strategy=$strategy is unknown; there are ddp, fsdp, zero2, zero3 and zero3_offload" ;;
 esac
 
 printf 'torchrun: %s machine(s) x %s process(es), strategy=%s, OMP_NUM_THREADS=%s\n' "$NNODES" "$NPROC" "$strategy" "$OMP_NUM_THREADS"
+trap '' USR1 # Slurm's warning goes to every process: these shells let it pass, the training saves (see launch.py)
 exec sh "$here/../run_orpo.sh" "$@"

@@ -7,7 +7,8 @@
 #
 # Variables, from the environment or as leading NAME=value words:
 #   NPROC      processes, one a GPU (default: the number of visible GPUs; 2 on a CPU)
-#   strategy   ddp: each process holds the whole model; README.md says what that means for its size
+#   strategy   ddp: each process holds the whole model; fsdp, zero3: a part of it; zero2, zero3_offload: see README.md
+#   MAX_RESTARTS  start again from the last checkpoint that many times by itself if a process dies (default 0)
 # MASTER_PORT is chosen by the system, so that two runs on one machine do not collide.
 
 set -eu

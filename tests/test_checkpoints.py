@@ -1,0 +1,253 @@
+"""Checkpoints are complete or not there, and only the run that wrote one goes on from it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training import make_pairs, make_trainer, same_weights, weights_of
+
+from preference import checkpoints
+from preference.checkpoints import (
+    MANIFEST,
+    WRITING,
+    CheckpointError,
+    check_disk,
+    checkpoint_folders,
+    fault,
+    prune,
+    recover,
+    write_manifest,
+)
+from preference.identity import differences, weights_sample
+from preference.resuming import RUN_FILE, begin, finish
+from tiny import tiny_model
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 6}
+IDENTITY = {"loss": "orpo", "learning_rate": 0.01}
+
+
+def make(folder: Path, **changes):
+    return make_trainer("packed", folder, make_pairs(16), **SAVING | changes)
+
+
+def run(folder: Path, how: str = "auto", identity=IDENTITY, stop_at: int | None = None, anyway=False, **changes):
+    """A run in `folder`, which dies after writing the checkpoint of step `stop_at` if that is given."""
+    trainer = make(folder, **changes)
+    start = begin(trainer, how, identity, anyway=anyway)
+    if stop_at:
+
+        class Death(Exception):
+            pass
+
+        from transformers import TrainerCallback
+
+        class Dies(TrainerCallback):
+            def on_save(self, args, state, control, **kwargs):
+                if state.global_step == stop_at:
+                    raise Death
+
+        trainer.add_callback(Dies())
+        with pytest.raises(Death):
+            trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
+    else:
+        trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
+    return trainer, start
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Weights of the uninterrupted run."""
+    return weights_of(run(tmp_path_factory.mktemp("whole"))[0].model)
+
+
+def small_checkpoint(folder: Path, run: str = "r") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(range(100)))
+    (folder / "inner").mkdir()
+    (folder / "inner" / "state").write_text("state")
+    write_manifest(folder, {"run": run})
+    return folder
+
+
+# ---- folders
+
+
+def test_every_kind_of_damage_is_seen_and_named(tmp_path):
+    folder = small_checkpoint(tmp_path / "checkpoint-1")
+    assert fault(folder) is None
+    weights, inner = folder / "weights", folder / "inner" / "state"
+    good = weights.read_bytes()
+    for damage, words in (
+        (lambda: weights.write_bytes(good[:-1] + b"x"), "weights is damaged"),
+        (lambda: weights.write_bytes(good[:50]), "weights has 50 bytes instead of 100"),
+        (weights.unlink, "weights is missing"),
+    ):
+        damage()
+        assert words in fault(folder)
+        weights.write_bytes(good)
+    inner.unlink()
+    assert "inner/state is missing" in fault(folder)
+    manifest = folder / MANIFEST
+    manifest.write_text(manifest.read_text()[:30])
+    assert "incomplete" in fault(folder)
+    assert "not there" in fault(tmp_path / "checkpoint-9")
+
+
+def test_what_a_death_leaves_behind_is_mended(tmp_path):
+    """Dead between the manifest and the new name: it counts. Dead earlier, or while deleting: it goes."""
+    small_checkpoint(tmp_path / WRITING / "checkpoint-4")
+    half = small_checkpoint(tmp_path / WRITING / "checkpoint-6")
+    (half / MANIFEST).unlink()
+    small_checkpoint(tmp_path / WRITING / "removed-checkpoint-2")
+    recover(tmp_path)
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-4"]
+    assert fault(tmp_path / "checkpoint-4") is None and not (tmp_path / WRITING).exists()
+
+
+def test_old_checkpoints_go_by_step_and_only_ones_own_and_never_the_last_good(tmp_path):
+    for step in (2, 10, 8):
+        small_checkpoint(tmp_path / f"checkpoint-{step}")
+    small_checkpoint(tmp_path / "checkpoint-1", run="another")
+    broken = small_checkpoint(tmp_path / "checkpoint-12")
+    (broken / MANIFEST).unlink()
+    prune(tmp_path, "r", 2)
+    assert [path.name for path in checkpoint_folders(tmp_path)] == [f"checkpoint-{n}" for n in (12, 10, 8, 1)]
+    prune(tmp_path, "r", 1)
+    assert fault(tmp_path / "checkpoint-10") is None
+
+
+# ---- runs
+
+
+@pytest.mark.parametrize("engine", ["packed", "trl"])
+def test_a_run_that_died_goes_on_to_the_same_weights(tmp_path, engine):
+    pairs = make_pairs(16)
+
+    def train(folder, steps_then_die=None):
+        trainer = make_trainer(engine, folder, pairs, **SAVING)
+        start = begin(trainer, "auto", IDENTITY)
+        if steps_then_die:
+            trainer.args.max_steps = steps_then_die
+        trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
+        return weights_of(trainer.model), start
+
+    expected, _ = train(tmp_path / "whole")
+    train(tmp_path / "parts", 4)
+    resumed, start = train(tmp_path / "parts")
+    assert start.step == 4 and same_weights(resumed, expected)
+    kept = checkpoint_folders(tmp_path / "parts")
+    assert [path.name for path in kept] == ["checkpoint-6", "checkpoint-4"]
+    assert all(fault(path) is None for path in kept) and not (tmp_path / "parts" / WRITING / "checkpoint-6").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, whole):
+    run(tmp_path, stop_at=4)
+    weights = tmp_path / "checkpoint-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    trainer, start = run(tmp_path)
+    assert start.step == 2 and same_weights(weights_of(trainer.model), whole)
+    assert any("checkpoint-4 is passed over: model.safetensors is damaged" in note for note in start.notes)
+    assert fault(tmp_path / "checkpoint-4") is None  # written anew
+
+
+def test_changed_settings_are_refused_by_name_unless_wanted(tmp_path):
+    run(tmp_path, stop_at=4)
+    changed = IDENTITY | {"loss": "dpo"}
+    with pytest.raises(CheckpointError, match="loss: was orpo, is dpo.*resume_anyway=true"):
+        begin(make(tmp_path), "auto", changed)
+    start = begin(make(tmp_path), "auto", changed, anyway=True)
+    assert start.step == 4 and any("loss: was orpo" in note for note in start.notes)
+    assert begin(make(tmp_path), "never", changed).step == 0
+
+
+def test_another_strategy_is_refused(tmp_path):
+    run(tmp_path, stop_at=2)
+    with pytest.raises(CheckpointError, match="strategy=ddp.*strategy=fsdp.* cannot read"):
+        begin(make(tmp_path), "auto", IDENTITY, strategy="fsdp", anyway=True)
+
+
+def test_a_finished_run_begins_anew_and_old_checkpoints_are_not_taken_for_its_own(tmp_path):
+    trainer, _ = run(tmp_path)
+    assert begin(make(tmp_path), "auto", IDENTITY).step == 6  # not finished: the model was not saved yet
+    finish(trainer)
+    _, start = run(tmp_path, identity=IDENTITY | {"loss": "dpo"}, stop_at=2)
+    assert start.step == 0 and "finished" in start.notes[0]
+    again = begin(make(tmp_path), "auto", IDENTITY | {"loss": "dpo"})
+    assert again.step == 2, "checkpoint-6 belongs to the run before"
+
+
+def test_without_checkpoints_every_run_is_a_first_one(tmp_path):
+    for _ in range(2):
+        trainer, start = run(tmp_path, save_strategy="no")
+        assert start.step == 0 and not start.notes
+        # died before it was finished
+
+
+def test_resuming_from_a_folder_begins_a_branch(tmp_path):
+    run(tmp_path, stop_at=4)
+    assert begin(make(tmp_path), str(tmp_path / "checkpoint-2"), IDENTITY).step == 2
+    assert begin(make(tmp_path), "auto", IDENTITY).step == 0, "checkpoint-4 is of the run that was left"
+    with pytest.raises(CheckpointError, match="checkpoint-9 cannot be resumed from: it is not there"):
+        begin(make(tmp_path), str(tmp_path / "checkpoint-9"), IDENTITY)
+
+
+def test_last_wants_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        begin(make(tmp_path), "last", IDENTITY)
+
+
+# ---- the disk
+
+
+def test_a_full_disk_stops_with_a_message_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, whole):
+    """The disk is full when the optimizer's state of step 4 is written."""
+    trainer = make(tmp_path)
+    begin(trainer, "auto", IDENTITY)
+    save = torch.save
+
+    def full(value, file, *args, **kwargs):
+        if "checkpoint-4" in str(file) and "optimizer" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="checkpoint-4 could not be written: OSError.*No space.*checkpoint-2"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert fault(tmp_path / "checkpoint-2") is None and not (tmp_path / WRITING).exists()
+    monkeypatch.undo()
+    trainer, start = run(tmp_path)
+    assert start.step == 2 and same_weights(weights_of(trainer.model), whole)
+
+
+def test_a_disk_too_small_is_refused_with_the_numbers_before_training(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    check_disk(tmp_path, trainer.model, trainer.args, 3)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000_000)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="0.10 GB free, and 3 checkpoints of 0.07 GB"):
+        begin(trainer, "auto", IDENTITY)
+    check_disk(tmp_path, trainer.model, trainer.args, 0)  # no checkpoints, a small model
+
+
+# ---- identity
+
+
+def test_differences_name_what_changed_appeared_and_went():
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: was 2, is 3", "c: was not set, is 4"]
+    assert differences({"a": 1}, {}) == ["a: was 1, is not set"]
+
+
+def test_the_sample_of_weights_tells_models_apart():
+    assert weights_sample(tiny_model()) == weights_sample(tiny_model()) != weights_sample(tiny_model(seed=1))
+
+
+def test_the_file_of_the_run_says_what_it_is(tmp_path):
+    begin(make(tmp_path), "auto", IDENTITY)
+    record = json.loads((tmp_path / RUN_FILE).read_text())
+    assert record["identity"] == IDENTITY and record["finished"] is False and record["launch"]["world_size"] == 1
