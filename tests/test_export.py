@@ -438,6 +438,12 @@ def test_modelfiles_render_what_was_trained(name: str) -> None:
                     assert bos + render(without, system or "", messages(system, history)) == expected
 
 
+def test_a_reply_that_is_begun_stays_open() -> None:
+    conv = FAMILIES["qwen3_nothink"]
+    begun = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Like"}]
+    assert render(go_template(conv), "", begun) == conv.get_prompt("How?") + "Like"
+
+
 def messages(system: str | None, history: list[tuple[str, str]]) -> list[dict[str, str]]:
     said = [{"role": "system", "content": system}] if system else []
     for user, assistant in history:
