@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from preference.hardware import Hardware
-from preference.starter import ROOT, resolve_model
+from preference.starter import ROOT, ModelNotFound, resolve_model
 from preference.templates import resolve_template, stop_token_ids
 
 
@@ -96,15 +96,19 @@ def resolve_base(source: Source, use_modelscope: bool = False) -> str:
     """What from_pretrained takes for the base model: as the run wrote it, or below the project's folder.
 
     Raises:
-        LoadingError: nobody wrote it down.
-        ModelNotFound: it is not where the run says.
+        LoadingError: nobody wrote it down, or it is not where the run says.
     """
     if source.base is None:
         raise LoadingError(f"{source.name} does not say which model it was tuned from: name it with --base_model")
     below_project = ROOT / source.base
     if not os.path.isabs(source.base) and not Path(source.base).is_dir() and below_project.is_dir():
         return str(below_project)
-    return resolve_model(source.base, use_modelscope=use_modelscope)
+    try:
+        return resolve_model(source.base, use_modelscope=use_modelscope)
+    except ModelNotFound as error:
+        raise LoadingError(
+            f"the base of {source.name}: {error}\nIf it lies elsewhere, name it with --base_model"
+        ) from None
 
 
 def pick_dtype(name: str, hardware: Hardware) -> torch.dtype:

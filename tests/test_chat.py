@@ -202,6 +202,8 @@ def test_the_base_of_a_full_run_is_loaded_by_the_name_in_run_json(base: Path, tm
 def test_a_base_that_is_not_known_is_asked_for(base: Path) -> None:
     with pytest.raises(LoadingError, match="--base_model"):
         resolve_base(find_source(str(base)))
+    with pytest.raises(LoadingError, match="--base_model"):
+        resolve_base(find_source(str(base), base="/nowhere/at/all"))
     source = find_source(str(base), base=str(base))
     assert load_base_model(source, torch.float32, "cpu").config.model_type == "llama"
 

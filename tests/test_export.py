@@ -182,10 +182,12 @@ def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: 
     assert not list(tmp_path.iterdir())
 
 
-def test_base_models_in_the_card_are_hub_ids(base: Path) -> None:
+def test_base_models_in_the_card_are_hub_ids(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub_id(STARTER_MODEL) == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert hub_id("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
     assert [hub_id(name) for name in (None, str(base), "/data/models/x", "../x/y", "gpt2")] == [None] * 5
+    monkeypatch.chdir(base.parents[1])
+    assert hub_id(f"{base.parent.name}/base") is None  # a folder here, though it looks like an id
 
 
 @pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
