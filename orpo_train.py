@@ -19,22 +19,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from preference.arguments import ArgumentError, Arguments, parse_arguments
+from preference.arguments import Arguments, parse_arguments
 
 RANK = int(os.environ.get("RANK", "0"))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+STOP_FILE = Path(os.environ["ORPO_STOP_FILE"]) if "ORPO_STOP_FILE" in os.environ else None  # of torchrun/launch.py
 
 
 def main() -> None:
     args = parse_arguments()
     stay_private()
 
+    from preference.evaluation import Evaluation
     from preference.hardware import detect
-    from preference.model import load_tokenizer
+    from preference.model import load_tokenizer, untuned
+    from preference.progress import attach_progress
+    from preference.resuming import finish
+    from preference.signals import StoppedBySignal, StopSignals, StopTogether
 
+    signals = StopSignals().install()
+    leave_if_stopped()
     output_dir = Path(args.run.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     hardware = detect(args.run.use_cpu)
     training = training_arguments(args, hardware)
+    compare_settings(args)
     say(f"device: {hardware}; computing in {'bfloat16' if training.bf16 else 'float32'}")
     source = find_model(args)
     tokenizer = load_tokenizer(args.model.tokenizer_name_or_path or source, args.model)
@@ -42,31 +51,88 @@ def main() -> None:
 
     # ---- load, check, render, tokenize, filter
     train_set, eval_set, questions = load_data(args, conversation, tokenizer)
+    compare_data(train_set, eval_set)
     show_first_pair(train_set or eval_set, tokenizer)
 
     # ---- the model and its trainer
     trainer = load_trainer(args, source, hardware, training, tokenizer, train_set, eval_set)
     facts = describe(args, trainer, conversation, train_set)
+    start = find_start(args, trainer, conversation) if args.run.do_train else None
+    stop = StopTogether(trainer, signals)
+    trainer.add_callback(stop)
 
     # ---- evaluate, train, save, evaluate
     samples = Samples(args, trainer, conversation, eval_set, questions)
-    before = evaluate(trainer, eval_set)
-    samples.answer("base" if args.run.do_train else "model")
-    results, after = {}, before
+    evaluation = Evaluation(trainer, eval_set, questions)
+    attach_progress(
+        trainer, output_dir, prompts=samples.rows, stop_ids=samples.stop_ids, max_new_tokens=args.run.sample_tokens
+    )
+    results: dict[str, float] = {}
+    with untuned(trainer.model) as separate:
+        if args.run.do_train or separate:
+            evaluation.run("base")
+            samples.answer("base")
     if args.run.do_train:
-        results = train(trainer, args)
+        results = train(trainer, start)
+        if stop.stopping:
+            raise StoppedBySignal
+        signals.phase = "finishing"
         save(trainer, conversation)
-        after = evaluate(trainer, eval_set)
-        samples.answer("tuned")
+    evaluation.run("tuned")
+    samples.answer("tuned")
 
     # ---- what changed
-    report(args, trainer, source, facts, results, before, after, samples)
+    report(args, source, facts, results, evaluation, samples)
+    if args.run.do_train:
+        finish(trainer)
 
 
 def say(text: str = "") -> None:
     """Print once, not once per process."""
     if RANK == 0:
         print(text, flush=True)
+
+
+def leave_if_stopped() -> None:
+    """torchrun/launch.py was told to stop while torchrun started its processes anew."""
+    if STOP_FILE is not None and STOP_FILE.exists():
+        sys.exit(0)
+
+
+def leave_after_signal() -> None:
+    """End with the code that says: start it again and it goes on.
+
+    torchrun takes any code but 0 for a failure, and would start the processes anew; its launcher gives the code.
+    """
+    from preference.signals import EXIT_STOPPED
+
+    say("stopped by a signal; the same command goes on from the checkpoint")
+    if STOP_FILE is not None:
+        STOP_FILE.touch()
+    sys.exit(EXIT_STOPPED if STOP_FILE is None else 0)
+
+
+def compare_settings(args: Arguments) -> None:
+    """Before any other exchange between processes: are they the same program with the same settings?"""
+    from preference.agreement import code_fingerprint, compare_ranks
+
+    groups = (args.model, args.data, args.objective, args.run)
+    flags = {name: value for group in groups for name, value in vars(group).items() if name != "cache_dir"}
+    compare_ranks({"code": code_fingerprint(), "versions": versions(), **flags})
+
+
+def compare_data(train_set: Any, eval_set: Any) -> None:
+    from preference.agreement import compare_ranks
+    from preference.reference import data_fingerprint
+
+    sets = {"training data": train_set, "evaluation data": eval_set}
+    compare_ranks({name: rows and (len(rows), data_fingerprint(rows)[:16]) for name, rows in sets.items()})
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "trl", "datasets", "peft", "accelerate")}
 
 
 def stay_private() -> None:
@@ -88,6 +154,7 @@ def training_arguments(args: Arguments, hardware: Any) -> Any:
     from transformers import TrainingArguments
 
     from preference.hardware import batch_plan
+    from preference.sharding import strategy_options
 
     run = args.run
     # transformers renamed it between the versions that this runs on
@@ -128,6 +195,7 @@ def training_arguments(args: Arguments, hardware: Any) -> Any:
         do_train=run.do_train,
         do_eval=run.do_eval,
         **checkpointing,
+        **strategy_options(run.strategy, int(os.environ.get("WORLD_SIZE", "1"))),
     )
 
 
@@ -248,14 +316,13 @@ def load_trainer(
         training,
         max_tokens_per_micro_batch=choice.max_tokens_per_micro_batch,
         share_prompt=choice.share_prompt,
+        cache_dir=Path(args.model.cache_dir or "cache") / "reference",
         **common,
     )
 
 
 def describe(args: Arguments, trainer: Any, conversation: Any, train_set: Any) -> dict[str, Any]:
     """What is about to be trained, in numbers; run.json keeps it."""
-    from importlib.metadata import version
-
     from preference.hardware import detect
     from preference.model import count_parameters
     from preference.outcome import save_json
@@ -275,9 +342,7 @@ def describe(args: Arguments, trainer: Any, conversation: Any, train_set: Any) -
         "parameters": parameters,
         "trainable": trainable,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "trl", "datasets", "peft", "accelerate")
-        },
+        "versions": versions(),
     }
     if RANK == 0:
         save_json(Path(args.run.output_dir) / "run.json", facts)
@@ -299,19 +364,18 @@ class Samples:
 
         count = min(args.run.sample_answers, len(eval_set)) if eval_set is not None else 0
         picked = sorted(random.Random(args.run.seed).sample(range(len(eval_set)), count)) if count else []
-        self.rows = [eval_set[i] for i in picked]
-        self.records = [
-            {"source": row["source"], "question": questions[row["source"]], "chosen": row["chosen"]}
-            for row in self.rows
-        ]
+        self.rows = [eval_set[i] | {"question": questions[eval_set[i]["source"]]} for i in picked]
+        self.records = [{key: row[key] for key in ("source", "question", "chosen")} for row in self.rows]
         self.trainer, self.tokens = trainer, args.run.sample_tokens
         self.stop_ids = stop_token_ids(conversation, trainer.processing_class)
 
     def answer(self, who: str) -> None:
-        """Only the first rank generates; under DDP each rank holds the whole model."""
+        """The first rank generates; all of them do where the model's weights are shared out."""
         from preference.outcome import greedy_answers
+        from preference.sharding import takes_all_ranks
 
-        if RANK == 0:
+        if RANK == 0 or takes_all_ranks(self.trainer):
+            self.trainer.shard()
             prompts = [row["prompt_ids"] for row in self.rows]
             tokenizer = self.trainer.processing_class
             answers = greedy_answers(self.trainer.model, tokenizer, prompts, self.stop_ids, self.tokens)
@@ -319,19 +383,21 @@ class Samples:
                 record[who] = answer
 
 
-def evaluate(trainer: Any, eval_set: Any) -> dict[str, float]:
-    return trainer.evaluate() if eval_set is not None else {}
+def find_start(args: Arguments, trainer: Any, conversation: Any) -> Any:
+    """Step 0, or a checkpoint of an unfinished run in output_dir."""
+    from preference.identity import run_identity
+    from preference.resuming import begin
+
+    how = "auto" if RESTARTS else args.resume  # torchrun started the processes anew: on from the last checkpoint
+    identity = run_identity(args, trainer, conversation)
+    start = begin(trainer, how, identity, strategy=args.run.strategy, anyway=args.run.resume_anyway)
+    for note in start.notes:
+        say(note)
+    return start
 
 
-def train(trainer: Any, args: Arguments) -> dict[str, float]:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    resume = args.run.resume_from_checkpoint
-    if resume == "last":
-        resume = get_last_checkpoint(args.run.output_dir)
-        if resume is None:
-            raise ArgumentError(f"--resume_from_checkpoint last: {args.run.output_dir} holds no checkpoint")
-    done = trainer.train(resume_from_checkpoint=resume)
+def train(trainer: Any, start: Any) -> dict[str, float]:
+    done = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
     return done.metrics | {"train_steps": done.global_step}
 
 
@@ -352,33 +418,41 @@ def save(trainer: Any, conversation: Any) -> None:
 
 
 def report(
-    args: Arguments, trainer: Any, source: str, facts: dict[str, Any], results: dict[str, float],
-    before: dict[str, float], after: dict[str, float], samples: Samples,
-) -> None:  # fmt: skip
-    """What changed: all_results.json, samples.json, the model card, and the same on the screen."""
+    args: Arguments, source: str, facts: dict[str, Any], results: dict[str, float], evaluation: Any, samples: Samples
+) -> None:
+    """What changed: figures and answers as files, report.html, the model card, and the same on the screen."""
+    from preference.evaluation import table
     from preference.outcome import comparison, model_card, save_json, side_by_side
+    from preference.report import write_report
 
     if RANK != 0:
         return
     output_dir = Path(args.run.output_dir)
-    base = {f"base_{name}": value for name, value in before.items()} if args.run.do_train else {}
+    before, after = (evaluation.metrics.get(who, {}) for who in ("base", "tuned"))
+    analysis, compared = evaluation.analysis(), comparison(before, after)
+    base = {f"base_{name}": value for name, value in before.items()}
     save_json(output_dir / "all_results.json", {**results, **base, **after})
     save_json(output_dir / "samples.json", samples.records)
-    table = comparison(before if args.run.do_train else {}, after)
+    if analysis:
+        save_json(output_dir / "evaluation.json", analysis)
+        save_json(output_dir / "worst_pairs.json", evaluation.worst("tuned"))
     if args.run.do_train:
-        (output_dir / "README.md").write_text(model_card(source, facts, results, table), encoding="utf-8")
+        (output_dir / "README.md").write_text(model_card(source, facts, results, compared), encoding="utf-8")
     for record in samples.records:
-        answers = {name: record[name] for name in ("base", "tuned", "model") if name in record}
+        answers = {name: record[name] for name in ("base", "tuned") if name in record}
         say("\n" + side_by_side(record["question"], answers))
-    say(f"\n{table}")
-    if args.run.do_train:
-        say(f"\nsaved in {output_dir}")
+    say(f"\n{compared}")
+    if analysis:
+        say(f"\n{table(analysis)}")
+    say(f"\nsaved in {output_dir}" + (f"; read {write_report(output_dir)}" if args.run.html_report else ""))
 
 
 if __name__ == "__main__":
     try:
         main()
     except Exception as error:
+        if type(error).__name__ == "StoppedBySignal":
+            leave_after_signal()
         # The project's own errors are written for the user; a traceback would only hide them. All others are faults.
         if not type(error).__module__.startswith(("preference", "conversation")):
             raise

@@ -95,7 +95,6 @@ class DataArguments:
     truncate: bool = opt(False, "cut rows that do not fit instead of dropping them; a cut answer has no stop token")
     max_train_samples: int = opt(-1, "use that many training rows at most (-1: all)")
     max_eval_samples: int = opt(-1, "use that many evaluation rows at most (-1: all)")
-    preprocessing_num_workers: int | None = opt(None, "processes that tokenize (unset: chosen from the number of rows)")
 
 
 @dataclass
@@ -157,6 +156,7 @@ class RunArguments:
     use_cpu: bool = opt(False, "train on the CPU even if there is a GPU")
     sample_answers: int = opt(3, "evaluation prompts answered by the base and the tuned model, side by side (0: none)")
     sample_tokens: int = opt(96, "longest sample answer, in tokens")
+    html_report: bool = opt(True, "write report.html with its plots at the end")
     seed: int = opt(42, "seed of the split, the order of the data, adapters and dropout")
 
 
@@ -291,6 +291,8 @@ def _check(args: Arguments) -> None:
         raise ArgumentError(f"engine=trl offers loss=orpo and loss=dpo; loss={args.objective.loss} needs engine=packed")
     if args.objective.engine == "trl" and args.objective.nll_scope != "sequence":
         raise ArgumentError("engine=trl computes nll_scope=sequence alone; the other scopes need engine=packed")
+    if args.objective.engine == "trl" and args.objective.label_smoothing:
+        raise ArgumentError("engine=trl is run without label smoothing; engine=packed has it")
     if {"resume", "resume_from_checkpoint"} <= args.given:
         raise ArgumentError("resume and resume_from_checkpoint are the same flag: give one of them")
     if not (args.run.do_train or args.run.do_eval):

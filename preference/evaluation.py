@@ -1,18 +1,23 @@
 """What evaluation pairs say about a model beyond their means: confidence, length, sources, languages, worst pairs.
 
 A pair is judged by the mean token log-probabilities of its answers, which is what ORPO and SimPO compare: the margin
-is chosen minus rejected, and a pair is right if it is positive. Means still leave a trace of length (long answers hold more
-predictable tokens), so a second accuracy is taken after the margin's linear dependence on the difference in length has
-been regressed out: what would be right among answers of equal length.
+is chosen minus rejected, and a pair is right if it is positive. Means still leave a trace of length (long answers hold
+more predictable tokens), so a second accuracy is taken after the margin's linear dependence on the difference in length
+has been regressed out: what would be right among answers of equal length.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from preference.text_stats import script_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 RESAMPLES = 1000
 WORST = 20
@@ -118,3 +123,47 @@ def worst_pairs(margins_N: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> lis
     order = [int(i) for i in np.argsort(margins_N, kind="stable")[:WORST] if margins_N[i] < 0]
     keys = ("source", "question", "chosen", "rejected")
     return [{key: rows[i][key] for key in keys} | {"margin": float(margins_N[i])} for i in order]
+
+
+class Evaluation:
+    """Evaluates a trainer's model under several names (base, tuned) and keeps what each gave every pair.
+
+    Args:
+        questions: the question of each pair by its source, for grouping and for showing. eval_set may be None: then
+            there is nothing to evaluate, and every result is empty.
+    """
+
+    def __init__(self, trainer: Any, eval_set: Dataset | None, questions: Mapping[str, str]) -> None:
+        self.trainer, self.eval_set, self.questions = trainer, eval_set, questions
+        self.metrics: dict[str, dict[str, float]] = {}
+        self.sums: dict[str, np.ndarray] = {}
+
+    def run(self, who: str) -> None:
+        if self.eval_set is None:
+            return
+        self.metrics[who] = self.trainer.evaluate()
+        if hasattr(self.trainer, "scores"):  # TRL's trainers keep no figures of single pairs
+            self.sums[who] = self.trainer.scores["eval"]
+
+    def lengths(self) -> np.ndarray:
+        """[N, 2]: tokens of the chosen and rejected answers."""
+        columns = (self.eval_set["chosen_ids"], self.eval_set["rejected_ids"])
+        return np.array([[len(ids) for ids in column] for column in columns]).T
+
+    def analysis(self) -> dict[str, Any]:
+        """`analyse` over all pairs, by source file and by script; {} where there are no figures of single pairs."""
+        if not self.sums:
+            return {}
+        places = list(self.eval_set["source"])
+        groups = {
+            "source": [place.rpartition(":")[0] for place in places],
+            "script": [script_of(self.questions[place]) for place in places],
+        }
+        return analyse(self.sums, self.lengths(), groups)
+
+    def worst(self, who: str) -> list[dict[str, Any]]:
+        """`worst_pairs` of one of the models."""
+        if who not in self.sums:
+            return []
+        rows = [row | {"question": self.questions[row["source"]]} for row in self.eval_set]
+        return worst_pairs(mean_margins(self.sums[who], self.lengths()), rows)

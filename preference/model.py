@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -113,6 +115,19 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int) -> Any:
             )
     torch.manual_seed(seed)
     return get_peft_model(model, config)
+
+
+@contextlib.contextmanager
+def untuned(model: Any) -> Iterator[bool]:
+    """While open, a model that was loaded with its adapter answers without it; yields whether there is one."""
+    loaded = bool(getattr(model, "_hf_peft_config_loaded", False))
+    if loaded:
+        model.disable_adapters()
+    try:
+        yield loaded
+    finally:
+        if loaded:
+            model.enable_adapters()
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orpo_train
 from conversation import get_conv_template
-from preference.arguments import ArgumentError
+from preference.checkpoints import CheckpointError
 from preference.triples import DataError
 from tiny import tiny_model, tiny_tokenizer
 
@@ -46,6 +46,7 @@ def run(tiny_folder, tmp_path, monkeypatch, capsys):
         defaults = dict(
             model_name_or_path=tiny_folder, train_file_dir=tmp_path / "train.jsonl", output_dir=tmp_path / "out",
             validation_file_dir=tmp_path / "eval.jsonl", template_name="qwen", cache_dir=tmp_path / "cache",
+            html_report="false",
             bf16="false", use_cpu="true", use_peft="false", max_steps=2, learning_rate=1e-3, sample_tokens=4,
             per_device_train_batch_size=2, gradient_accumulation_steps=2,
         )  # fmt: skip
@@ -75,6 +76,14 @@ def test_a_run_leaves_a_model_that_chats_as_it_was_trained(run, tmp_path):
     assert json.loads((out / "samples.json").read_text())[0].keys() >= {"question", "chosen", "base", "tuned"}
     assert "⟦Rest and drink" in said and "<|im_end|>⟧" in said and "preference accuracy" in said
     assert prompt in said  # the first pair, as the model sees it
+
+
+def test_a_run_ends_with_its_report(run):
+    out, said = run(html_report="true")
+    assert f"read {out / 'report.html'}" in said
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "preference accuracy" in page and ROWS[0]["question"] in page and "<svg" in page
+    assert {path.name for path in out.iterdir()} >= {"evaluation.json", "worst_pairs.json", "metrics.jsonl"}
 
 
 @pytest.mark.parametrize("loss", ["orpo", "dpo"])
@@ -127,7 +136,7 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
 
 
 def test_resume_from_nothing_says_so(run):
-    with pytest.raises(ArgumentError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         run(resume_from_checkpoint="last")
 
 
