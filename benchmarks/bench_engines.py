@@ -5,7 +5,8 @@
 
 Each engine trains in a process of its own, with the trainer that the product uses, on the same pairs in the same order,
 one optimizer step per batch; learning rate 0, so that every step does the same work on the same weights. The processes
-take turns step by step, so whatever else the machine does hits both alike. The first step warms up and gives the
+take turns step by step, so whatever else the machine does hits both alike; CPU seconds are told besides, which other
+load on the machine moves less. The first step warms up and gives the
 gradients that are compared; it is not timed. dtype bf16 is float32 weights under bfloat16 autocast.
 
 Reads question/response_chosen/response_rejected or prompt/chosen/rejected rows, as training does. `--random` takes
@@ -144,23 +145,23 @@ def work(engine: str, args: argparse.Namespace, pipe: Any, folder: str) -> None:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             pipe.send(("ready", None))
             pipe.recv()
-            self.start = time.perf_counter()
+            self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
         def on_pre_optimizer_step(self, _: Any, state: Any, __: Any, model: Any = None, **___: Any) -> None:
             if state.global_step == 0:
                 with open(Path(folder) / engine, "wb") as file:
                     for _, p in sorted(model.named_parameters()):
                         if p.grad is not None:
-                            file.write(p.grad.float().cpu().numpy().tobytes())
+                            p.grad.float().cpu().numpy().tofile(file)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if cuda:
                 torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self.start
+            self.seconds, self.cpu = time.perf_counter() - self.start, time.process_time() - self.cpu_start
 
         def on_log(self, _: Any, __: Any, ___: Any, logs: dict[str, Any], **____: Any) -> None:
             if "loss" in logs:
-                pipe.send(("step", (self.seconds, float(logs["loss"]))))
+                pipe.send(("step", (self.seconds, self.cpu, float(logs["loss"]))))
 
     with contextlib.redirect_stdout(sys.stderr):
         trainer = make_trainer(engine, args, Turns(), f"{folder}/run-{engine}")
@@ -264,18 +265,19 @@ def summarize(args: argparse.Namespace, found: dict[str, dict[str, Any]], folder
     rate = matmul_rate(args.dtype)
     rows: dict[str, Any] = {}
     for engine, values in found.items():
-        seconds = [s for s, _ in values["steps"][1:]]
+        seconds = [s for s, _, _ in values["steps"][1:]]
         middle = statistics.median(seconds)
         total = sum(seconds)
         rows[engine] = {
             "seconds_per_step": middle,
             "seconds_of_steps": seconds,
+            "cpu_seconds_per_step": statistics.median(cpu for _, cpu, _ in values["steps"][1:]),
             "pairs_per_second": args.batch * len(seconds) / total,
             "useful_tokens_per_second": tokens * len(seconds) / total,
             "matmul_share": flops * len(seconds) / total / rate,
             "peak_memory_bytes": values["peak_bytes"],
-            "loss": values["steps"][0][1],
-            "losses": [loss for _, loss in values["steps"]],
+            "loss": values["steps"][0][2],
+            "losses": [loss for _, _, loss in values["steps"]],
         }
     result = {"arguments": vars(args), "median_tokens": lengths, "matmul_flops_per_second": rate, "engines": rows}
     if len(args.engines) > 1:
@@ -293,11 +295,12 @@ def show(result: dict[str, Any]) -> None:
     lengths = result["median_tokens"]
     print("median tokens: " + ", ".join(f"{name} {value:g}" for name, value in lengths.items()))
     print(f"matrix product: {result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s\n")
-    print("| engine | s/step (median) | pairs/s | useful tokens/s | share of matmul rate | peak GB | loss |")
-    print("|---|---|---|---|---|---|---|")
+    print("| engine | s/step (median) | CPU s/step | pairs/s | useful tokens/s | of matmul rate | peak GB | loss |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, row in result["engines"].items():
         print(
-            f"| {name} | {row['seconds_per_step']:.2f} | {row['pairs_per_second']:.2f} "
+            f"| {name} | {row['seconds_per_step']:.2f} | {row['cpu_seconds_per_step']:.2f} "
+            f"| {row['pairs_per_second']:.2f} "
             f"| {row['useful_tokens_per_second']:.0f} | {row['matmul_share']:.0%} "
             f"| {row['peak_memory_bytes'] / 1e9:.2f} | {row['loss']:.6f} |"
         )
