@@ -76,7 +76,7 @@ def screenshot(page: Path, size: tuple[int, int], dark: bool = False, scale: int
         chromium(shown, *options, size=window, dark=dark)
         image = Image.open(picture).convert("RGB").crop((0, 0, size[0] * scale, size[1] * scale))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.quantize(256, Image.Quantize.FASTOCTREE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
