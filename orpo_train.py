@@ -37,7 +37,6 @@ def main() -> None:
     from preference.resuming import finish
     from preference.signals import StoppedBySignal, StopSignals, StopTogether
 
-    signals = StopSignals().install()
     leave_if_stopped()
     output_dir = Path(args.run.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -58,6 +57,7 @@ def main() -> None:
     trainer = load_trainer(args, source, hardware, training, tokenizer, train_set, eval_set)
     facts = describe(args, trainer, conversation, train_set)
     start = find_start(args, trainer, conversation) if args.run.do_train else None
+    signals = StopSignals().install()
     stop = StopTogether(trainer, signals)
     trainer.add_callback(stop)
 

@@ -188,6 +188,11 @@ class Checkpoints:
     run: Mapping[str, Any] = {}
     _writing: Path | None = None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Resumed from the last step's checkpoint, the Trainer would train one step too many."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         """Where the Trainer puts its checkpoint folder: the temporary place while one is being written."""
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing)

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 CONFIGS = Path(__file__).resolve().parents[1] / "torchrun"
 
@@ -41,8 +42,6 @@ def strategy_options(strategy: str, world_size: int) -> dict[str, Any]:
 
 def takes_all_ranks(trainer: Any) -> bool:
     """Whether every rank has to take part in every forward pass, generation included."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
     return trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
 
@@ -87,4 +86,13 @@ class Sharded:
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.shard()
-        return super().evaluation_loop(*args, **kwargs)
+        before_training = self.is_deepspeed_enabled and self.deepspeed is None and not is_deepspeed_zero3_enabled()
+        if not before_training:
+            return super().evaluation_loop(*args, **kwargs)
+        # DeepSpeed makes an engine for training or for stage 3 only; until then each rank holds the whole model.
+        self.is_deepspeed_enabled = False
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._forget_evaluation()
+            self.is_deepspeed_enabled = True

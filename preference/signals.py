@@ -24,17 +24,16 @@ class StoppedBySignal(Exception):
 
 
 class StopSignals:
-    """Handlers for the whole process.
+    """Handlers for the whole process. Until they are installed a signal just ends it: there is nothing to save yet.
 
     Attributes:
-        phase: "starting", when a signal ends the process, as there is nothing to save yet; "training"; or "finishing",
-            when what is left is soon done and is done.
+        phase: "training", or "finishing", when what is left is soon done and is done.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.at = 0.0
-        self.phase = "starting"
+        self.phase = "training"
 
     def install(self) -> StopSignals:
         for number in SIGNALS:
@@ -45,8 +44,6 @@ class StopSignals:
         name = signal.Signals(number).name
         if self.received is None:
             self.received, self.at = name, time.monotonic()
-            if self.phase == "starting":
-                raise SystemExit(EXIT_STOPPED)
             what = "stopping after this step, with a checkpoint" if self.phase == "training" else "nearly done"
             self._say(f"{name}: {what}; a second signal stops at once\n")
         elif time.monotonic() - self.at > ECHO:
@@ -64,7 +61,6 @@ class StopTogether(TrainerCallback):
     def __init__(self, trainer: Any, signals: StopSignals) -> None:
         self.accelerator, self.signals = trainer.accelerator, signals
         self.stopping = False
-        signals.phase = "training"
 
     def _anyone(self) -> bool:
         flag = self.signals.received is not None

@@ -145,6 +145,13 @@ def test_a_run_that_died_goes_on_to_the_same_weights(tmp_path, engine):
     assert all(fault(path) is None for path in kept) and not (tmp_path / "parts" / WRITING / "checkpoint-6").exists()
 
 
+def test_resuming_after_the_last_step_trains_no_further(tmp_path, whole):
+    """Training was done, and the process died before the model was saved."""
+    run(tmp_path)
+    trainer, start = run(tmp_path)
+    assert start.step == 6 and trainer.state.global_step == 6 and same_weights(weights_of(trainer.model), whole)
+
+
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, whole):
     run(tmp_path, stop_at=4)
     weights = tmp_path / "checkpoint-4" / "model.safetensors"

@@ -18,6 +18,7 @@ from typing import Any
 
 ECHO = 2.0  # seconds in which another signal is taken for the same one (preference/signals.py)
 EXIT_STOPPED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SIGNALS_OF_TORCHRUN = "SIGHUP,SIGQUIT"
 
 
@@ -42,7 +43,7 @@ class Relay:
         self.at: float | None = None
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in SIGNALS:
             signal.signal(number, self)
 
     def __call__(self, number: int, frame: Any) -> None:
@@ -79,7 +80,7 @@ def main() -> int:
         run.main([*named, *sys.argv[1:]])
     except ChildFailedError as failed:  # the process has shown its traceback; torchrun's own would hide it
         rank, failure = failed.get_first_failure()
-        if relay.at is not None and failure.exitcode == EXIT_STOPPED:
+        if relay.at is not None and -failure.exitcode in SIGNALS:  # it came before training: nothing was lost
             return EXIT_STOPPED
         print(f"torchrun: rank {rank} ended first, with {describe(failure.exitcode)}; the others were ended",
               file=sys.stderr)  # fmt: skip

@@ -1,0 +1,224 @@
+"""A signal ends a run after its step, on all ranks, with a checkpoint and an exit code; the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import make_pairs, make_trainer, same_weights, weights_of
+
+from preference.agreement import AgreementError, compare_ranks
+from preference.checkpoints import checkpoint_folders, fault
+from preference.signals import EXIT_STOPPED, StoppedBySignal, StopSignals, StopTogether
+from tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 400  # so many that a signal comes before the end
+
+
+@pytest.fixture
+def signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield StopSignals().install()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+# ---- one process, within this one
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_step_is_finished_and_saved(tmp_path, signals, number):
+    trainer = make_trainer("packed", tmp_path, make_pairs(16), max_steps=20)
+    stop = StopTogether(trainer, signals)
+    trainer.add_callback(stop)
+    step = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), number)
+        return step(*args, **kwargs)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert stop.stopping and trainer.state.global_step == 3
+    [checkpoint] = checkpoint_folders(tmp_path)
+    assert checkpoint.name == "checkpoint-3" and fault(checkpoint) is None
+    saved = load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(saved[name], p) for name, p in weights_of(trainer.model).items() if name in saved)
+
+
+def test_a_stopped_run_goes_on_to_the_weights_of_an_undisturbed_one(tmp_path, signals):
+    def make(folder):
+        return make_trainer("packed", folder, make_pairs(16), max_steps=6)
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    stopped = make(tmp_path / "stopped")
+    stopped.add_callback(StopTogether(stopped, signals))
+    signals.received = "SIGTERM"
+    stopped.train()
+    assert stopped.state.global_step == 1
+    signals.received = None
+    resumed = make(tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-1"))
+    assert same_weights(weights_of(resumed.model), weights_of(whole.model))
+
+
+def test_an_evaluation_is_broken_off(tmp_path, signals):
+    """During training a checkpoint is written then; before it there is nothing to write."""
+    evaluation = make_pairs(12, seed=1)
+    trainer = make_trainer(
+        "packed", tmp_path, make_pairs(16), max_steps=6, eval_pairs=evaluation, eval_strategy="steps", eval_steps=2
+    )
+    trainer.add_callback(StopTogether(trainer, signals))
+    prediction_step, batches = trainer.prediction_step, []
+
+    def counted(*args, **kwargs):
+        batches.append(1)
+        signals.received = "SIGUSR1"
+        return prediction_step(*args, **kwargs)
+
+    trainer.prediction_step = counted
+    trainer.train()
+    assert len(batches) == 1 and [path.name for path in checkpoint_folders(tmp_path)] == ["checkpoint-2"]
+    with pytest.raises(StoppedBySignal):
+        trainer.evaluate()
+    signals.phase = "finishing"
+    assert "eval_loss" in trainer.evaluate()
+
+
+def test_a_second_signal_stops_at_once_but_an_echo_does_not():
+    code = (
+        "import os, signal, time\nfrom preference import signals\nsignals.ECHO = 0.2\n"
+        "s = signals.StopSignals().install()\n"
+        "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); print('working', flush=True)\n"
+        "time.sleep(0.4); os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('still', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM and done.stdout == "working\n"
+    assert "stopping after this step" in done.stderr and "at once" in done.stderr
+
+
+# ---- several processes, through the wrapper
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("signals")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = [
+        {"question": f"{i}: name fresh juices", "response_chosen": "apple and mint", "response_rejected": "juices"}
+        for i in range(16)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def launch(folder: Path, output: Path, *words: str, script="torchrun/run_single_node.sh", **settings: str):
+    """Start a run of the tiny model without evaluation; its process, whose output goes to output.log."""
+    settings = {
+        "PYTHON": sys.executable, "model_name_or_path": str(folder / "model"), "cache_dir": str(folder / "cache"),
+        "train_file_dir": str(folder / "rows.jsonl"), "output_dir": str(output), "use_peft": "false", "bf16": "false",
+        "do_eval": "false", "per_device_train_batch_size": "2", "gradient_accumulation_steps": "2",
+        "OMP_NUM_THREADS": "1", "NPROC": "2", **settings,
+    }  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    flags = ["--max_steps", str(STEPS), "--logging_steps", "1", "--use_cpu", "true", "--optim", "sgd", *words]
+    with output.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(["sh", str(ROOT / script), *flags], env=os.environ | settings, stdout=log, stderr=log)
+
+
+def wait_for_step(output: Path, process: subprocess.Popen, step: int, timeout: float = 120) -> None:
+    """Until the run has logged the step."""
+    end = time.monotonic() + timeout
+    metrics = output / "metrics.jsonl"
+    while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
+        log = output.with_suffix(".log").read_text()
+        assert process.poll() is None and time.monotonic() < end, log[-3000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_one_rank_gets_the_signal_and_all_stop_and_the_same_command_goes_on(folder, tmp_path):
+    from launched import workers
+
+    output = tmp_path / "out"
+    process = launch(folder, output)
+    wait_for_step(output, process, 3)
+    first, second = workers(process.pid)
+    os.kill(second, signal.SIGUSR1)
+    assert process.wait(60) == EXIT_STOPPED, output.with_suffix(".log").read_text()[-3000:]
+    [checkpoint] = checkpoint_folders(output)
+    assert fault(checkpoint) is None and not (output / "model.safetensors").exists()
+    step = int(checkpoint.name.partition("-")[2])
+    process = launch(folder, output)
+    wait_for_step(output, process, step + 2)
+    os.kill(process.pid, signal.SIGTERM)  # to the launcher, which hands it on
+    assert process.wait(60) == EXIT_STOPPED
+    log = output.with_suffix(".log").read_text()
+    assert f"resuming from {checkpoint}" in log and "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_job_within_a_minute_or_it_starts_again_by_itself(folder, tmp_path):
+    from launched import workers
+
+    output = tmp_path / "dead"
+    process = launch(folder, output, "--save_steps", "2")
+    wait_for_step(output, process, 5)
+    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    began = time.monotonic()
+    assert process.wait(60) == 1 and time.monotonic() - began < 60
+    log = output.with_suffix(".log").read_text()
+    assert "rank 1 ended first, with SIGKILL" in log
+
+    process = launch(folder, output, "--save_steps", "2", MAX_RESTARTS="1")
+    step = max(int(path.name.partition("-")[2]) for path in checkpoint_folders(output))
+    wait_for_step(output, process, step + 5)
+    os.kill(workers(process.pid)[0], signal.SIGKILL)
+    while output.with_suffix(".log").read_text().count("resuming from") < 2:
+        assert process.poll() is None, output.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.1)
+    time.sleep(2)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == EXIT_STOPPED
+
+
+# ---- the processes of a run are alike
+
+
+def test_ranks_that_differ_are_named(monkeypatch):
+    from preference import agreement
+
+    def everyone(values):
+        [(host, facts)] = values
+        other = facts | {"training data": "feed"}
+        return [(host, facts), ("b", facts), ("c", other), ("d", facts)]
+
+    monkeypatch.setattr(agreement, "gather_object", everyone)
+    with pytest.raises(AgreementError, match=r"training data: rank 2 on c has 'feed'; 3 of 4 have 'cafe'") as error:
+        compare_ranks({"training data": "cafe", "seed": 42})
+    assert "seed" not in str(error.value)
+    monkeypatch.setattr(agreement, "gather_object", lambda values: values * 4)
+    compare_ranks({"training data": "cafe"})
+
+
+def test_the_codes_fingerprint_follows_the_files(tmp_path, monkeypatch):
+    from preference import agreement
+
+    (tmp_path / "preference").mkdir()
+    monkeypatch.setattr(agreement, "__file__", str(tmp_path / "preference" / "agreement.py"))
+    (tmp_path / "orpo_train.py").write_text("a = 1\n")
+    first = agreement.code_fingerprint()
+    (tmp_path / "orpo_train.py").write_text("a = 2\n")
+    assert agreement.code_fingerprint() != first
