@@ -54,7 +54,7 @@ report_to="${report_to:-none}"                         # tensorboard, wandb, swa
 seed="${seed:-42}"
 do_train="${do_train:-true}"                           # false: only score the model on the evaluation files
 do_eval="${do_eval:-true}"                             # false: no table before -> after
-output_dir="${output_dir:-outputs/orpo}"               # an earlier run's files there are overwritten
+output_dir="${output_dir:-outputs/orpo}"               # an unfinished run there goes on from its checkpoint; a finished one's files are overwritten
 
 # ------------------------------------------------------------------------------------------------------------------------------
 set -eu
