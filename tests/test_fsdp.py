@@ -1,0 +1,93 @@
+"""strategy=fsdp on two CPU processes: the losses of one, and a checkpoint that plain transformers and peft load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_signals import EXIT_STOPPED, folder, launch, wait_for_step  # noqa: F401  the fixture among them
+
+from preference.checkpoints import checkpoint_folders, fault
+from preference.sharding import StrategyError, strategy_options
+
+
+def losses(output: Path) -> list[tuple[float, float]]:
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [(entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry]
+
+
+def done(process, output: Path) -> None:
+    assert process.wait(200) == 0, output.with_suffix(".log").read_text()[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_peft", ["false", "true"])
+def test_shared_out_weights_train_as_whole_ones_do(folder, tmp_path, use_peft):  # noqa: F811
+    """With evaluation and sample answers before and after, two micro-batches a step, and Adam's state saved."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    words = ["--max_steps", "4", "--optim", "adamw_torch", "--sample_tokens", "4", "--save_steps", "2"]
+    settings = {"use_peft": use_peft, "do_eval": "true", "validation_file_dir": str(folder / "rows.jsonl"),
+                "learning_rate": "1e-3", "lora_dropout": "0"}  # fmt: skip
+    done(launch(folder, alone, *words, script="run_orpo.sh", **settings | {"gradient_accumulation_steps": "4"}), alone)
+    done(launch(folder, shared, *words, strategy="fsdp", **settings), shared)
+    one, two = losses(alone), losses(shared)
+    assert len(one) == 4
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-6)
+    evaluations = [json.loads((output / "all_results.json").read_text()) for output in (alone, shared)]
+    for name in ("base_eval_loss", "eval_loss"):
+        assert evaluations[1][name] == pytest.approx(evaluations[0][name], rel=1e-6)
+    samples = [json.loads((output / "samples.json").read_text()) for output in (alone, shared)]
+    assert samples[0] == samples[1]
+    name = "adapter_model.safetensors" if use_peft == "true" else "model.safetensors"
+    expected, actual = load_file(alone / name), load_file(shared / name)
+    assert expected.keys() == actual.keys()
+    assert all((expected[key] - actual[key]).abs().max() < 1e-5 for key in expected)
+    checkpoint = shared / "checkpoint-4"
+    assert fault(checkpoint) is None
+    if use_peft == "true":
+        from peft import AutoPeftModelForCausalLM as Auto
+    else:
+        from transformers import AutoModelForCausalLM as Auto
+    ids = torch.tensor([[1, 5, 9]])
+    logits = [Auto.from_pretrained(path)(ids).logits for path in (alone, shared, checkpoint)]
+    assert torch.allclose(logits[1], logits[0], atol=1e-4) and torch.equal(logits[1], logits[2])
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_stopped_and_goes_on(folder, tmp_path):  # noqa: F811
+    """Losses of the steps after the stop are those of an undisturbed run; Adam's state was gathered and dealt again."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = ["--max_steps", "12", "--optim", "adamw_torch"]
+    done(launch(folder, whole, *words, strategy="fsdp"), whole)
+    process = launch(folder, parts, *words, "--save_steps", "4", strategy="fsdp")
+    wait_for_step(parts, process, 5)
+    process.terminate()
+    code = process.wait(60)
+    assert code == EXIT_STOPPED, parts.with_suffix(".log").read_text()[-3000:]
+    assert checkpoint_folders(parts)
+    done(launch(folder, parts, *words, "--save_steps", "4", strategy="fsdp"), parts)
+    assert "resuming from" in parts.with_suffix(".log").read_text()
+    assert losses(parts) == losses(whole)
+
+
+def test_what_cannot_be_had_is_refused():
+    with pytest.raises(StrategyError, match="NPROC=2 strategy=fsdp"):
+        strategy_options("fsdp", 1)
+    assert strategy_options("ddp", 1) == {}
+    assert strategy_options("fsdp", 2)["fsdp_config"]["version"] == 2
+
+
+def test_deepspeed_is_asked_for_where_it_is_missing(monkeypatch):
+    from preference import sharding
+
+    monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StrategyError, match="pip install deepspeed, or strategy=fsdp"):
+        strategy_options("zero3", 2)
+    monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: name)
+    for strategy in ("zero2", "zero3", "zero3_offload"):
+        config = json.loads(Path(strategy_options(strategy, 2)["deepspeed"]).read_text())
+        assert config["zero_optimization"]["stage"] == int(strategy[4])
