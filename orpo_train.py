@@ -169,7 +169,7 @@ def training_arguments(args: Arguments, hardware: Any) -> Any:
         gradient_accumulation_steps=accumulation,
         num_train_epochs=run.num_train_epochs,
         max_steps=run.max_steps,
-        learning_rate=args.learning_rate,
+        learning_rate=args.run.learning_rate or 0.0,  # load_trainer fills it in: it depends on the model
         lr_scheduler_type=run.lr_scheduler_type,
         warmup_steps=run.warmup_steps,
         weight_decay=run.weight_decay,
@@ -302,6 +302,7 @@ def load_trainer(
     )
     set_seed(args.run.seed)
     model = load_model(source, args, hardware, training.bf16)
+    training.learning_rate = args.learning_rate(model.num_parameters())
     if args.model.use_peft and args.run.do_train:
         model = add_adapter(model, args.model, args.run.seed)
     common = dict(objective=objective, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer)
@@ -333,7 +334,7 @@ def describe(args: Arguments, trainer: Any, conversation: Any, train_set: Any) -
     facts = {
         "arguments": {name: value for group in groups for name, value in vars(group).items()},
         "beta": args.beta,
-        "learning_rate": args.learning_rate,
+        "learning_rate": trainer.args.learning_rate,
         "template": conversation.name,
         "hardware": str(detect(args.run.use_cpu)),
         "bf16": trainer.args.bf16,
@@ -351,7 +352,7 @@ def describe(args: Arguments, trainer: Any, conversation: Any, train_set: Any) -
     if args.run.do_train:
         say(
             f"training: {len(train_set)} pairs, {pairs} per optimizer step, loss={args.objective.loss}, "
-            f"engine={args.objective.engine}, learning rate {args.learning_rate:g}"
+            f"engine={args.objective.engine}, learning rate {trainer.args.learning_rate:g}"
         )
     return facts
 

@@ -46,7 +46,7 @@ def run_identity(args: Any, trainer: Any, template: Any) -> dict[str, Any]:
     pairs = trainer.get_total_train_batch_size(training)
     identity |= {
         "beta": args.beta,
-        "learning_rate": args.learning_rate,
+        "learning_rate": training.learning_rate,
         "length of training": f"max_steps {run.max_steps}" if run.max_steps > 0 else f"{run.num_train_epochs:g} epochs",
         "training pairs": len(trainer.train_dataset),
         "tokens of the training pairs": data_fingerprint(trainer.train_dataset)[:16],

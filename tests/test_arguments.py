@@ -25,6 +25,12 @@ def test_unknown_flag_suggests_the_nearest(word, near):
         parse_arguments([word, "8"])
 
 
+def test_learning_rate_depends_on_what_is_trained():
+    lora, full, given = ([], ["--use_peft", "false"], ["--learning_rate", "3e-5"])
+    rates = [parse_arguments(words).learning_rate(size) for words in (lora, full, given) for size in (135e6, 8e9)]
+    assert rates == [1e-3, 2e-4, 5e-6, 5e-6, 3e-5, 3e-5]
+
+
 def test_abbreviations_are_not_guessed():
     with pytest.raises(ArgumentError, match="unknown flag --lora_r"):
         parse_arguments(["--lora_r", "8"])

@@ -104,10 +104,10 @@ def test_both_engines_agree_before_training(run, tmp_path, loss, use_peft):
 def test_an_adapter_loads_over_its_base(run, tiny_folder):
     from peft import PeftModel
 
-    out, _ = run(use_peft="true", lora_rank=4, lora_alpha=8, max_steps=3)
+    out, _ = run(use_peft="true", lora_rank=4, lora_alpha=8, lora_dropout=0.1, max_steps=3)
     assert (out / "adapter_model.safetensors").exists() and not (out / "model.safetensors").exists()
     config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.05)
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.1)
     layers = {name.rpartition(".")[2] for name in config["target_modules"]}
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # all but the head
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
