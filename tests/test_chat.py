@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -306,11 +308,16 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(run: Path, root: Path) -> Non
     assert generation.is_file()
     seen = b""
 
-    def wait_for(mark: bytes) -> None:
+    def wait_for(mark: bytes, nudge: Callable[[], None] = lambda: None) -> None:
+        """Read up to `mark`, for two minutes at most, with a `nudge` every second."""
         nonlocal seen
-        end = time.monotonic() + 120
-        while mark not in seen and time.monotonic() < end:
-            seen += os.read(controller, 4096)
+        start = last = time.monotonic()
+        while mark not in seen and last < start + 120:
+            if select.select([controller], [], [], 0.2)[0]:
+                seen += os.read(controller, 4096)
+            if time.monotonic() > last + 1:
+                last = time.monotonic()
+                nudge()
         assert mark in seen, seen.decode(errors="replace")
         seen = seen[seen.index(mark) + len(mark) :]
 
@@ -319,9 +326,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(run: Path, root: Path) -> Non
         os.write(controller, b"/both\n")
         wait_for(b"side by side")
         os.write(controller, b"Hi.\n")
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        wait_for(b"(stopped)")
+        wait_for(b"(stopped)", nudge=lambda: process.send_signal(signal.SIGINT))  # again if the answer had not begun
         wait_for(b"> ")
         os.write(controller, b"/system x\n")
         wait_for(b"system text set")
