@@ -330,6 +330,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(run: Path, root: Path) -> Non
         wait_for(b"> ")
         os.write(controller, b"/system x\n")
         wait_for(b"system text set")
+        wait_for(b"> ")  # an interrupt before the prompt is there ends the command instead
         process.send_signal(signal.SIGINT)
         wait_for(b"Ctrl-D or /quit")
         os.write(controller, b"\x04")
