@@ -301,7 +301,9 @@ _TABLE = [
     _chatml("qwen2_5", "Qwen2.5, Qwen2.5-Coder Instruct", default_system=_QWEN2_5),
     _chatml("qwen3", "Qwen3 hybrid, thinking", reasoning="block"),
     _chatml("qwen3_nothink", "Qwen3 hybrid, not thinking", reasoning="closed", opens="<think>\n\n</think>\n\n"),
-    _chatml("qwen3_5", "Qwen3.5 from 4B on, thinking", reasoning="open", opens="<think>\n", strip="SUR"),
+    _chatml("qwen3_5", "Qwen3.5 from 4B on, Qwen3.6, thinking", reasoning="open", opens="<think>\n", strip="SUR"),
+    _chatml("qwen3_5_nothink", "Qwen3.5, Qwen3.6, not thinking", reasoning="closed",
+            opens="<think>\n\n</think>\n\n", strip="SUR"),
     replace(
         _inst("llama2", "Llama 2 Chat", ("<s>[INST] ", " [/INST]"), " ", strip="UR", strip_folded=True),
         begin="",  # BOS opens every pair instead
@@ -360,18 +362,20 @@ FAMILIES: dict[str, Conversation] = {conv.name: conv for conv in _TABLE}
 # the models' own template writes, which is not always what those projects write under it (docs/templates.md).
 ALIASES = {
     "qwen": "qwen2", "qwen1_5": "qwen2", "qwen_7b_chat": "qwen2", "qwen2_5_coder": "qwen2_5",
+    "qwen3_6": "qwen3_5",
     "llama_2": "llama2", "llama_3": "llama3", "llama_3_1": "llama3_1", "llama3_3": "llama3_1", "llama_3_3": "llama3_1",
     "llama_4": "llama4",
     "mistral": "mistral_v3", "mixtral": "mistral_v1",
-    "gemma2": "gemma", "phi": "phi3", "phi_4": "phi4", "phi4_mini_instruct": "phi4_mini",
+    "gemma2": "gemma", "gemma3n": "gemma3", "phi": "phi3", "phi_4": "phi4", "phi4_mini_instruct": "phi4_mini",
     "deepseek": "deepseek_v2", "deepseek_chat": "deepseek_v2", "deepseek2": "deepseek_v2",
     "deepseek3": "deepseek_v3", "deepseek_v2_5": "deepseek_v3",
     "deepseekr1": "deepseek_r1_distill", "deepseek_r1": "deepseek_r1_distill",
     "intern2": "internlm2", "internlm2_chat": "internlm2", "internlm3": "internlm2",
-    "yi_34b_chat": "yi", "yi1_5": "yi", "baichuan2_chat": "baichuan2", "glm_4": "glm4",
+    "yi_34b_chat": "chatml", "yi1_5": "yi", "baichuan2_chat": "baichuan2", "glm_4": "glm4",
     "cohere": "command_r", "aya_expanse": "command_r", "cpm3": "minicpm3", "exaone": "exaone3_5",
-    "olmo_2": "olmo2", "tulu": "tulu3", "smollm": "smollm2", "tinyllama": "zephyr",
+    "olmo_2": "olmo2", "tulu": "tulu3", "smollm": "chatml", "tinyllama": "zephyr",
     "vicuna_v1_1": "vicuna", "vicuna_v1_5": "vicuna", "stanford_alpaca": "alpaca", "chatml_default": "chatml",
+    "cpm4": "chatml", "openhermes_2_5_mistral_7b": "chatml",
 }  # fmt: skip
 TEMPLATES: dict[str, Conversation] = FAMILIES | {alias: FAMILIES[name] for alias, name in ALIASES.items()}
 

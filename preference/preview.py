@@ -10,6 +10,7 @@ from typing import Any
 
 from conversation import ConversationError
 from preference.data_report import DataError, DataReport
+from preference.starter import ModelNotFound, StarterModelError, resolve_model
 from preference.templates import resolve_template, stop_token_ids
 from preference.triples import Row, load_rows
 
@@ -57,12 +58,15 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         row = pick_row(options.data, options.row)
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(options.model))
         conv, warnings = resolve_template(options.template, tokenizer, fold_system=options.fold_system)
         prompt = row.prompt if row.prompt is not None else conv.get_prompt(row.question, row.history, row.system)
         texts = {"prompt": prompt, "chosen": conv.get_response(row.chosen), "rejected": conv.get_response(row.rejected)}
-    except (ConversationError, DataError, OSError) as error:
+    except (ConversationError, DataError, ModelNotFound, StarterModelError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"error: {options.model} has no tokenizer that can be loaded: {error}", file=sys.stderr)
         return 1
     for what, text in texts.items():
         print(f"--- {what}" + (f" of {row.file}:{row.line}" if row.file else ""))

@@ -184,7 +184,10 @@ def _learned_end(tokenizer: PreTrainedTokenizerBase, prompt: str, after: str, af
     control = re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or r"(?!)")
     found = [match.end() for match in control.finditer(after)]
     shared = [end for end in found if end <= len(commonprefix([after, after_past]))]
-    if control.search(commonprefix([after[::-1], prompt[::-1]])[::-1]):
+    again = commonprefix([after[::-1], prompt[::-1]])[::-1]
+    if control.search(again):
+        if not shared and found[0] > len(after) - len(again):
+            return ""  # the only token behind the reply opens the next one
         shared = shared[:1]
     if found:
         return after[: shared[-1] if shared else found[0]]

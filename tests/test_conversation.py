@@ -151,6 +151,12 @@ REASONING = {
         "Grains.\n</think>\n\nNo.<|im_end|>",
         "\n</think>\n\nNo.<|im_end|>",
     ),
+    "qwen3_5_nothink": (
+        "assistant\nNo.<|im_end|>\n",
+        "assistant\n<think>\n\n</think>\n\n",
+        "No.<|im_end|>",
+        "No.<|im_end|>",
+    ),
     "deepseek_r1_distill": (  # keeps the line ends behind </think>, as the official template does
         "<｜Assistant｜>\n\nNo.<｜end▁of▁sentence｜>",
         "<｜Assistant｜><think>\n",
@@ -268,6 +274,8 @@ def test_names() -> None:
     assert get_conv_template("qwen2.5") is TEMPLATES["qwen2_5"]
     assert get_conv_template("Llama-3.1") is TEMPLATES["llama3_1"]
     assert all(alias not in FAMILIES and name in FAMILIES for alias, name in ALIASES.items())
+    # Yi-34B-Chat and SmolLM write plain ChatML, Yi-1.5 and SmolLM2 do not.
+    assert get_conv_template("Yi-34b-chat") is get_conv_template("smollm") is TEMPLATES["chatml"]
     for name in "qwen mistral deepseek deepseek3 intern2 cohere".split():
         assert isinstance(TEMPLATES[name], Conversation)
     with pytest.raises(ConversationError, match="did you mean qwen3.*There are: auto, alpaca"):

@@ -110,6 +110,7 @@ UNUSABLE = {
     "unknown thought mark": (f"{TURN}A\n{ANSWER}<|im_end|>{ELSE}{OPEN}A\n<musing>\n{CLOSE}", "<musing>"),
     "another header": (f"{TURN}A: {ANSWER}<|im_end|>{ELSE}{OPEN}B: {CLOSE}", "the reply stands behind 'A: '"),
     "text at the end": (f"{TURN}A: {ANSWER} over{ELSE}{OPEN}A: {CLOSE}", "nothing that ends a reply"),
+    "no end, a reply is always opened": (f"{TURN}\n{ANSWER}{ELSE}<|im_start|>\n", "nothing that ends a reply"),
 }
 
 
@@ -280,6 +281,14 @@ def test_preview_shows_a_row(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "rows.jsonl:2" in out and "ids: 1 " in out and "what the tokenizer's own chat template renders" in out
     assert preview.main([*common, "--row", "3"]) == 1
     assert "usable rows 1 to 2" in capsys.readouterr().err
+
+
+def test_preview_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    assert preview.main(["--model", str(tmp_path)]) == 1
+    assert f"error: {tmp_path} has no tokenizer" in capsys.readouterr().err
+    assert preview.main(["--model", str(tmp_path / "typo")]) == 1
+    assert str(tmp_path / "typo") in capsys.readouterr().err
 
 
 def test_a_block_that_is_left_open_is_warned_of() -> None:
