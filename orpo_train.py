@@ -404,13 +404,14 @@ def train(trainer: Any, start: Any) -> dict[str, float]:
 
 def save(trainer: Any, conversation: Any) -> None:
     """The adapter or model, with the tokenizer, the template and the stop tokens that it was trained with."""
-    from preference.templates import chat_template_to_save, stop_token_ids
+    from preference.loading import stop_ids
+    from preference.templates import chat_template_to_save
 
     tokenizer = trainer.processing_class
     tokenizer.chat_template = chat_template_to_save(conversation, tokenizer)
     generation = trainer.model.generation_config
-    stop_ids = stop_token_ids(conversation, tokenizer)
-    generation.eos_token_id = stop_ids[0] if len(stop_ids) == 1 else stop_ids
+    stops = stop_ids(generation, conversation, tokenizer)  # the model's own too: Llama 3.1 has three
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops
     generation.pad_token_id = tokenizer.pad_token_id
     trainer.save_model()
     trainer.save_state()

@@ -110,7 +110,10 @@ UNUSABLE = {
     "unknown thought mark": (f"{TURN}A\n{ANSWER}<|im_end|>{ELSE}{OPEN}A\n<musing>\n{CLOSE}", "<musing>"),
     "another header": (f"{TURN}A: {ANSWER}<|im_end|>{ELSE}{OPEN}B: {CLOSE}", "the reply stands behind 'A: '"),
     "text at the end": (f"{TURN}A: {ANSWER} over{ELSE}{OPEN}A: {CLOSE}", "nothing that ends a reply"),
-    "no end, a reply is always opened": (f"{TURN}\n{ANSWER}{ELSE}<|im_start|>\n", "nothing that ends a reply"),
+    "no end, a reply is always opened": (
+        f"{TURN}<|im_start|>A {ALL}{{{{ '' if loop.last else '<|im_end|>' }}}}{ELSE}<|im_start|>A ",
+        "nothing that ends a reply",
+    ),
 }
 
 
