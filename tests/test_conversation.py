@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -288,6 +289,11 @@ def test_list_imports_nothing_heavy_and_names_every_family() -> None:
     *table, heavy = done.stdout.split("\n")[:-1]
     assert heavy == ""
     assert [line.split()[0] for line in table[1:]] == list(FAMILIES)
+
+
+def test_the_docs_name_every_family_and_alias() -> None:
+    words = re.findall(r"[a-z0-9_]+", (ROOT / "docs" / "templates.md").read_text("utf-8"))
+    assert set(TEMPLATES) <= set(words)
 
 
 PIECES = [" ", "\n", "\t", "{", "}", "{{ x }}", "{% if x %}", "{0}", "%s", "\\n", "'", '"', "😀", "é", "中文", "\u3000"]
