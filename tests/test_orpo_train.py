@@ -74,7 +74,7 @@ def test_a_run_leaves_a_model_that_chats_as_it_was_trained(run, tmp_path):
     prompt = get_conv_template("qwen").get_prompt(ROWS[0]["question"])
     messages = [{"role": "user", "content": ROWS[0]["question"]}]
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == prompt
-    assert model.generation_config.eos_token_id == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>"), 0]
     assert json.loads((out / "samples.json").read_text())[0].keys() >= {"question", "chosen", "base", "tuned"}
     assert "⟦Rest and drink" in said and "<|im_end|>⟧" in said and "preference accuracy" in said
     assert prompt in said  # the first pair, as the model sees it
