@@ -17,6 +17,7 @@ from conversation import ALIASES, FAMILIES, TEMPLATES, Conversation, Conversatio
 
 ROOT = Path(__file__).parents[1]
 RENDERINGS = ROOT.parent / "shared" / "templates" / "official_renderings.json"
+GOLDEN = ROOT / "tests" / "golden" / "templates.json"
 HISTORY = [["Is tea wet?", "Yes."]]
 QUESTION, REPLY = "And sand?", "No."
 
@@ -296,6 +297,25 @@ def test_the_docs_name_every_family_and_alias() -> None:
     assert set(TEMPLATES) <= set(words)
 
 
+def golden(conv: Conversation) -> list[str | None]:
+    """What a family makes of white space, reasoning and empty text, wherever they may stand; None where it refuses."""
+    past = [(" a ", " <think>\nb\n</think>\n\nc ")]
+    prompts = [(" d ", past, " s "), (" d ", past, None), (" d ", [], ""), (" d ", [("", "")], None)]
+    texts: list[str | None] = []
+    for arguments in prompts:
+        try:
+            texts.append(conv.get_prompt(*arguments))
+        except ConversationError:
+            texts.append(None)
+    return texts + [conv.get_response(reply) for reply in (" f\n", past[0][1], "<|channel>g<channel|> h ")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_golden_renderings(name: str) -> None:
+    """The file was compared with the official templates. `python -m tests.test_conversation` writes it anew."""
+    assert golden(FAMILIES[name]) == json.loads(GOLDEN.read_text("utf-8"))[name]
+
+
 PIECES = [" ", "\n", "\t", "{", "}", "{{ x }}", "{% if x %}", "{0}", "%s", "\\n", "'", '"', "😀", "é", "中文", "\u3000"]
 PIECES += ["<think>", "</think>", "<|im_end|>", "[INST]", "</s>", "<|channel>", "<channel|>", "\r\n", "\x85", "word"]
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=5).map("".join)
@@ -361,3 +381,8 @@ def test_official_rendering(name: str, facts: dict, case: dict) -> None:
     learned_suffix = suffix[: suffix.index(stop) + len(stop)] if stop in suffix else stop
     assert conv.stop_str == stop
     assert conv.get_response(case["reply"]) == prefix + rendered + learned_suffix
+
+
+if __name__ == "__main__":
+    renderings = {name: golden(conv) for name, conv in FAMILIES.items()}
+    GOLDEN.write_text(json.dumps(renderings, ensure_ascii=False, indent=0) + "\n", "utf-8")
