@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from preference.segment_attention import SegmentAttention
+from preference.segment_attention import segment_attention
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -54,29 +54,27 @@ class PackedMask:
     layout: Mapping[str, Any]
     window: int | None = None
     chunk: int | None = None
-    _made: dict[Any, Tensor] = field(default_factory=dict)
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made at the first call: all layers of a kind share it."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """bool [queries, keys] for the last `queries` positions of a causal sequence of `keys` tokens."""
-        at = (queries, keys, device)
-        if at not in self._made:
-            key = torch.arange(keys, device=device)
-            query = key[keys - queries :, None]
-            keep = key <= query
-            if self.window is not None:
-                keep &= key > query - self.window
-            if self.chunk is not None:
-                keep &= key // self.chunk == query // self.chunk
-            self._made[at] = keep
-        return self._made[at]
+        return self.once((queries, keys, device), lambda: self._visible(queries, keys, device))
 
-    def bias(self, queries: int, keys: int, like: Tensor) -> Tensor:
-        """`visible` as an additive mask of `like`'s dtype."""
-        at = (queries, keys, like.device, like.dtype)
-        if at not in self._made:
-            keep = self.visible(queries, keys, like.device)
-            self._made[at] = torch.zeros_like(keep, dtype=like.dtype).masked_fill_(~keep, float("-inf"))
-        return self._made[at]
+    def _visible(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        key = torch.arange(keys, device=device)
+        query = key[keys - queries :, None]
+        keep = key <= query
+        if self.window is not None:
+            keep &= key > query - self.window
+        if self.chunk is not None:
+            keep &= key // self.chunk == query // self.chunk
+        return keep
 
     def narrows(self, keys: int) -> bool:
         """Whether the window or chunk hides anything from a causal sequence of `keys` tokens."""
@@ -246,7 +244,7 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if dropout == 0 and softcap is None and s_aux is None:
         if device == "cpu":
-            return SegmentAttention.apply(query[0], key[0], value[0], mask, scale).transpose(0, 1)[None]
+            return segment_attention(query[0], key[0], value[0], mask, scale).transpose(0, 1)[None]
         if _takes_varlen(query, value, mask):
             return _varlen(query[0], key[0], value[0], mask, scale)[None]
     groups = query.shape[1] // key.shape[1]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from preference import cpu_memory
 from preference.attention import EngineError, installed
 from preference.head import causal_lm, pair_logps, patch_forward
+from preference.lora import join_adapters
 from preference.packing import pack_pairs
 from preference.scoring import target_logps
 
@@ -166,6 +167,7 @@ def prepare(model: nn.Module, *, share_prompt: bool = True) -> Engine:
         _refuse_by_config(lm)
         if next(lm.parameters()).device.type == "cpu":
             cpu_memory.keep_freed_memory()
+            join_adapters(model)
         patch_forward(lm)
         choice = [_choose(model, lm, share_prompt)]
         if dist.is_available() and dist.is_initialized():  # a rank whose weights are elsewhere could not measure

@@ -28,6 +28,7 @@ from transformers import Trainer, TrainingArguments
 from preference.batching import Cut, EvaluationPlan, PackSteps, TrainingPlan, plan_loader, row_lengths
 from preference.checkpoints import Checkpoints
 from preference.head import causal_lm, pair_logps, prepare_model
+from preference.lora import hold_frozen
 from preference.losses import Objective, PairLogps, Totals, objective_share
 from preference.reference import References, reference_model
 from preference.sharding import Sharded
@@ -131,6 +132,8 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        if self.args.bf16 and self.args.device.type == "cpu" and not self.is_fsdp_enabled:
+            hold_frozen(model, torch.bfloat16)
         self.references: References | None = None
         if objective.needs_reference:
             precision = f"{self.args.mixed_precision} {causal_lm(model).dtype}"

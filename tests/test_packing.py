@@ -99,12 +99,13 @@ def test_answers_and_pairs_do_not_see_each_other(arch: str, share_prompt: bool) 
             assert differs[i, column] and differs.sum() == 1
 
 
-@pytest.mark.parametrize("blocks", [3, 256])
+@pytest.mark.parametrize("whole, block", [(0, 3), (20, 3), (0, 256), (384, 256)])
 @pytest.mark.parametrize("heads, key_heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("window, chunk", [(None, None), (6, None), (None, 5)])
-def test_segment_attention_is_attention(monkeypatch, blocks, heads, key_heads, window, chunk) -> None:
+def test_segment_attention_is_attention(monkeypatch, whole, block, heads, key_heads, window, chunk) -> None:
     """Values and gradients against dense attention under the mask that the layout means, in double precision."""
-    monkeypatch.setattr(segment_attention, "BLOCK", blocks)
+    monkeypatch.setattr(segment_attention, "WHOLE_PAIR", whole)
+    monkeypatch.setattr(segment_attention, "BLOCK", block)
     batch = pack_pairs(random_pairs(4))
     mask = PackedMask(batch, window, chunk)
     n = batch["input_ids"].shape[1]
