@@ -12,7 +12,6 @@ The numbers are those of Hu et al. 2021 (arXiv 2106.09685), eq. 3, rounded once 
 from __future__ import annotations
 
 import types
-import weakref
 from typing import Any
 
 import torch
@@ -20,27 +19,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-
-class _LastCast:
-    """Remembers the last tensor that was cast: query, key and value (gate and up) read the same one in turn."""
-
-    def __init__(self) -> None:
-        self.source: Any = lambda: None
-        self.version, self.result = 0, torch.empty(0)
-
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if x.dtype == dtype:
-            return x
-        if self.source() is not x or self.version != x._version or self.result.dtype != dtype:
-            self.source, self.version, self.result = weakref.ref(x, self._forget), x._version, x.detach().to(dtype)
-        return self.result
-
-    def _forget(self, source: Any) -> None:
-        if source is self.source:
-            self.source, self.result = (lambda: None), torch.empty(0)
-
-
-_cast_once = _LastCast()
+from preference.linear import cast_once
 
 
 class _Adapted(torch.autograd.Function):
@@ -48,7 +27,7 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, a, b, scale, dtype):
-        x_NI = _cast_once(x, dtype).reshape(-1, x.shape[-1])
+        x_NI = cast_once(x, dtype).reshape(-1, x.shape[-1])
         weight_OI, a_RI, b_OR = (w.detach().to(dtype) for w in (weight, a, b))
         h_NR = torch.mm(x_NI, a_RI.t())
         y_NO = torch.mm(x_NI, weight_OI.t()) if bias is None else torch.addmm(bias.to(dtype), x_NI, weight_OI.t())

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 from preference import cpu_memory
 from preference.attention import EngineError, installed
 from preference.head import causal_lm, pair_logps, patch_forward
+from preference.linear import share_casts
 from preference.lora import join_adapters
+from preference.norm import lighten_norms
 from preference.packing import pack_pairs
 from preference.scoring import target_logps
 
@@ -167,6 +169,8 @@ def prepare(model: nn.Module, *, share_prompt: bool = True) -> Engine:
         _refuse_by_config(lm)
         if next(lm.parameters()).device.type == "cpu":
             cpu_memory.keep_freed_memory()
+            share_casts(lm)
+            lighten_norms(lm)
             join_adapters(model)
         patch_forward(lm)
         choice = [_choose(model, lm, share_prompt)]
