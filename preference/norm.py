@@ -58,13 +58,14 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _forward(self: nn.Module, x: Tensor) -> Tensor:
-    if x.dtype != torch.float32 or type(self.weight) is not nn.Parameter or self.weight.dtype != torch.float32:
+    trained = torch.is_grad_enabled() and type(self.weight) is nn.Parameter
+    if not trained or {x.dtype, self.weight.dtype} != {torch.float32}:
         return type(self).forward(self, x)
     return _RMSNorm.apply(x, self.weight, _epsilon(self))
 
 
 def lighten_norms(model: nn.Module) -> int:
-    """Replace the forward of RMS norms in float32 by the one above; returns how many were found to be the same."""
+    """Let RMS norms in float32 run as above where a gradient is wanted; returns how many were found to be the same."""
     norms = [m for m in model.modules() if "forward" not in vars(m) and _is_plain(m)]
     for norm in norms:
         norm.forward = types.MethodType(_forward, norm)

@@ -53,6 +53,7 @@ def test_a_model_that_does_something_else_is_not_run_shared(monkeypatch, broken:
         assert not engine.share_prompt and "log-probabilities differ" in engine.reason
 
 
+@torch.no_grad()
 def test_generation_is_as_before() -> None:
     for arch in ("llama", "gemma2"):  # SDPA and eager
         model = tiny_model(arch)
