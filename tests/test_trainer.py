@@ -188,7 +188,7 @@ def test_bf16_autocast_trains_float32_weights(adapter, tmp_path):
     trainer.train()
     losses = [values[0] for values in logged(trainer, "loss")]
     assert losses[-1] < losses[0]
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     exact = make_trainer("packed", tmp_path, make_pairs(16), max_steps=1)
     exact.train()
     difference = abs(losses[0] - logged(exact, "loss")[0][0])
