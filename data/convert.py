@@ -56,6 +56,11 @@ def options_of(args: argparse.Namespace) -> Options:
         get_format(args.format)
     if args.max_per_prompt < 0:
         raise ValueError(f"--max-per-prompt must not be negative, it is {args.max_per_prompt}")
+    if Path(args.output).resolve() in {Path(path).resolve() for path in args.input}:
+        raise ValueError(f"{args.output} is both INPUT and OUTPUT")
+    for name in ("output", "report"):
+        if getattr(args, name) and Path(getattr(args, name)).is_dir():
+            raise ValueError(f"--{name} must name a file, {getattr(args, name)} is a folder")
     return Options(
         format=args.format,
         columns=parse_columns(args.columns) if args.columns else None,
@@ -150,19 +155,30 @@ def report_dict(report: DataReport, written: int) -> dict:
     return head | content
 
 
+def save_report(content: dict, path: str | None) -> None:
+    if path:
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     report = DataReport(max_listed=EXAMPLES)
     try:
         options = options_of(args)
+        if args.seed and args.pairs != "best-random":
+            report.warn("--seed has no effect without --pairs best-random")
+        if args.report:  # before the work, which a report that cannot be written must not cost
+            Path(args.report).parent.mkdir(parents=True, exist_ok=True)
         written = convert(args.input, Path(args.output), options, Repeats(args.dedup, args.max_per_prompt), report)
-    except ValueError as error:
+        content = report_dict(report, written)
+        save_report(content, args.report)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, DataError) else 2
-    content = report_dict(report, written)
-    if args.report:
-        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        Path(args.report).write_text(text, encoding="utf-8", errors="backslashreplace")
+        if isinstance(error, DataError) and not report.rows_read:
+            report.warn(str(error))
+            save_report(report_dict(report, 0), args.report)
+        return 2 if isinstance(error, ValueError) and not isinstance(error, DataError) else 1
     print(report.summary())
     print(f"{written} triples written to {args.output}" if written else f"nothing written to {args.output}")
     named = {path for path in args.input if path in content["files"] and not content["files"][path]["rows_kept"]}

@@ -33,6 +33,22 @@ class Fault(NamedTuple):
     whole: bool = False
 
 
+class DuplicateKey(ValueError):
+    """An object that gives one key two values: nothing says which is meant."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next((key for key, given in pairs if given != value[key]), None)
+        if twice is not None:
+            raise DuplicateKey(f"the key {twice[:40]!r} stands twice in one object, with different values")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def too_long(size: int, line: int) -> Fault:
     return Fault(line, "line_too_long", f"more than {size} bytes; the limit is {MAX_RECORD_BYTES} bytes a row")
 
@@ -82,13 +98,17 @@ def parse_line(line: int, raw: bytes) -> Record | Fault:
     except UnicodeDecodeError as error:
         return Fault(line, "invalid_utf8", f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8")
     try:
-        return as_record(line, json.loads(text))
+        return as_record(line, _DECODER.decode(text))
     except json.JSONDecodeError as error:
         return Fault(line, "broken_json", f"{error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return Fault(line, "broken_json", "nested too deeply")
-    except ValueError as error:  # an integer of thousands of digits
-        return Fault(line, "broken_json", str(error))
+    except ValueError as error:  # a key that stands twice, an integer of thousands of digits
+        return Fault(line, _reason_of(error), str(error))
+
+
+def _reason_of(error: ValueError) -> str:
+    return "duplicate_key" if isinstance(error, DuplicateKey) else "broken_json"
 
 
 # ------------------------------------------------------------------------------- arrays, concatenated objects
@@ -113,7 +133,7 @@ class _Window:
         """Read at least as much again as is waiting (so that retries stay linear). False at the end of the stream."""
         if self.ended:
             return False
-        raw = self.stream.read(max(CHUNK, len(self.text) - self.pos))
+        raw = self.stream.read1(max(CHUNK, len(self.text) - self.pos))  # read() would lose what comes before a fault
         self.ended = not raw
         new = self.decode(raw, final=self.ended)
         self.stray_bytes = self.stray_bytes or (not new.isascii() and _STRAY_BYTE.search(new) is not None)
@@ -137,7 +157,7 @@ class _Window:
 def json_values(stream: BinaryIO) -> Iterator[Record | Fault]:
     """The elements of a JSON array (of any layout), or of objects written one behind the other."""
     window = _Window(stream)
-    decode = json.JSONDecoder().raw_decode
+    decode = _DECODER.raw_decode
     inside = False  # between [ and ]
     first_key: str | None = None
     last: Record | Fault | None = None
@@ -186,8 +206,12 @@ def _next_value(window: _Window, decode: Any) -> Any:
         except RecursionError:
             newline = window.text.find("\n", start)
             return _Broken(newline if newline > 0 else len(window.text), "broken_json", "nested too deeply")
+        except DuplicateKey as error:
+            line = window.line
+            window.advance(json.JSONDecoder().raw_decode(window.text, start)[1])
+            return Fault(line, _reason_of(error), str(error))
         except ValueError as error:  # an integer of thousands of digits
-            return _Broken(start + 1, "broken_json", str(error))
+            return _Broken(start + 1, _reason_of(error), str(error))
         if not isinstance(value, dict) and end == len(window.text) and not window.ended:
             window.more()
             continue  # 12 may be the beginning of 123
@@ -233,15 +257,16 @@ def json_layout(head: bytes) -> str:
     if text.startswith(b"["):
         return "values"
     lines = text.split(b"\n")
-    if not text.startswith(b"{") or len(lines) == 1:
+    if not text.startswith(b"{"):
         return "lines"
     opening = lines[0].rstrip().decode(errors="replace")
     try:
         json.loads(opening)
     except json.JSONDecodeError as error:
         unfinished = error.pos >= len(opening) and not error.msg.startswith("Unterminated")
+        another = error.msg == "Extra data" and opening[error.pos :].lstrip(", \t").startswith("{")
         one_a_line = any(line.startswith(b"{") and isinstance(parse_line(0, line), Record) for line in lines[1:-1])
-        return "values" if unfinished and not one_a_line else "lines"
+        return "values" if (unfinished or another) and not one_a_line else "lines"
     except (RecursionError, ValueError):
         return "lines"
     return "lines"

@@ -6,14 +6,13 @@ file is read, its extension only whether it is one of a folder's data files.
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from preference.data_report import DataError
 from preference.json_records import BOM, Fault, Record, json_layout, json_lines, json_values
@@ -29,6 +28,7 @@ from preference.table_records import (
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 HEAD = 1 << 16
+GZIP = b"\x1f\x8b"
 HUB = "hub:"
 _SIDE_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _HEADER = re.compile(rb'"?[\w .\-]{1,40}"?(?:[,;\t]"?[\w .\-]{1,40}"?)+\s*')
@@ -105,7 +105,7 @@ def iter_records(source: str, position: Position | None = None) -> Iterator[Reco
         for item in _records_of(source, position or Position()):
             line = item.line
             yield item
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error) as error:
         yield Fault(line + 1, "broken_gzip", f"the compressed stream is damaged: {error}")
     except OSError as error:
         yield Fault(line + 1, "unreadable_file", error.strerror or str(error), whole=True)
@@ -120,11 +120,21 @@ def _records_of(source: str, position: Position) -> Iterator[Record | Fault]:
     if os.path.isdir(source):
         return arrow_folder_records(source)
     with open_bytes(source) as stream:
-        head = stream.read(HEAD)
+        head = _head(stream)
     if head.startswith(b"PAR1"):
         return parquet_records(source)
     refusal = _refused_by_head(head)
     return iter([refusal]) if refusal else _text_records(source, head, position)
+
+
+def _head(stream: BinaryIO) -> bytes:
+    head = b""
+    try:
+        while len(head) < HEAD and (piece := stream.read1(HEAD - len(head))):
+            head += piece
+    except (EOFError, zlib.error):
+        pass  # raised again, in its place, when the rows are read
+    return head
 
 
 def _text_records(source: str, head: bytes, position: Position) -> Iterator[Record | Fault]:
@@ -156,6 +166,11 @@ def _refused_by_head(head: bytes) -> Fault | None:
     for magic, name in ((b"PK\x03\x04", "zip"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2")):
         if head.startswith(magic):
             return Fault(1, "unknown_file", f"{name} data: unpack it first", whole=True)
+    if head[257:262] == b"ustar":
+        return Fault(1, "unknown_file", "a tar archive: unpack it first", whole=True)
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        detail = "Arrow data: give the folder that save_to_disk wrote, not a file of it"
+        return Fault(1, "unknown_file", detail, whole=True)
     return None
 
 
@@ -164,18 +179,66 @@ def open_bytes(path: str, position: Position | None = None) -> BinaryIO:
     raw = open(path, "rb")
     if position is not None:
         position.raw = raw
-    if raw.peek(2)[:2] != b"\x1f\x8b":
+    if raw.peek(2)[:2] != GZIP:
         return raw
-    return _Gzip(raw)
+    return io.BufferedReader(_Gunzip(raw), HEAD)
 
 
-class _Gzip(io.BufferedReader):
-    """A gzip stream that closes the file under it."""
+class _Gunzip(io.RawIOBase):
+    """The text of a gzip file to the last byte that can be had. What is wrong with it is raised behind that byte.
+
+    (gzip.GzipFile raises instead of giving what it has unpacked so far.)
+    """
 
     def __init__(self, raw: BinaryIO):
-        self._file = raw
-        super().__init__(gzip.GzipFile(fileobj=raw), 1 << 17)
+        self._raw = raw
+        self._member = zlib.decompressobj(wbits=31)
+        self._packed = b""
+        self._error: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        text = b""
+        while not text and self._error is None and not self._at_end():
+            self._packed = self._packed or self._raw.read(HEAD)
+            before = self._member.copy()
+            try:
+                if not self._packed:
+                    raise EOFError("it ends in the middle")
+                text = self._member.decompress(self._packed, len(buffer))
+                self._packed = self._member.unconsumed_tail
+            except EOFError as error:
+                self._error = error
+            except zlib.error as error:
+                self._error = error
+                text = self._in_front_of_fault(before, len(buffer))
+        if not text and self._error is not None:
+            raise self._error
+        buffer[: len(text)] = text
+        return len(text)
+
+    def _in_front_of_fault(self, member: Any, limit: int) -> bytes:
+        """What zlib had unpacked when it met the fault, and kept to itself."""
+        text = b""
+        try:
+            for byte in self._packed:
+                if len(text) < limit:
+                    text += member.decompress(bytes([byte]), limit - len(text))
+        except zlib.error:
+            pass
+        return text
+
+    def _at_end(self) -> bool:
+        """Whether the file ends here; steps on to the next member (and over zeros that pad the file) where not."""
+        if not self._member.eof:
+            return False
+        self._packed = (self._member.unused_data or self._packed).lstrip(b"\0") or self._raw.read(HEAD).lstrip(b"\0")
+        if self._packed:
+            self._member = zlib.decompressobj(wbits=31)
+        return not self._packed
 
     def close(self) -> None:
         super().close()
-        self._file.close()
+        self._raw.close()

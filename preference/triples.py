@@ -30,6 +30,7 @@ from preference.text_stats import TextStats, pair_key, prompt_key
 __all__ = ["DataError", "DataReport", "Row", "iter_rows", "load_rows"]
 
 FIRST_ROWS = 64  # of a file, by which its format is recognised
+NOTED = ("both_unsafe", "chosen_unsafe", "incomplete_candidates", "kept_without_scores")  # of Pair.extra, counted
 ASK_ROWS = 1_000_000  # read at most to tell the user what hangs on a choice
 
 
@@ -119,21 +120,22 @@ class _Reading:
     def rows_of(self, source: str, on_file: Any, on_record: Any) -> Iterator[Row]:
         position = Position()
         records = iter_records(source, position)
-        head = list(islice(records, FIRST_ROWS))
-        format = self._recognise(source, head, on_file)
-        if format is None:
-            return
-        for item in chain(head, records):
+        format = None
+        while (item := next(records, None)) is not None:
+            if format is None and isinstance(item, Record):  # faults need no format, and a file may hold nothing else
+                head = [item, *islice(records, FIRST_ROWS - 1)]
+                format = self._recognise(source, head, on_file)
+                if format is None:
+                    return
+                records = chain(head[1:], records)
             if on_record is not None:
                 on_record(source, position)
             yield from self._rows_of_record(source, format, item)
 
     def _recognise(self, source: str, head: list[Record | Fault], on_file: Any) -> Format | None:
         first = [_without_nulls(item.value) for item in head if isinstance(item, Record)]
-        if not first:
-            first = [{"question": "", "response_chosen": "", "response_rejected": ""}]  # nothing to go by: faults alone
         try:
-            format, why = recognise(first, self.options)
+            format, why, others = recognise(first, self.options)
             question = format.ask and format.ask(_values(source), self.options)
             if question:
                 raise NotRecognised("choice_needed", question)
@@ -147,11 +149,16 @@ class _Reading:
         self.report.recognised(source, format.name)
         for warning in format.warnings:
             self.report.warn(f"{format.name}: {warning}")
+        if others:
+            self.report.warn(f"{source} mixes formats: it is read as {format.name}, but {others}")
+        for choice in format.unused(self.options):
+            flag = choice.replace("_", "-")
+            self.report.warn(f"{source}: {choice} (--{flag}) has no effect on the format {format.name}")
         if on_file is not None:
             on_file(source, format, why)
         return format
 
-    def _rows_of_record(self, source: str, format: Format, item: Record | Fault) -> Iterator[Row]:
+    def _rows_of_record(self, source: str, format: Format | None, item: Record | Fault) -> Iterator[Row]:
         for outcome in self._outcomes(source, format, item):
             self.report.read(source)
             if isinstance(outcome, Row):
@@ -229,7 +236,7 @@ def _take_notes(pair: Pair, report: DataReport) -> None:
         report.notes["leading_space_in_" + ("chosen" if pair.chosen[0].isspace() else "rejected") + "_only"] += 1
     elif pair.chosen[0].isspace() and pair.prompt is not None and not pair.prompt[-1].isspace():
         report.notes["space_between_prompt_and_answers_stripped"] += 1
-    for name in ("both_unsafe", "chosen_unsafe"):
+    for name in NOTED:
         if pair.extra.get(name):
             report.notes[name] += 1
 

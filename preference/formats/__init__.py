@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from preference.formats import axolotl, hh, judged, labelled, llamafactory, ms_swift, orca, others, trl, ultrafeedback
@@ -26,6 +27,8 @@ _ALL = (
 )  # fmt: skip
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 _DETECTED = [format for format in _ALL if format.detected]
+# {question, chosen, rejected} under different names for the question: a row may have two of them
+_BY_QUESTION = (axolotl.CHAT_TEMPLATE, llamafactory.SHAREGPT, llamafactory.ALPACA, orca.ORCA, trl.TRL, axolotl.ICR)
 _ADVICE = (
     "name the format with --format (in training --data_format), or the columns with "
     "--columns question=...,chosen=...,rejected=..."
@@ -35,6 +38,7 @@ _ADVICE = (
 class Recognised(NamedTuple):
     format: Format
     why: str
+    others: str = ""  # what rows of other formats there are among the first ones
 
 
 class NotRecognised(Exception):
@@ -48,7 +52,9 @@ class NotRecognised(Exception):
 def get_format(name: str) -> Format:
     """The format called `name`. Raises ValueError that lists the names."""
     if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}; there are: {', '.join(sorted(FORMATS))}")
+        near = get_close_matches(name.lower(), FORMATS, n=1)
+        meant = f", did you mean {near[0]}" if near else ""
+        raise ValueError(f"unknown format {name!r}{meant}; there are: {', '.join(sorted(FORMATS))}")
     return FORMATS[name]
 
 
@@ -77,27 +83,47 @@ def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
         _refuse_ambiguity(best, rows)
         if best.only_when_named:
             raise NotRecognised("ambiguous_format", f"looks like {best.name} ({best.what}): {best.only_when_named}")
-        needs = ", ".join(best.needs)
-        return Recognised(best, f"{votes[best.name]} of the first {len(rows)} rows have {needs}")
+        needs = ", ".join(best.present(next(filter(best.matches, rows))))
+        others = ", ".join(f"{count} of the first {len(rows)} rows look like {name}" for name, count in votes.items()
+                           if name != best.name)  # fmt: skip
+        return Recognised(best, f"{votes[best.name]} of the first {len(rows)} rows have {needs}", others)
     return _near_miss(rows)
 
 
 def _refuse_ambiguity(best: Format, rows: Sequence[RowDict]) -> None:
-    """Two formats that would take their answers from different columns of the same row: the user must say which."""
-    for row in rows:
-        if not best.matches(row):
-            continue
-        rivals = [other for other in _DETECTED if not other.answers & best.answers and other.matches(row)]
+    """Formats that would take the answers, or the question, from other columns of the same row: the user must say."""
+    for row in filter(best.matches, rows):
+        others = [other for other in _DETECTED if other is not best and other.matches(row)]
+        rivals = {other: _columns(other.answers, row) for other in others if not other.answers & best.answers}
+        mine = _columns(best.answers, row)
+        if not rivals and best in _BY_QUESTION:
+            rivals = {other: other.question for other in others if _other_question(best, other, row)}
+            mine = best.question
         if rivals:
-            names = ", ".join(f"{format.name} ({' and '.join(sorted(format.answers))})" for format in [best, *rivals])
+            names = ", ".join(f"{format.name} ({columns})" for format, columns in [(best, mine), *rivals.items()])
             advice = "say which with --format (in training --data_format)"
             raise NotRecognised("ambiguous_format", f"the rows could be read as {names}: {advice}")
+
+
+def _columns(names: frozenset[str], row: RowDict) -> str:
+    return " and ".join(sorted(names & row.keys()))
+
+
+def _other_question(best: Format, other: Format, row: RowDict) -> bool:
+    """Whether `other` takes another question for the same answers (alpaca's `input` is a part of its question)."""
+    if other not in _BY_QUESTION or {best, other} == {llamafactory.ALPACA, axolotl.ICR}:
+        return False
+    try:
+        questions = [str(pair.question).strip() for format in (best, other) for pair in format.pairs(row, Options())]
+    except Drop:
+        return False
+    return all(questions) and questions[0] != questions[1]
 
 
 def _near_miss(rows: Sequence[RowDict]) -> Recognised:
     refusals = Counter(refused.message for row in rows for refused in REFUSED[:] if refused.matches(row))
     if refusals:
-        raise NotRecognised("not_preference", f"not preference pairs: {refusals.most_common(1)[0][0]}")
+        raise NotRecognised("not_preference", f"no preference pairs: {refusals.most_common(1)[0][0]}")
     nearest: dict[str, list[str]] = {}
     best = 0.5  # at least half of the keys, or it is no near miss
     for format in _DETECTED:

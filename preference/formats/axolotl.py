@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.formats.base import Format, Options, Pair, RowDict, take
-from preference.formats.trl import ANSWERS, pair_of_prompt
+from preference.formats.base import GAP, Format, Options, Pair, RowDict, take
+from preference.formats.messages import is_messages, turns_of
+from preference.formats.scores import gap_of_any
+from preference.formats.trl import ANSWERS, are_dialogues, pair_of_prompt
 
 
 def chat_template(row: RowDict, options: Options) -> Iterator[Pair]:
+    """Where the answers are whole dialogues, `messages` may be one that ends in an answer: that one does not count."""
     messages, chosen, rejected = take(row, "messages", "chosen", "rejected")
-    pair = pair_of_prompt(messages, chosen, rejected, row.get("system"))
+    if is_messages(messages) and are_dialogues(chosen, rejected):
+        turns = turns_of(messages)
+        messages = [turn._asdict() for turn in (turns[:-1] if turns[-1].role == "assistant" else turns)]
+    pair = pair_of_prompt(messages, chosen, rejected, row.get("system"), extra=gap_of_any(row, options))
     pair.prompt = None
     yield pair
 
 
 def icr(row: RowDict, options: Options) -> Iterator[Pair]:
     question, chosen, rejected = take(row, "input", "chosen", "rejected")
-    yield Pair(question, chosen, rejected, row.get("system"), row.get("history"))
+    yield Pair(question, chosen, rejected, row.get("system"), row.get("history"), extra=gap_of_any(row, options))
 
 
 CHAT_TEMPLATE = Format(
@@ -26,6 +32,7 @@ CHAT_TEMPLATE = Format(
     needs=("messages", "chosen", "rejected"),
     answers=ANSWERS,
     pairs=chat_template,
+    uses=GAP,
 )
 ICR = Format(
     name="axolotl-icr",
@@ -33,4 +40,5 @@ ICR = Format(
     needs=("input", "chosen", "rejected"),
     answers=ANSWERS,
     pairs=icr,
+    uses=GAP,
 )

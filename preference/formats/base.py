@@ -48,6 +48,15 @@ class Options:
             raise ValueError(f"axis must be better or safer, not {self.axis!r}")
         if self.pairs not in ("best-worst", "all", "best-random"):
             raise ValueError(f"pairs must be best-worst, all or best-random, not {self.pairs!r}")
+        if self.min_score_gap is not None and not math.isfinite(self.min_score_gap):
+            raise ValueError(f"min_score_gap must be a number, not {self.min_score_gap}")
+        if self.columns and self.format not in ("auto", "columns"):
+            raise ValueError(f"columns name the columns of a format of their own: not together with {self.format!r}")
+
+
+OPTIONAL = {"axis": None, "min_score_gap": None, "pairs": "best-worst"}  # choices that few formats know: the defaults
+GAP = frozenset({"min_score_gap"})
+RANKED = frozenset({"min_score_gap", "pairs"})
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,23 @@ class Format:
     ask: Callable[[Iterable[RowDict], Options], str | None] | None = None  # a question only the user can answer
     only_when_named: str = ""  # why it is never chosen by itself
     detected: bool = True  # False: of the same shape as another format, so it has to be named
+    uses: frozenset[str] = frozenset()  # those of OPTIONAL that make a difference to its pairs
+
+    @property
+    def question(self) -> str:
+        """The column of the question, of a format that takes it from one of its own."""
+        return next(need for need in self.needs if not self.answers.intersection(need.split("|")))
+
+    def unused(self, options: Options) -> list[str]:
+        """The choices of the user that make no difference to this format."""
+        return [name for name in OPTIONAL if getattr(options, name) != OPTIONAL[name] and name not in self.uses]
 
     def matches(self, row: RowDict) -> bool:
         return not self.lacks(row) and (self.also is None or self.also(row))
+
+    def present(self, row: RowDict) -> list[str]:
+        """The keys by which a row that matches does so."""
+        return [next(key for key in need.split("|") if row.get(key) is not None) for need in self.needs]
 
     def lacks(self, row: RowDict) -> list[str]:
         """The keys of `needs` that the row has not (null counts as not there)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.formats.base import Format, Options, Pair, RowDict, take
+from preference.formats.base import GAP, Format, Options, Pair, RowDict, take
 from preference.formats.messages import pair_of_dialogues
 from preference.formats.scores import gap_of
 from preference.formats.trl import ANSWERS, pair_of_prompt
@@ -32,6 +32,7 @@ ULTRAMIX = Format(
     needs=("chosen", "rejected", "chosen_instruct_reward|rejected_instruct_reward|task_category"),
     answers=ANSWERS,
     pairs=ultramix,
+    uses=GAP,
 )
 CAPYBARA = Format(
     name="capybara",
@@ -39,4 +40,5 @@ CAPYBARA = Format(
     needs=("chosen", "rejected", "rating_chosen", "rating_rejected"),
     answers=ANSWERS,
     pairs=capybara,
+    uses=GAP,
 )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from preference.formats.base import Drop, Format, Options, Pair, RowDict, flag, index, number, take
+from preference.formats.base import GAP, Drop, Format, Options, Pair, RowDict, flag, index, number, take
 from preference.formats.messages import Turn, is_messages, pair_of_context, pair_of_dialogues
 
 # ------------------------------------------------------------------------------------------------------ SHP
@@ -28,6 +28,7 @@ SHP = Format(
     needs=("human_ref_A", "human_ref_B", "labels", "history"),
     answers=frozenset({"human_ref_A", "human_ref_B"}),
     pairs=shp,
+    uses=GAP,
     warnings=(
         "the card of SHP advises score_ratio >= 2 and at most five pairs a post: --min-score-gap 2 --max-per-prompt 5",
     ),
@@ -73,6 +74,7 @@ PKU = Format(
     needs=("prompt", "response_0", "response_1", "better_response_id|safer_response_id"),
     answers=frozenset({"response_0", "response_1"}),
     pairs=pku,
+    uses=frozenset({"axis"}),
     ask=ask_axis,
     warnings=(
         "in many rows both answers are unsafe (counted as both_unsafe): ORPO would train on the chosen one as a model "
@@ -82,22 +84,34 @@ PKU = Format(
 
 # ------------------------------------------------------------------------------------------------------ arenas
 
+WINNER = "winner|winner_model_a|winner_tie"
+
 
 def arena(row: RowDict, options: Options) -> Iterator[Pair]:
-    """One column for each outcome. Several rounds are kept only if both models said the same up to the last."""
-    prompt, first, second = (_rounds(text) for text in take(row, "prompt", "response_a", "response_b"))
-    won = [flag(row.get(key)) for key in ("winner_model_a", "winner_model_b")]
-    if flag(row.get("winner_tie")):
-        raise Drop("tie", "the judge called it a tie")
-    if won.count(True) != 1:
-        raise Drop("wrong_label", "exactly one of winner_model_a, winner_model_b, winner_tie must be 1")
+    """Several rounds are kept only if both models said the same up to the last."""
+    prompt, first, second = (_rounds(text) for text in take(row, "prompt", "response_a", "response_b", WINNER)[:3])
+    first_won = _first_won(row)
     if not len(prompt) == len(first) == len(second):
         raise Drop("irregular_turns", f"{len(prompt)} questions, {len(first)} and {len(second)} answers")
     if first[:-1] != second[:-1]:
         raise Drop("different_prompts", "the two dialogues part before the last answer")
     turns = [turn for pair in zip(prompt, first, strict=True) for turn in _round(*pair)][:-1]
-    best, worst = (first[-1:], second[-1:]) if won[0] else (second[-1:], first[-1:])
+    best, worst = (first[-1:], second[-1:]) if first_won else (second[-1:], first[-1:])
     yield pair_of_context(turns, *(best or [""]), *(worst or [""]))
+
+
+def _first_won(row: RowDict) -> bool:
+    """Whether A won: by one column with the winner's name, or one column for each outcome. Raises Drop for a tie."""
+    winner = row.get("winner")
+    won = [flag(row.get(f"winner_model_{side}")) for side in "ab"]
+    if winner is not None:
+        won = [winner == f"model_{side}" for side in "ab"]
+    if flag(row.get("winner_tie")) or str(winner).startswith(("tie", "both")):
+        raise Drop("tie", "the judge called it a tie")
+    if won.count(True) != 1:
+        told = "winner_model_a, winner_model_b or winner_tie must be 1, or winner must be model_a, model_b or tie"
+        raise Drop("wrong_label", told + ("" if winner is None else f", not {str(winner)[:40]!r}"))
+    return bool(won[0])
 
 
 def _round(question: str, answer: str) -> list[Turn]:
@@ -121,25 +135,21 @@ def _rounds(text: Any) -> list[str]:
 
 
 def arena_conversations(row: RowDict, options: Options) -> Iterator[Pair]:
-    first, second, winner = take(row, "conversation_a", "conversation_b", "winner")
-    if str(winner).startswith("tie"):
-        raise Drop("tie", "the judge called it a tie")
-    if winner not in ("model_a", "model_b"):
-        raise Drop("wrong_label", f"winner must be model_a, model_b or tie, not {str(winner)[:40]!r}")
-    yield pair_of_dialogues(first, second) if winner == "model_a" else pair_of_dialogues(second, first)
+    first, second, _ = take(row, "conversation_a", "conversation_b", WINNER)
+    yield pair_of_dialogues(first, second) if _first_won(row) else pair_of_dialogues(second, first)
 
 
 ARENA = Format(
     name="arena",
-    what="LMSYS arena: response_a, response_b and winner columns",
-    needs=("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"),
+    what="LMSYS arena: response_a, response_b and winner, or one column for each outcome",
+    needs=("prompt", "response_a", "response_b", WINNER),
     answers=frozenset({"response_a", "response_b"}),
     pairs=arena,
 )
 ARENA_CONVERSATIONS = Format(
     name="arena-conversations",
     what="LMSYS arena: conversation_a, conversation_b, winner",
-    needs=("conversation_a", "conversation_b", "winner"),
+    needs=("conversation_a", "conversation_b", WINNER),
     also=lambda row: is_messages(row["conversation_a"]),
     answers=frozenset({"conversation_a", "conversation_b"}),
     pairs=arena_conversations,

@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.formats.base import Drop, Format, Options, Pair, RowDict, take
-from preference.formats.messages import pair_of_dialogues, pair_of_messages
-from preference.formats.scores import gap_of, pick
+from preference.formats.base import GAP, RANKED, Drop, Format, Options, Pair, RowDict, take
+from preference.formats.messages import is_messages, pair_of_dialogues, pair_of_messages
+from preference.formats.scores import gap_of_any, pick
 from preference.formats.trl import ANSWERS
 
 
 def sharegpt(row: RowDict, options: Options) -> Iterator[Pair]:
-    conversations, chosen, rejected = take(row, "conversations", "chosen", "rejected")
-    yield pair_of_messages(conversations, chosen, rejected, row.get("system"))
+    conversations, chosen, rejected = take(row, "conversations|conversation", "chosen", "rejected")
+    yield pair_of_messages(conversations, chosen, rejected, row.get("system"), gap_of_any(row, options))
 
 
 def alpaca(row: RowDict, options: Options) -> Iterator[Pair]:
     """Some files carry `output`, which repeats one of the two answers: it is ignored."""
     instruction, chosen, rejected = take(row, "instruction", "chosen", "rejected")
-    extra = gap_of(row, "score_chosen", "score_rejected", options)
+    extra = gap_of_any(row, options)
     yield Pair(_with_input(instruction, row), chosen, rejected, row.get("system"), row.get("history"), extra=extra)
 
 
 def ranking(row: RowDict, options: Options) -> Iterator[Pair | Drop]:
     """`output` (or `response`) lists the answers, best first; --min-score-gap counts places between them."""
     question, answers = take(row, "instruction|prompt|query", "output|response")
-    if not _is_ranking(answers):
-        raise Drop("wrong_type", "the ranked answers must be a list of at least two strings")
+    if not isinstance(answers, (list, tuple)) or not all(isinstance(answer, str) for answer in answers):
+        raise Drop("wrong_type", "the ranked answers must be a list of strings")
     question = _with_input(question, row)
     places = [(answer, -float(place)) for place, answer in enumerate(answers)]
     for picked in pick(places, options, str(question)):
@@ -41,7 +41,8 @@ def ranking(row: RowDict, options: Options) -> Iterator[Pair | Drop]:
 
 
 def v1(row: RowDict, options: Options) -> Iterator[Pair]:
-    yield pair_of_dialogues(*take(row, "chosen_messages", "rejected_messages"), row.get("system"))
+    answers = take(row, "chosen_messages|chosen_conversations", "rejected_messages|rejected_conversations")
+    yield pair_of_dialogues(*answers, row.get("system"))
 
 
 def _with_input(instruction: object, row: RowDict) -> object:
@@ -60,9 +61,11 @@ def _is_ranking(value: object) -> bool:
 SHAREGPT = Format(
     name="sharegpt",
     what="conversations + chosen + rejected (LLaMA-Factory, MedicalGPT, COIG-P)",
-    needs=("conversations", "chosen", "rejected"),
+    needs=("conversations|conversation", "chosen", "rejected"),
+    also=lambda row: row.get("conversations") is not None or is_messages(row["conversation"]),
     answers=ANSWERS,
     pairs=sharegpt,
+    uses=GAP,
 )
 ALPACA = Format(
     name="alpaca",
@@ -70,6 +73,7 @@ ALPACA = Format(
     needs=("instruction", "chosen", "rejected"),
     answers=ANSWERS,
     pairs=alpaca,
+    uses=GAP,
 )
 RANKING = Format(
     name="ranking",
@@ -78,11 +82,12 @@ RANKING = Format(
     also=lambda row: any(_is_ranking(row.get(key)) for key in ("output", "response")),
     answers=frozenset({"output", "response"}),
     pairs=ranking,
+    uses=RANKED,
 )
 V1 = Format(
     name="llamafactory-v1",
-    what="chosen_messages + rejected_messages",
-    needs=("chosen_messages", "rejected_messages"),
-    answers=frozenset({"chosen_messages", "rejected_messages"}),
+    what="chosen_messages + rejected_messages (torchtune: chosen_conversations)",
+    needs=("chosen_messages|chosen_conversations", "rejected_messages|rejected_conversations"),
+    answers=frozenset({"chosen_messages", "rejected_messages", "chosen_conversations", "rejected_conversations"}),
     pairs=v1,
 )

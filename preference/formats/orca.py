@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.formats.base import Drop, Format, Options, Pair, RowDict, number, take
-from preference.formats.scores import check_gap
+from preference.formats.base import GAP, Drop, Format, Options, Pair, RowDict, number, take
+from preference.formats.scores import check_gap, gap_of_any
+from preference.formats.trl import pair_of_prompt, take_question
 
 
 def orca(row: RowDict, options: Options) -> Iterator[Pair]:
     """The first revision named the answers after their models."""
-    question, chosen, rejected = take(row, "question", "chosen|chatgpt", "rejected|llama2-13b-chat")
-    yield Pair(question, chosen, rejected, row.get("system"), row.get("history"))
+    columns = take_question(row, "question", "chosen|chatgpt", "rejected|llama2-13b-chat")
+    pair = pair_of_prompt(*columns, row.get("system"), row.get("history"), gap_of_any(row, options))
+    pair.prompt = None
+    yield pair
 
 
 def rejudged(row: RowDict, options: Options) -> Iterator[Pair]:
@@ -37,6 +40,7 @@ ORCA = Format(
     needs=("question", "chosen|chatgpt", "rejected|llama2-13b-chat"),
     answers=frozenset({"chosen", "rejected", "chatgpt", "llama2-13b-chat"}),
     pairs=orca,
+    uses=GAP,
 )
 ORCA_REJUDGED = Format(
     name="orca-rejudged",
@@ -44,4 +48,5 @@ ORCA_REJUDGED = Format(
     needs=("input", "chosen", "rejected", "status"),
     answers=frozenset({"chosen", "rejected"}),
     pairs=rejudged,
+    uses=GAP,
 )

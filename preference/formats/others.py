@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from preference.formats.base import Drop, Format, Options, Pair, RowDict, number, take
+from preference.formats.base import RANKED, Drop, Format, Options, Pair, RowDict, number, take
 from preference.formats.hh import is_transcript, turns_of_transcript
 from preference.formats.messages import pair_of_context, pair_of_messages
 from preference.formats.scores import pick
@@ -86,6 +86,7 @@ NECTAR = Format(
     also=lambda row: isinstance(row["answers"], (list, tuple)) and any(isinstance(a, dict) for a in row["answers"]),
     answers=frozenset({"answers"}),
     pairs=nectar,
+    uses=RANKED,
 )
 AZURE = Format(
     name="azure",
@@ -100,6 +101,7 @@ ZHONGJING_RANKS = Format(
     needs=("query", "rank1", "rank2"),
     answers=frozenset({"rank1", "rank2", "rank3", "rank4"}),
     pairs=zhongjing_ranks,
+    uses=RANKED,
     only_when_named="the published tool fills rank1 .. rank4 with the inverse of the order that the labeller gave, so "
     "most rows may be mis-ordered; if yours are right, naming the format zhongjing-ranks reads rank1 as the best",
 )

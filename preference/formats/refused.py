@@ -45,7 +45,10 @@ def _label_tool(row: RowDict) -> bool:
 
 def _wrapped(row: RowDict) -> bool:
     lists = [value for value in row.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return bool(lists) and len(row) <= 3 and any(key in row for key in ("data", "train", "rows", "examples"))
+    if lists and len(row) <= 3 and any(key in row for key in ("data", "train", "rows", "examples")):
+        return True
+    inside = [value.keys() if isinstance(value, dict) else None for value in row.values()]
+    return bool(inside) and bool(inside[0]) and all(keys == inside[0] for keys in inside)
 
 
 def _columns(row: RowDict) -> bool:
@@ -72,7 +75,7 @@ REFUSED = (
     Refused(_kto, "unpaired answers with a good/bad label (KTO): there is one answer a row, not a pair"),
     Refused(_red_team, "red-team transcripts: one dialogue a row with ratings, not a pair"),
     Refused(_label_tool, "candidates without labels (input of Zhongjing's labelling tool): nobody has ranked them yet"),
-    Refused(_wrapped, "one JSON object around the rows: save the list inside it as the file"),
+    Refused(_wrapped, "one JSON object around the rows: save the rows inside it, one by one or as a list"),
     Refused(_columns, "one JSON object of columns: save one object a row"),
     Refused(_plain_sft, "question and one answer (SFT): there is nothing that the answer is preferred to"),
     Refused(_messages_sft, "dialogues without a rejected answer (SFT)"),

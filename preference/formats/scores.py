@@ -9,6 +9,13 @@ from typing import Any
 
 from preference.formats.base import Drop, Options, RowDict, number
 
+# What datasets call the scores of chosen and rejected
+SCORES = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+)  # fmt: skip
+
 
 def check_gap(chosen: float | None, rejected: float | None, options: Options, *, labels: bool = True) -> dict[str, Any]:
     """Whether the scores keep the pair; what they are, for Pair.extra.
@@ -34,6 +41,14 @@ def check_gap(chosen: float | None, rejected: float | None, options: Options, *,
 def gap_of(row: RowDict, chosen: str, rejected: str, options: Options, *, labels: bool = True) -> dict[str, Any]:
     """`check_gap` of the columns `chosen` and `rejected`."""
     return check_gap(number(row.get(chosen)), number(row.get(rejected)), options, labels=labels)
+
+
+def gap_of_any(row: RowDict, options: Options) -> dict[str, Any]:
+    """`check_gap` of the first pair of score columns that the row has; without any the row is kept, which is noted."""
+    named = next((pair for pair in SCORES if all(name in row for name in pair)), None)
+    if named is None:
+        return {} if options.min_score_gap is None else {"kept_without_scores": True}
+    return gap_of(row, *named, options)
 
 
 def pick(candidates: list[tuple[str, float]], options: Options, key: str) -> Iterator[tuple[str, str, dict] | Drop]:

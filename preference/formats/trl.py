@@ -8,26 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from os.path import commonprefix
+from typing import Any
 
-from preference.formats.base import Drop, Format, Options, Pair, RowDict, take
+from preference.formats.base import GAP, Drop, Format, Options, Pair, RowDict, take
 from preference.formats.messages import is_messages, pair_of_dialogues, pair_of_messages, plain_reply, turns_of
-from preference.formats.scores import gap_of
+from preference.formats.scores import gap_of_any
 
 ANSWERS = frozenset({"chosen", "rejected"})
 
 
 def explicit(row: RowDict, options: Options) -> Iterator[Pair]:
-    prompt, chosen, rejected = take(row, "prompt", "chosen", "rejected")
-    extra = gap_of(row, "score_chosen", "score_rejected", options)
-    yield pair_of_prompt(prompt, chosen, rejected, row.get("system"), row.get("history"), extra)
+    prompt, chosen, rejected = take_question(row, "prompt", "chosen", "rejected")
+    yield pair_of_prompt(prompt, chosen, rejected, row.get("system"), row.get("history"), gap_of_any(row, options))
+
+
+def take_question(row: RowDict, question: str, chosen: str, rejected: str) -> list[Any]:
+    """The three columns; of whole dialogues, which hold the question, its own column may be null or empty."""
+    answers = take(row, chosen, rejected) if row.get(question) in (None, "") else ()
+    return [None, *answers] if answers and are_dialogues(*answers) else take(row, question, chosen, rejected)
+
+
+def are_dialogues(chosen: Any, rejected: Any) -> bool:
+    """Whether the answers are message lists that hold more than the answer."""
+    return is_messages(chosen) and is_messages(rejected) and len(turns_of(chosen)) > 1
 
 
 def pair_of_prompt(prompt, chosen, rejected, system=None, history=None, extra=None) -> Pair:
     """A pair of any mixture of string prompt or message list with string answers or message lists."""
     if is_messages(prompt):
         return pair_of_messages(prompt, chosen, rejected, system, extra)
-    if is_messages(chosen) and is_messages(rejected) and len(turns_of(chosen)) > 1:
-        return pair_of_dialogues(chosen, rejected, system, extra)  # whole dialogues; a string prompt only repeats it
+    if are_dialogues(chosen, rejected):
+        return pair_of_dialogues(chosen, rejected, system, extra)  # a string prompt only repeats what they hold
     as_it_stands = isinstance(chosen, str) and isinstance(rejected, str) and not system and not history
     prompt_alone = prompt if as_it_stands else None
     return Pair(prompt, plain_reply(chosen), plain_reply(rejected), system, history, prompt_alone, extra or {})
@@ -35,7 +46,7 @@ def pair_of_prompt(prompt, chosen, rejected, system=None, history=None, extra=No
 
 def implicit_messages(row: RowDict, options: Options) -> Iterator[Pair]:
     chosen, rejected = take(row, "chosen", "rejected")
-    yield pair_of_dialogues(chosen, rejected, row.get("system"), gap_of(row, "score_chosen", "score_rejected", options))
+    yield pair_of_dialogues(chosen, rejected, row.get("system"), gap_of_any(row, options))
 
 
 def implicit_text(row: RowDict, options: Options) -> Iterator[Pair]:
@@ -63,6 +74,7 @@ TRL = Format(
     needs=("prompt", "chosen", "rejected"),
     answers=ANSWERS,
     pairs=explicit,
+    uses=GAP,
 )
 TRL_IMPLICIT_MESSAGES = Format(
     name="trl-implicit-messages",
@@ -71,6 +83,7 @@ TRL_IMPLICIT_MESSAGES = Format(
     also=lambda row: is_messages(row["chosen"]) and is_messages(row["rejected"]),
     answers=ANSWERS,
     pairs=implicit_messages,
+    uses=GAP,
 )
 TRL_IMPLICIT_TEXT = Format(
     name="trl-implicit-text",

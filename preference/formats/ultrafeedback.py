@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from preference.formats.base import Drop, Format, Options, Pair, RowDict, number, take
+from preference.formats.base import GAP, RANKED, Drop, Format, Options, Pair, RowDict, number, take
 from preference.formats.scores import gap_of, pick
 from preference.formats.trl import ANSWERS, pair_of_prompt
 
@@ -15,26 +15,25 @@ ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 def raw(row: RowDict, options: Options) -> Iterator[Pair | Drop]:
     """Ranked by the mean of the four ratings: `overall_score` is wrong in thousands of rows of the first release.
 
-    A completion that lacks one of the four is left out. `custom_system_prompt` differs by completion: it is no system.
+    A completion that lacks its text or one of the four is left out, and noted. `custom_system_prompt` differs by
+    completion: it is no system.
     """
     question, completions = take(row, "instruction", "completions")
     if not isinstance(completions, (list, tuple)):
         raise Drop("wrong_type", "completions must be a list")
-    rated = [(text, score) for text, score in map(_rated, completions) if score is not None]
+    rated = [pair for pair in map(_rated, completions) if pair is not None]
+    incomplete = {"incomplete_candidates": True} if len(rated) < len(completions) else {}
     for picked in pick(rated, options, str(question)):
-        yield picked if isinstance(picked, Drop) else Pair(question, picked[0], picked[1], extra=picked[2])
+        yield picked if isinstance(picked, Drop) else Pair(question, *picked[:2], extra=picked[2] | incomplete)
 
 
-def _rated(completion: Any) -> tuple[str, float | None]:
+def _rated(completion: Any) -> tuple[str, float] | None:
     if not isinstance(completion, dict) or not isinstance(completion.get("response"), str):
-        raise Drop("wrong_type", "a completion must be an object with a response")
+        return None
     annotations = completion.get("annotations")
-    if not isinstance(annotations, dict):
-        raise Drop("missing_key", "a completion without annotations")
-    aspects = [annotations.get(aspect) for aspect in ASPECTS]
+    aspects = [annotations.get(aspect) if isinstance(annotations, dict) else None for aspect in ASPECTS]
     ratings = [number(aspect.get("Rating")) if isinstance(aspect, dict) else None for aspect in aspects]
-    score = None if None in ratings else sum(ratings) / len(ratings)
-    return completion["response"], score
+    return None if None in ratings else (completion["response"], sum(ratings) / len(ratings))
 
 
 def _scored(chosen_key: str, rejected_key: str):
@@ -62,6 +61,7 @@ RAW = Format(
     also=lambda row: isinstance(row["completions"], (list, tuple)),
     answers=frozenset({"completions"}),
     pairs=raw,
+    uses=RANKED,
 )
 BINARIZED = Format(
     name="ultrafeedback-binarized",
@@ -69,6 +69,7 @@ BINARIZED = Format(
     needs=("chosen", "rejected", "score_chosen", "score_rejected", "prompt_id|messages"),
     answers=ANSWERS,
     pairs=_scored("score_chosen", "score_rejected"),
+    uses=GAP,
 )
 CLEANED = Format(
     name="ultrafeedback-argilla",
@@ -76,6 +77,7 @@ CLEANED = Format(
     needs=("chosen", "rejected", "chosen-rating", "rejected-rating"),
     answers=ANSWERS,
     pairs=_scored("chosen-rating", "rejected-rating"),
+    uses=GAP,
     warnings=("rows come grouped by source: shuffle before a split by position",),
 )
 ARGILLA_STRINGS = Format(
@@ -84,4 +86,5 @@ ARGILLA_STRINGS = Format(
     needs=("instruction", "chosen_response", "rejected_response"),
     answers=frozenset({"chosen_response", "rejected_response"}),
     pairs=predecessor,
+    uses=GAP,
 )
