@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from preference.data_report import DataError, DataReport  # noqa: E402
 from preference.formats import FORMATS, Format, Options, get_format, parse_columns  # noqa: E402
 from preference.readers import HUB, Position, find_sources  # noqa: E402
+from preference.token_lengths import TokenLengths  # noqa: E402
 from preference.triples import Repeats, Row, iter_rows  # noqa: E402
 
 EXAMPLES = 20  # places listed for each reason in the report
@@ -48,6 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dedup", action="store_true", help="drop pairs that repeat an earlier one (case and white space aside)")
     add("--seed", type=int, default=0, help="of --pairs best-random")
     add("--report", metavar="R.json", help="counts, reasons and places as JSON")
+    add("--tokenizer", metavar="FOLDER", help="report lengths in tokens of this tokenizer too (else in characters alone)")
     return parser.parse_args(argv)
 
 
@@ -107,7 +109,9 @@ class Progress:
         print(text, file=sys.stderr)
 
 
-def convert(paths: list[str], output: Path, options: Options, repeats: Repeats, report: DataReport) -> int:
+def convert(
+    paths: list[str], output: Path, options: Options, repeats: Repeats, report: DataReport, tokenizer: str | None = None
+) -> int:
     """Write the triples of `paths` to `output` and return how many were written.
 
     A file appears whole or not at all; a pipe or device is written to as it is.
@@ -119,6 +123,7 @@ def convert(paths: list[str], output: Path, options: Options, repeats: Repeats, 
     def say_format(source: str, format: Format, why: str) -> None:
         progress.say(f"{source}: {format.name} ({format.what}), because {why}")
 
+    tokens = TokenLengths(tokenizer) if tokenizer else None
     written = 0
     special = output.exists() and not output.is_file()
     unfinished = output if special else output.with_name(output.name + ".part")
@@ -128,9 +133,11 @@ def convert(paths: list[str], output: Path, options: Options, repeats: Repeats, 
     )
     try:
         with _open(unfinished, output) as file:
-            for row in rows:
+            for row in tokens.watch(rows) if tokens else rows:
                 file.write(triple_line(row))
                 written += 1
+        if tokens and written:
+            report.add_section("tokens", tokens.to_dict())
         if written and not special:
             unfinished.replace(output)
     finally:
@@ -170,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
             report.warn("--seed has no effect without --pairs best-random")
         if args.report:  # before the work, which a report that cannot be written must not cost
             Path(args.report).parent.mkdir(parents=True, exist_ok=True)
-        written = convert(args.input, Path(args.output), options, Repeats(args.dedup, args.max_per_prompt), report)
+        repeats = Repeats(args.dedup, args.max_per_prompt)
+        written = convert(args.input, Path(args.output), options, repeats, report, args.tokenizer)
         content = report_dict(report, written)
         save_report(content, args.report)
     except (ValueError, OSError) as error:

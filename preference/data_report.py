@@ -106,7 +106,7 @@ class DataReport:
         Path(path).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     def summary(self) -> str:
-        """A few lines to print: counts, every reason with its first place, warnings, one line a section."""
+        """A few lines to print: counts, every reason with its first place, warnings, the sections' figures."""
         lines = [f"rows: {self.rows_read} read, {self.rows_kept} kept, {self.dropped.total()} dropped"]
         if len(self.files) > 1:
             for file, entry in sorted(self.files.items()):
@@ -118,7 +118,10 @@ class DataReport:
             lines.append(f"  dropped {count:>6} {reason}, first at {place} {first['detail'][:120]}".rstrip())
         lines += [f"  note: {count} x {name}" for name, count in self.notes.most_common()]
         lines += [f"  warning: {warning}" for warning in self.warnings]
-        lines += [f"  {name}: {_one_line(content)}" for name, content in self.sections.items()]
+        for name, content in self.sections.items():
+            blocks = {key: value for key, value in content.items() if isinstance(value, dict) and value}
+            lines.append(f"  {name}: {_one_line({key: content[key] for key in content if key not in blocks})}")
+            lines += [f"    {key}: {_one_line(value)}" for key, value in blocks.items()]
         return printable("\n".join(lines))
 
 
@@ -131,9 +134,7 @@ def _in_brackets(text: str) -> str:
     return f" ({text})" if text else ""
 
 
-def _one_line(content: Any) -> str:
-    if not isinstance(content, dict):
-        return str(content)
+def _one_line(content: dict[str, Any]) -> str:
     parts = []
     for key, value in content.items():
         if isinstance(value, dict):

@@ -171,12 +171,61 @@ def test_compressed_output(tmp_path):
         (["--columns", "a=b"], 2, "columns must say question"),
         (["--max-per-prompt", "-1"], 2, "negative"),
         (["--format", "columns"], 2, "needs the columns"),
+        (["--format", "Triples"], 2, "did you mean triple"),
+        (["--format", "orca", "--columns", "question=a,chosen=b,rejected=c"], 2, "not together with 'orca'"),
+        (["--min-score-gap", "nan"], 2, "must be a number"),
     ],
 )
 def test_wrong_options(source, capsys, args, status, message):
     assert convert(capsys, source(triple(1)), *args)[0] == status
     script.main([str(source(triple(1))), "--output", "never-written.jsonl", *args])
     assert message in capsys.readouterr().err
+
+
+def test_output_that_cannot_be(tmp_path, capsys):
+    path = write(tmp_path, lines(triple(1)))
+    for output, report, message in (
+        (path, "r.json", "both INPUT and OUTPUT"),
+        (tmp_path, "r.json", "must name a file"),
+        (tmp_path / "o.jsonl", tmp_path, "must name a file"),
+        (path / "o.jsonl", "r.json", "rows.jsonl"),
+    ):
+        assert script.main([str(path), "--output", str(output), "--report", str(tmp_path / report)]) in (1, 2)
+        assert message in capsys.readouterr().err and path.read_bytes() == lines(triple(1))
+
+
+def test_report_in_a_new_folder_and_of_an_input_that_is_not_there(tmp_path, capsys):
+    path, report = write(tmp_path, lines(triple(1))), tmp_path / "new" / "er" / "r.json"
+    assert script.main([str(path), "--output", str(tmp_path / "o.jsonl"), "--report", str(report), "--seed", "3"]) == 0
+    assert "--seed has no effect" in json.loads(report.read_text())["warnings"][0]
+    assert script.main([str(tmp_path / "no"), "--output", str(tmp_path / "p.jsonl"), "--report", str(report)]) == 1
+    content = json.loads(report.read_text())
+    assert content["rows_read"] == content["rows_written"] == 0 and "not_found" in content["warnings"][0]
+
+
+def test_lengths_in_tokens(tmp_path, capsys, monkeypatch):
+    from preference import token_lengths
+    from tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr(token_lengths, "ROWS_PER_BATCH", 2)
+    rows = [triple(i, response_chosen="Rest. " * i, system="Be kind." * (i == 3)) for i in (1, 2, 3)]
+    path = write(tmp_path, lines(*rows, triple(4, question="")))
+    _, written, report, text = convert(capsys, path, "--tokenizer", tmp_path / "tokenizer")
+    tokens = report["tokens"]
+    assert len(written) == 3 and "tokens: tokenizer" in text
+
+    def count(text):
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    lengths = [count(row["response_chosen"]) for row in written]
+    assert (tokens["chosen"]["min"], tokens["chosen"]["p50"], tokens["chosen"]["max"]) == tuple(sorted(lengths))
+    assert tokens["prompt"]["max"] == count("Be kind.\nquestion 3")
+    longer = sum(length > count(row["response_rejected"]) for length, row in zip(lengths, written, strict=True))
+    assert tokens["length_bias"]["chosen_longer"] == round(longer / 3, 4)
+    assert script.main([str(path), "--output", str(tmp_path / "p.jsonl"), "--tokenizer", str(tmp_path / "no")]) == 1
+    assert "no" in capsys.readouterr().err and not (tmp_path / "p.jsonl").exists()
 
 
 def test_missing_input_and_unknown_flag(tmp_path, capsys):

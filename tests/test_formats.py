@@ -70,6 +70,8 @@ ROWS = [
                          "rejected_messages": [u(part(USER)), a(part(BAD))]}),
     ("sharegpt", {"conversations": [h(USER)], "chosen": g(GOOD), "rejected": g(BAD)}),
     ("sharegpt", {"conversations": [h(USER)], "chosen": GOOD, "rejected": BAD}),
+    ("sharegpt", {"conversation": [u()], "chosen": a(GOOD), "rejected": a(BAD)}),
+    ("llamafactory-v1", {"chosen_conversations": [u(), a(GOOD)], "rejected_conversations": [u(), a(BAD)]}),
     ("azure", {"input": {"messages": [u()]}, "preferred_output": [a(GOOD)], "non_preferred_output": [a(BAD)]}),
     ("pku-saferlhf", PKU | {"better_response_id": 1}),
     ("cvalues", {"prompt": USER, "pos_resp": GOOD, "neg_resp": BAD, "pos_type": "x", "neg_type": "y"}),
@@ -85,12 +87,14 @@ ROWS = [
     ("axolotl", {"messages": [u()], "chosen": a(GOOD), "rejected": a(BAD)}),
     ("axolotl", {"messages": USER, "chosen": GOOD, "rejected": BAD}),
     ("axolotl", {"messages": [u()], "chosen": [a(GOOD)], "rejected": [a(BAD)]}),
+    ("axolotl", {"messages": [u(), a(GOOD)], **CHAT}),
     ("axolotl-icr", {"input": USER, **PAIR}),
     ("nectar", {"prompt": HH.format(USER, ""), "answers": [{"answer": BAD, "rank": 3}, {"answer": GOOD, "rank": 1.0},
                                                           {"answer": "Middling.", "rank": 2}]}),
     ("stack-exchange", {"question": USER, "response_j": GOOD, "response_k": BAD}),
     ("arena", {"prompt": json.dumps([USER]), "response_a": json.dumps([BAD]), "response_b": json.dumps([GOOD]),
                "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}),
+    ("arena", {"prompt": USER, "response_a": BAD, "response_b": GOOD, "winner": "model_b", "model_a": "x"}),
     ("arena-conversations", {"conversation_a": [u(), a(GOOD)], "conversation_b": [u(), a(BAD)], "winner": "model_a"}),
     ("argilla-strings", {"instruction": USER, "chosen_response": GOOD, "rejected_response": BAD}),
     ("ranking", {"instruction": USER, "input": "", "output": [GOOD, "Middling.", BAD]}),
@@ -98,6 +102,7 @@ ROWS = [
     ("alpaca", {"instruction": USER, **PAIR, "output": GOOD}),
     ("orca", {"system": "", "question": USER, **PAIR}),
     ("orca", {"question": USER, "chatgpt": GOOD, "llama2-13b-chat": BAD}),
+    ("orca", {"question": USER, **CHAT}),
     ("orca-rejudged", {"system": "", "input": USER, **PAIR, "status": "swapped", "rating": [9, 7]}),
     ("hh", {"chosen": HH.format(USER, GOOD), "rejected": HH.format(USER, BAD)}),
     ("hh-prompt", {"prompt": HH.format(USER, ""), "response": GOOD, **PAIR}),
@@ -208,6 +213,9 @@ DROPPED = [
     ("tie", {"instruction": USER, "completions": [completion(GOOD), completion(BAD)]}),
     ("too_few_candidates", {"instruction": USER, "completions": [completion(GOOD), completion(BAD, honesty="N/A")]}),
     ("too_few_candidates", {"instruction": USER, "completions": []}),
+    ("tie", {"prompt": USER, **PAIR, "chosen_score": 4, "rejected_score": 4.0}),
+    ("negative_gap", {"instruction": USER, **PAIR, "rating_chosen": 3, "rating_rejected": 4}),
+    ("tie", {"question": USER, **PAIR, "chosen_rating": "5", "rejected_rating": "5"}),
     ("tie", {"input": USER, **PAIR, "status": "tie"}),
     ("wrong_label", {"input": USER, **PAIR, "status": "?"}),
     ("tie", {"prompt": "p", "response_a": "a", "response_b": "b", "winner_model_a": 0, "winner_model_b": 0,
@@ -216,6 +224,8 @@ DROPPED = [
     ("different_prompts", {"prompt": '["p", "q"]', "response_a": '["1", "a"]', "response_b": '["2", "b"]',
                            "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}),
     ("tie", {"conversation_a": [u(), a(GOOD)], "conversation_b": [u(), a(BAD)], "winner": "tie (bothbad)"}),
+    ("tie", {"prompt": USER, "response_a": GOOD, "response_b": BAD, "winner": "both_bad"}),
+    ("wrong_label", {"prompt": USER, "response_a": GOOD, "response_b": BAD, "winner": "x"}),
     ("wrong_label", SHP | {"labels": 2}),
     ("wrong_label", PKU | {"better_response_id": -1}),
     ("identical_answers", {"instruction": USER, "output": [GOOD, GOOD]}),
@@ -245,7 +255,10 @@ REFUSED = [
     ("what its label means", {"prompt": USER, "response_1": GOOD, "response_2": BAD, "label": 1}),
     ("inside it", {"data": [TRIPLE, TRIPLE]}),
     ("no known format", {"alpha": 1, "beta": 2}),
-    ("triple .* orca", {**TRIPLE, **PAIR}),
+    ("inside it", {"a": TRIPLE, "b": TRIPLE}),
+    (r"triple \(response_chosen and response_rejected\), orca \(chosen and rejected\)", {**TRIPLE, **PAIR}),
+    (r"orca \(question\), trl \(prompt\): say which", {"question": USER, "prompt": "Answer in French.", **PAIR}),
+    (r"alpaca \(instruction\), orca \(question\)", {"instruction": "Answer.", "question": USER, **PAIR}),
 ]
 
 
@@ -273,6 +286,51 @@ def test_what_is_no_preference_data_is_refused_by_what_it_is(tmp_path, message, 
 def test_near_miss_names_the_missing_key(tmp_path, row, missing):
     with pytest.raises(DataError, match=f"missing_key.*'{missing}'"):
         load_rows([write(tmp_path, lines(row))], DataReport())
+
+
+def test_two_columns_with_the_same_question_are_not_ambiguous(tmp_path):
+    rows, report = read(write(tmp_path, lines({"question": USER, "prompt": f" {USER}", "instruction": "", **PAIR})))
+    assert len(rows) == 1 and rows[0].question == USER and not report.dropped
+    rows, report = read(write(tmp_path, lines({"question": "", "chosen": "It is a cat.", "rejected": "It is a car."})))
+    assert not rows and report.dropped == {"empty_prompt": 1}
+
+
+def test_whole_dialogues_need_no_question_beside_them(tmp_path):
+    """orpo-dpo-mix: some rows have a prompt, some a question, all hold it in chosen and rejected."""
+    rows = [CHAT | {"prompt": USER, "question": None}, CHAT | {"prompt": None, "question": USER}]
+    for mixed in ([*rows, rows[0]], [*rows, rows[1]]):
+        kept, report = read(write(tmp_path, lines(*mixed)))
+        assert [row.question for row in kept] == [USER] * 3 and not report.dropped
+        assert "mixes formats" in report.warnings[0] and "1 of the first 3 rows look like" in report.warnings[0]
+
+
+def test_incomplete_candidates_are_left_out_and_counted(tmp_path):
+    damaged = [completion(GOOD) | {"response": None}, completion(GOOD) | {"annotations": None}, "text"]
+    for other in damaged:
+        row = {"instruction": USER, "completions": [other, completion(GOOD, honesty=4), completion(BAD, honesty=1)]}
+        rows, report = read(write(tmp_path, lines(row)))
+        assert (rows[0].chosen, rows[0].rejected) == (GOOD, BAD) and report.notes == {"incomplete_candidates": 1}
+
+
+def test_rankings_that_rank_nothing(tmp_path):
+    good = {"instruction": USER, "output": [GOOD, BAD]}
+    rows, report = read(write(tmp_path, lines(good, good | {"output": [GOOD]}, good | {"output": []},
+                                              good | {"output": GOOD}, good | {"output": [GOOD, None]})))  # fmt: skip
+    assert len(rows) == 1 and report.dropped == {"too_few_candidates": 2, "wrong_type": 2}
+
+
+@pytest.mark.parametrize("name, row", ROWS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(ROWS)])
+def test_choices_count_or_are_called_without_effect(tmp_path, name, row):
+    """A gap that no pair reaches drops every scored pair; where nothing is dropped the report says why."""
+    path = write(tmp_path, lines(row))
+    for choice, value in {"min_score_gap": 1e9, "pairs": "all", "axis": "safer"}.items():
+        rows, report = read(path, options=Options(**{choice: value}))
+        warned = any(f"--{choice.replace('_', '-')}) has no effect" in warning for warning in report.warnings)
+        assert warned == (choice not in FORMATS[name].uses)
+        if choice == "min_score_gap" and not rows:
+            assert not warned and set(report.dropped) <= {"score_gap", "no_score"}
+        elif choice == "min_score_gap":
+            assert warned or report.notes["kept_without_scores"] == len(rows)
 
 
 def test_unknown_format_lists_keys_and_the_way_out(tmp_path):

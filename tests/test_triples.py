@@ -119,6 +119,8 @@ RAW = [
     ("nul_byte", b"\0\0\0\n"),
     ("invalid_unicode", b'{"question": "\\ud800", "response_chosen": "a", "response_rejected": "b"}\n'),
     ("line_too_long", b'{"question": "' + b"x" * 50_000_000 + b'"}\n'),
+    ("duplicate_key", b'{"question": "a", "question": "b", "response_chosen": "c", "response_rejected": "d"}\n'),
+    ("duplicate_key", b'{"question": "a", "response_chosen": {"x": [{"y": 1, "y": 2}]}}\n'),
 ]
 
 
@@ -266,6 +268,19 @@ def test_objects_over_several_lines_without_an_array(tmp_path):
     assert [row.line for row in rows] == [1, 6, 11] and not report.dropped
 
 
+def test_objects_in_one_line_without_an_array(tmp_path):
+    raw = lines(*(triple(i) for i in range(3))).replace(b"\n", b" ")
+    rows, report = read(write(tmp_path, raw, "rows.json"))
+    assert len(rows) == 3 and not report.dropped
+    rows, report = read(write(tmp_path, lines(triple(1)).strip() + b" rest\n" + lines(triple(2), triple(3))))
+    assert [row.line for row in rows] == [2, 3] and places(report, "broken_json") == [1]
+
+
+def test_a_key_that_stands_twice_with_one_value_is_harmless(tmp_path):
+    rows, report = read(write(tmp_path, lines(triple(1)).replace(b"{", b'{"question": "question 1", ')))
+    assert len(rows) == 1 and not report.dropped
+
+
 def test_first_line_broken_leaves_json_lines(tmp_path):
     rows, report = read(write(tmp_path, b'{"question": "q", \n' + lines(triple(1), triple(2)).replace(b", ", b",")))
     assert len(rows) == 2 and places(report, "broken_json") == [1]
@@ -286,6 +301,36 @@ def test_damaged_gzip_keeps_what_comes_before(tmp_path):
     rows, report = read(write(tmp_path, packed[: len(packed) // 2], "rows.jsonl.gz"))
     assert 50 < len(rows) < 150 and report.dropped["broken_gzip"] == 1
     assert places(report, "broken_gzip")[0] > len(rows)
+
+
+@pytest.mark.parametrize("layout", ["lines", "array"])
+def test_damaged_gzip_loses_no_row_that_can_be_had(tmp_path, layout):
+    """The file ends in the middle, or its last bytes, the checksum, are wrong."""
+    import random
+    import zlib
+
+    letters = random.Random(0)
+    rows = [triple(i, system="".join(letters.choices("abcdefgh", k=400))) for i in range(2000)]
+    text = lines(*rows) if layout == "lines" else json.dumps(rows).encode()
+    packed = gzip.compress(text)
+    for damaged in (packed[:-4000], packed[: len(packed) // 2], packed[:-8] + b"x" * 8):
+        had = zlib.decompressobj(wbits=-15).decompress(damaged[10:])  # behind the header of ten bytes
+        whole = had.count(b"}\n" if layout == "lines" else b"},")
+        kept, report = read(write(tmp_path, damaged, "rows.gz"))
+        assert len(kept) in (whole, whole + 1) and report.dropped["broken_gzip"] == 1
+
+
+def test_gzip_of_many_members_and_padding(tmp_path):
+    packed = b"".join(gzip.compress(lines(triple(i))[at : at + 50]) for i in range(50) for at in (0, 50, 100))
+    rows, report = read(write(tmp_path, packed + b"\0" * 512, "rows.jsonl.gz"))
+    assert [row.line for row in rows] == [*range(1, 51)] and not report.dropped
+
+
+@pytest.mark.parametrize("content", [b"x" * 257 + b"ustar", b"ARROW1\0\0", b"\xff\xff\xff\xff\x10", b"PK\x03\x04"])
+def test_packed_and_binary_files_are_named(tmp_path, content):
+    _, report = read(write(tmp_path, content, "rows.jsonl"))
+    assert report.dropped == {"unknown_file": 1}
+    assert next(iter(report.files.values()))["format"] == ""  # nothing was recognised
 
 
 def test_gzip_is_known_by_its_bytes(tmp_path):

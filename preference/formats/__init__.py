@@ -77,6 +77,9 @@ def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
     votes: Counter[str] = Counter()
     for row in rows:
         if match := next((format for format in _DETECTED if format.matches(row)), None):
+            if _asks_nothing(match, row):  # `instruction` may stand empty beside a question
+                others = (format for format in _BY_QUESTION if format.matches(row) and not _asks_nothing(format, row))
+                match = next(others, match)
             votes[match.name] += 1
     if votes:
         best = FORMATS[votes.most_common(1)[0][0]]
@@ -88,6 +91,10 @@ def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
                            if name != best.name)  # fmt: skip
         return Recognised(best, f"{votes[best.name]} of the first {len(rows)} rows have {needs}", others)
     return _near_miss(rows)
+
+
+def _asks_nothing(format: Format, row: RowDict) -> bool:
+    return format in _BY_QUESTION and any(row.get(column) == "" for column in format.question.split("|"))
 
 
 def _refuse_ambiguity(best: Format, rows: Sequence[RowDict]) -> None:
