@@ -17,7 +17,7 @@ from preference.json_records import BOM, MAX_RECORD_BYTES, Fault, Record, read_l
 
 BATCH_ROWS = 64
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
-_LIST_COLUMNS = {"history", "images", "videos", "audios", "tools", "input"}
+_LIST_COLUMNS = {"images", "videos", "audios", "tools"}
 _LITERAL_LIMIT = 1 << 20
 
 # ------------------------------------------------------------------------------------------------------- CSV
@@ -108,7 +108,16 @@ def cell_value(column: str, text: str) -> Any:
         return text
     value = _parsed(stripped)
     structured = is_messages(value) or is_message(value) or (isinstance(value, list) and _are_scored(value))
-    return value if structured or (column in _LIST_COLUMNS and isinstance(value, (list, dict))) else text
+    return value if structured or _belongs_in(column, value) else text
+
+
+def _belongs_in(column: str, value: Any) -> bool:
+    """Whether the column is one of those that hold such a value; an alpaca `input` of "[3, 1, 2]" is text."""
+    if column == "history":
+        return isinstance(value, list) and all(isinstance(turn, list) for turn in value)
+    if column == "input":
+        return isinstance(value, dict) and "messages" in value
+    return column in _LIST_COLUMNS and isinstance(value, (list, dict))
 
 
 def _parsed(text: str) -> Any:

@@ -66,6 +66,7 @@ ROWS = [
     ("ms-swift", {"messages": [u(), a(GOOD)], "rejected_response": [a(BAD)]}),
     ("ms-swift", {"messages": [u(), a(GOOD)], "rejected_messages": [u(), a(BAD)], "rejected_response": "ignored"}),
     ("ms-swift-v2", {"query": USER, "response": GOOD, "rejected_response": BAD, "images": []}),
+    ("ms-swift-v2", {"instruction": USER, "output": GOOD, "rejected_response": BAD}),
     ("llamafactory-v1", {"chosen_messages": [u(part(USER)), a(part(GOOD))],
                          "rejected_messages": [u(part(USER)), a(part(BAD))]}),
     ("sharegpt", {"conversations": [h(USER)], "chosen": g(GOOD), "rejected": g(BAD)}),
@@ -97,6 +98,7 @@ ROWS = [
     ("arena", {"prompt": USER, "response_a": BAD, "response_b": GOOD, "winner": "model_b", "model_a": "x"}),
     ("arena-conversations", {"conversation_a": [u(), a(GOOD)], "conversation_b": [u(), a(BAD)], "winner": "model_a"}),
     ("argilla-strings", {"instruction": USER, "chosen_response": GOOD, "rejected_response": BAD}),
+    ("argilla-strings", {"prompt": USER, "chosen_response": GOOD, "rejected_response": BAD}),
     ("ranking", {"instruction": USER, "input": "", "output": [GOOD, "Middling.", BAD]}),
     ("ranking", {"prompt": USER, "response": [GOOD, BAD]}),
     ("alpaca", {"instruction": USER, **PAIR, "output": GOOD}),
@@ -490,6 +492,21 @@ def test_an_answer_that_looks_like_json_stays_text(tmp_path):
     row = {"question": USER, "chosen": '[["a", "b"], ["c", "d"]]', "rejected": '{"a": 1}'}
     rows, _ = read(write(tmp_path, as_csv([row]), "rows.csv"))
     assert (rows[0].chosen, rows[0].rejected) == (row["chosen"], row["rejected"])
+
+
+def test_an_input_that_is_a_list_of_numbers_stays_text(tmp_path):
+    row = {"instruction": "Sort this.", "input": "[3, 1, 2]", **PAIR}
+    rows, _ = read(write(tmp_path, as_csv([row]), "rows.csv"))
+    assert rows[0].question == "Sort this.\n[3, 1, 2]"
+    rows, _ = read(write(tmp_path, as_csv([SHP | {"history": "[1, 2]"}]), "rows.csv"))
+    assert rows[0].question == "[1, 2]"
+
+
+@pytest.mark.parametrize("question, answers", [(USER, CHAT), ([u()], CHAT), ([u()], PAIR), (USER, PAIR)])
+def test_named_columns_take_messages_too(tmp_path, question, answers):
+    row = {"Q": question, "A": answers["chosen"], "B": answers["rejected"]}
+    rows = load_rows([write(tmp_path, lines(row))], DataReport(), columns="question=Q,chosen=A,rejected=B")
+    assert (rows[0].question, rows[0].chosen, rows[0].rejected) == (USER, GOOD, BAD)
 
 
 def test_python_lists_in_csv_cells(tmp_path):

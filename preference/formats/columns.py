@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from preference.formats.base import Format, Options, Pair, RowDict, take
-from preference.formats.messages import is_messages, pair_of_dialogues, pair_of_messages, plain_reply
+from preference.formats.messages import pair_of_dialogues
+from preference.formats.trl import pair_of_prompt
 
 MEANINGS = ("question", "chosen", "rejected", "system", "history")
 
@@ -35,11 +36,10 @@ def pairs(row: RowDict, options: Options) -> Iterator[Pair]:
         yield pair_of_dialogues(chosen, rejected, system)
         return
     (question,) = take(row, columns["question"])
-    if is_messages(question):
-        yield pair_of_messages(question, chosen, rejected, system)
-        return
-    chosen, rejected = plain_reply(chosen), plain_reply(rejected)
-    yield Pair(question, chosen, rejected, system, row.get(columns["history"]) if "history" in columns else None)
+    history = row.get(columns["history"]) if "history" in columns else None
+    pair = pair_of_prompt(question, chosen, rejected, system, history)
+    pair.prompt = None
+    yield pair
 
 
 COLUMNS = Format(name="columns", what="columns named by the user", needs=(), pairs=pairs, detected=False)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from preference.formats.base import Drop, Format, Options, Pair, RowDict, take
 from preference.formats.messages import is_messages, pair_of_context, pair_of_dialogues, reply_of, turns_of
 
+QUESTION = "query|prompt|question|instruction"
+
 
 def messages(row: RowDict, options: Options) -> Iterator[Pair]:
     (chosen,) = take(row, "messages")
@@ -23,7 +25,7 @@ def messages(row: RowDict, options: Options) -> Iterator[Pair]:
 
 
 def query_response(row: RowDict, options: Options) -> Iterator[Pair]:
-    question, chosen, rejected = take(row, "query", "response", "rejected_response")
+    question, chosen, rejected = take(row, QUESTION, "response|output", "rejected_response")
     yield Pair(question, chosen, rejected, row.get("system"), row.get("history"))
 
 
@@ -37,7 +39,7 @@ MS_SWIFT = Format(
 MS_SWIFT_V2 = Format(
     name="ms-swift-v2",
     what="query + response + rejected_response (+ system, history)",
-    needs=("query", "response", "rejected_response"),
-    answers=frozenset({"response", "rejected_response"}),
+    needs=(QUESTION, "response|output", "rejected_response"),
+    answers=frozenset({"response", "output", "rejected_response"}),
     pairs=query_response,
 )

@@ -49,7 +49,7 @@ def _scored(chosen_key: str, rejected_key: str):
 
 
 def predecessor(row: RowDict, options: Options) -> Iterator[Pair]:
-    question, chosen, rejected = take(row, "instruction", "chosen_response", "rejected_response")
+    question, chosen, rejected = take(row, "instruction|prompt|question", "chosen_response", "rejected_response")
     extra = gap_of(row, "chosen_avg_rating", "rejected_avg_rating", options)
     yield Pair(question, chosen, rejected, row.get("system"), extra=extra)
 
@@ -83,7 +83,7 @@ CLEANED = Format(
 ARGILLA_STRINGS = Format(
     name="argilla-strings",
     what="{instruction, chosen_response, rejected_response} (argilla's first binarization, axolotl chatml.argilla)",
-    needs=("instruction", "chosen_response", "rejected_response"),
+    needs=("instruction|prompt|question", "chosen_response", "rejected_response"),
     answers=frozenset({"chosen_response", "rejected_response"}),
     pairs=predecessor,
     uses=GAP,
