@@ -270,6 +270,34 @@ def test_commands_and_formats_of_the_readme_exist():
         assert f"| {dataset}" in table
 
 
+def readme_commands() -> list[tuple[str, str]]:
+    """(formats named, command) of each row of the tables of datasets."""
+    import re
+
+    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.split("\n") if line.startswith("|") and "`python data/convert.py" in line]
+    return [(cells[-3], re.search(r"`(python [^`]+)`", cells[-2])[1]) for cells in (row.split("|") for row in rows)]
+
+
+@pytest.mark.parametrize("formats, command", readme_commands(), ids=[row[1].split()[2] for row in readme_commands()])
+def test_command_of_the_readme_runs_on_a_row_of_its_dataset(tmp_path, formats, command):
+    import re
+    import shlex
+
+    args = shlex.split(command)[2:]
+    name = "columns" if "--columns" in args else re.findall(r"`([^`]+)`", formats)[0]
+    rows = dict(ROWS) | {"columns": {"Q": USER, "A": GOOD, "B": BAD}}
+    full = {"ultramix": {"chosen_instruct_reward": 3.0}, "pku-saferlhf": {"safer_response_id": 0}}
+    row = rows[name] | full.get(name, {})
+    args[0] = str(write(tmp_path, lines(row)))
+    output = args.index("--output") + 1
+    args[output] = str(tmp_path / "out.jsonl")
+    assert script.main([*args, "--report", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["format"], report["rows_written"]) == (name, 1)
+    assert not any("no effect" in warning for warning in report["warnings"])
+
+
 @real_samples
 def test_real_hh(tmp_path, capsys):
     report = tmp_path / "r.json"
