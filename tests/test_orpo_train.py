@@ -163,6 +163,25 @@ def test_bad_rows_are_named_and_the_others_train(run, tmp_path):
         run(train_file_dir=file, data_check="strict")
 
 
+def test_every_family_of_datasets_trains_as_it_is(run, tmp_path):
+    from test_formats import ROWS as FAMILIES
+
+    folder = tmp_path / "families"
+    folder.mkdir()
+    for i, (name, row) in enumerate(FAMILIES):
+        write(folder / f"{i:02}-{name}.jsonl", [row])
+    refused = write(folder / "kto.jsonl", [{"prompt": "Why?", "completion": "So.", "label": True}])
+    out, said = run(train_file_dir=folder, axis="better", max_steps=1)
+    report = json.loads((out / "data_report.json").read_text())
+    assert report["train"]["pairs"] == len(FAMILIES) and report["evaluation"]["pairs"] == 5
+    assert report["dropped"] == {"not_preference": 1}
+    assert [file["format"] for file in report["files"].values()][: len(FAMILIES)] == [name for name, _ in FAMILIES]
+    assert report["train_text"]["duplicate_pairs"] > 0 and report["prompts_in_train_and_eval"]["rows"] == 0
+    for told in (f"{refused} was refused: no preference pairs: unpaired", "not meant for supervised training",
+                 "accuracy_of_length_alone", "near_identical_answers", "scripts: latin", "control_look_alikes"):  # fmt: skip
+        assert told in said
+
+
 def test_nothing_left_stops_with_the_numbers(run, tmp_path):
     with pytest.raises(DataError, match="too_long") as error:
         run(max_source_length=3, max_target_length=2)
