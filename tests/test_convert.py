@@ -276,7 +276,7 @@ def readme_commands() -> list[tuple[str, str]]:
 
     text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     rows = [line for line in text.split("\n") if line.startswith("|") and "`python data/convert.py" in line]
-    return [(cells[-3], re.search(r"`(python [^`]+)`", cells[-2])[1]) for cells in (row.split("|") for row in rows)]
+    return [(cells[-4], re.search(r"`(python [^`]+)`", cells[-2])[1]) for cells in (row.split("|") for row in rows)]
 
 
 @pytest.mark.parametrize("formats, command", readme_commands(), ids=[row[1].split()[2] for row in readme_commands()])

@@ -116,6 +116,7 @@ ROWS = [
     ("trl", {"prompt": [u()], "chosen": GOOD, "rejected": BAD}),
     ("trl", {"prompt": USER, "chosen": [a(GOOD)], "rejected": [a(BAD)]}),
     ("trl", {"prompt": USER, **CHAT}),
+    ("trl", {"prompt": [{"role": "user", "content": [{"type": None, "text": USER}]}], **PAIR}),
     ("trl", {"system": "", "prompt": [u()], **CHAT}),
     ("trl-implicit-messages", CHAT),
     ("trl-implicit-text", {"chosen": f"{USER} {GOOD}", "rejected": f"{USER} {BAD}"}),
@@ -464,6 +465,17 @@ def test_same_rows_out_of_every_container(tmp_path, name, row, container):
     rows, report = read(write(tmp_path, CONTAINERS[container]([row, row]), container))
     assert [(r.system, r.history, r.question, r.chosen, r.rejected) for r in rows] == [(None, (), USER, GOOD, BAD)] * 2
     assert next(iter(report.files.values()))["format"] == name
+
+
+BOXED_MULTI = [(row, box) for row in MULTI for box in CONTAINERS if "output" not in row or "csv" not in box]
+
+
+@pytest.mark.parametrize("row, container", BOXED_MULTI, ids=[f"{box}-{i}" for i, (_, box) in enumerate(BOXED_MULTI)])
+def test_system_and_history_out_of_every_container(tmp_path, row, container):
+    rows, _ = read(write(tmp_path, CONTAINERS[container]([row, row]), container))
+    assert [(r.system, r.history, r.question.replace("\n", " "), r.chosen, r.rejected) for r in rows] == [
+        ("Be kind.", (("Hello", "Hi."),), USER, GOOD, BAD)
+    ] * 2
 
 
 def test_csv_with_newlines_in_cells_has_true_line_numbers_and_loses_only_broken_rows(tmp_path):

@@ -49,7 +49,7 @@ def text_of(content: Any) -> str:
             continue
         if not isinstance(part, dict):
             raise Drop("wrong_type", f"a part of a message must be text, not {type(part).__name__}")
-        kind = str(part.get("type", "text"))
+        kind = str(part.get("type") or "text")
         if kind in TOOL_PARTS:
             raise Drop("tool_calls", f"a message part of type {kind}: a triple cannot carry tool calls")
         if kind != "text":
