@@ -49,7 +49,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dedup", action="store_true", help="drop pairs that repeat an earlier one (case and white space aside)")
     add("--seed", type=int, default=0, help="of --pairs best-random")
     add("--report", metavar="R.json", help="counts, reasons and places as JSON")
-    add("--tokenizer", metavar="FOLDER", help="report lengths in tokens of this tokenizer too (else in characters alone)")
+    add("--tokenizer", metavar="FOLDER", help="report lengths in tokens of this tokenizer too")
     return parser.parse_args(argv)
 
 
