@@ -76,7 +76,7 @@ def test_a_string_prompt_becomes_the_question(source, capsys):
 
 
 def test_converting_the_output_again_changes_nothing(source, capsys):
-    rows = [triple(1, system="S", history=[["a", "b"]]), triple(2, question="a\u2028b\n 发烧😀 \\u0000 \"")]
+    rows = [triple(1, system="S", history=[["a", "b"]]), triple(2, question='a\u2028b\n 发烧😀 \\u0000 "')]
     _, once, _, _ = convert(capsys, source(*rows))
     _, twice, _, _ = convert(capsys, source(*once))
     assert once == twice and once[0]["history"] == [["a", "b"]] and once[1]["question"] == rows[1]["question"]
@@ -309,4 +309,3 @@ def test_real_hh(tmp_path, capsys):
     assert content["examples"]["empty_answer"][0]["line"] == 87
     assert "not meant for supervised training" in content["warnings"][0]
     assert len(read(tmp_path / "o.jsonl")[0]) == 2299
-
