@@ -94,7 +94,7 @@ def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
 
 
 def _asks_nothing(format: Format, row: RowDict) -> bool:
-    return format in _BY_QUESTION and any(row.get(column) == "" for column in format.question.split("|"))
+    return format in _BY_QUESTION and row[format.question_column(row)] == ""
 
 
 def _refuse_ambiguity(best: Format, rows: Sequence[RowDict]) -> None:
@@ -104,8 +104,8 @@ def _refuse_ambiguity(best: Format, rows: Sequence[RowDict]) -> None:
         rivals = {other: _columns(other.answers, row) for other in others if not other.answers & best.answers}
         mine = _columns(best.answers, row)
         if not rivals and best in _BY_QUESTION:
-            rivals = {other: other.question for other in others if _other_question(best, other, row)}
-            mine = best.question
+            rivals = {other: other.question_column(row) for other in others if _other_question(best, other, row)}
+            mine = best.question_column(row)
         if rivals:
             names = ", ".join(f"{format.name} ({columns})" for format, columns in [(best, mine), *rivals.items()])
             advice = "say which with --format (in training --data_format)"

@@ -75,10 +75,9 @@ class Format:
     detected: bool = True  # False: of the same shape as another format, so it has to be named
     uses: frozenset[str] = frozenset()  # those of OPTIONAL that make a difference to its pairs
 
-    @property
-    def question(self) -> str:
-        """The column of the question, of a format that takes it from one of its own."""
-        return next(need for need in self.needs if not self.answers.intersection(need.split("|")))
+    def question_column(self, row: RowDict) -> str:
+        """Where a row that matches has its question, in a format that takes it from one column."""
+        return next(key for key in self.present(row) if key not in self.answers)
 
     def unused(self, options: Options) -> list[str]:
         """The choices of the user that make no difference to this format."""
