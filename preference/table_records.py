@@ -19,6 +19,9 @@ BATCH_ROWS = 64
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
 _LIST_COLUMNS = {"images", "videos", "audios", "tools"}
 _LITERAL_LIMIT = 1 << 20
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(?:role|content|from|value)\1\s*:""")
+# A Python string, or the place where numpy writes no comma between two objects of an array
+_STRING_OR_SEAM = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s*\{""", re.DOTALL)
 
 # ------------------------------------------------------------------------------------------------------- CSV
 
@@ -98,7 +101,11 @@ def _csv_record(line: int, header: list[str], cells: list[str]) -> Record | Faul
         return Fault(line, "broken_csv", f"{len(cells)} cells under {len(header)} columns")
     if any(not cell.isascii() and _STRAY_BYTE.search(cell) for cell in cells):
         return Fault(line, "invalid_utf8", "a byte that is not UTF-8")
-    return Record(line, {name: cell_value(name, cell) for name, cell in zip(header, cells, strict=True)})
+    row = {name: cell_value(name, cell) for name, cell in zip(header, cells, strict=True)}
+    for name, value in row.items():
+        if isinstance(value, str) and _MESSAGES.match(value):
+            return Fault(line, "broken_csv", f"the list of messages in column {name[:40]!r} cannot be parsed")
+    return Record(line, row)
 
 
 def cell_value(column: str, text: str) -> Any:
@@ -131,7 +138,13 @@ def _parsed(text: str) -> Any:
         for category in (DeprecationWarning, SyntaxWarning):  # what Python thinks of escapes in the data's text
             warnings.simplefilter("ignore", category)
         try:
-            return ast.literal_eval(text)  # tables written by pandas hold Python lists
+            return ast.literal_eval(text)  # tables written by pandas hold Python lists, or numpy's arrays of objects
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            pass
+        if not _MESSAGES.match(text):
+            return None
+        try:
+            return ast.literal_eval(_STRING_OR_SEAM.sub(lambda match: match[1] or "}, {", text))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
 

@@ -527,6 +527,18 @@ def test_python_lists_in_csv_cells(tmp_path):
     assert rows[0].history == (("Hello", "it's me"),)
 
 
+def test_message_lists_as_pandas_writes_numpy_arrays(tmp_path):
+    """Dataset.to_pandas().to_csv(): no comma between the objects, which may hold braces and quotes themselves."""
+    chosen, rejected = [u(), a("It's {a}\n {b} \"c\"")], [u(), a(BAD)]
+    both = {"chosen": chosen, "rejected": rejected}
+    cells = {side: "[" + "\n ".join(map(repr, turns)) + "]" for side, turns in both.items()}
+    rows, _ = read(write(tmp_path, as_csv([cells]), "rows.csv"))
+    assert (rows[0].question, rows[0].chosen, rows[0].rejected) == (USER, chosen[1]["content"], BAD)
+    rows, report = read(write(tmp_path, as_csv([cells, cells | {"chosen": cells["chosen"][:-3] + "]"}]), "rows.csv"))
+    assert len(rows) == 1 and report.dropped == {"broken_csv": 1}
+    assert "'chosen' cannot be parsed" in report.examples["broken_csv"][0]["detail"]
+
+
 def test_damaged_parquet_is_a_fault(tmp_path):
     rows, report = read(write(tmp_path, as_parquet([TRIPLE])[:-9], "rows.parquet"))
     assert rows == [] and report.dropped == {"broken_parquet": 1}
