@@ -19,7 +19,8 @@ BATCH_ROWS = 64
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
 _LIST_COLUMNS = {"images", "videos", "audios", "tools"}
 _LITERAL_LIMIT = 1 << 20
-_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(?:role|content|from|value)\1\s*:""")
+# How Python begins a list of messages or of candidates; JSON that is an answer's own text has other quotes
+_OBJECTS = re.compile(r"\s*\[\s*\{\s*'(?:role|content|from|value|text|answer|rank|model|response|annotations)'\s*:")
 # A Python string, or the place where numpy writes no comma between two objects of an array
 _STRING_OR_SEAM = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s*\{""", re.DOTALL)
 
@@ -103,8 +104,8 @@ def _csv_record(line: int, header: list[str], cells: list[str]) -> Record | Faul
         return Fault(line, "invalid_utf8", "a byte that is not UTF-8")
     row = {name: cell_value(name, cell) for name, cell in zip(header, cells, strict=True)}
     for name, value in row.items():
-        if isinstance(value, str) and _MESSAGES.match(value):
-            return Fault(line, "broken_csv", f"the list of messages in column {name[:40]!r} cannot be parsed")
+        if isinstance(value, str) and _OBJECTS.match(value):
+            return Fault(line, "broken_csv", f"the list of objects in column {name[:40]!r} cannot be parsed")
     return Record(line, row)
 
 
@@ -141,7 +142,7 @@ def _parsed(text: str) -> Any:
             return ast.literal_eval(text)  # tables written by pandas hold Python lists, or numpy's arrays of objects
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             pass
-        if not _MESSAGES.match(text):
+        if not _OBJECTS.match(text):
             return None
         try:
             return ast.literal_eval(_STRING_OR_SEAM.sub(lambda match: match[1] or "}, {", text))

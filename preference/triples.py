@@ -106,6 +106,7 @@ def iter_rows(
                 continue
             stats.add(row)
             yield row
+    reading.warn_of_choices_without_effect()
     if stats.rows:
         report.add_section(section, stats.to_dict())
 
@@ -116,6 +117,7 @@ class _Reading:
     options: Options
     strict: bool
     prompt_as_question: bool
+    formats: dict[str, Format] = field(default_factory=dict)  # of each source that was recognised
 
     def rows_of(self, source: str, on_file: Any, on_record: Any) -> Iterator[Row]:
         position = Position()
@@ -151,9 +153,7 @@ class _Reading:
             self.report.warn(f"{format.name}: {warning}")
         if others:
             self.report.warn(f"{source} mixes formats: it is read as {format.name}, but {others}")
-        for choice in format.unused(self.options):
-            flag = choice.replace("_", "-")
-            self.report.warn(f"{source}: {choice} (--{flag}) has no effect on the format {format.name}")
+        self.formats[source] = format
         if on_file is not None:
             on_file(source, format, why)
         return format
@@ -197,6 +197,17 @@ class _Reading:
                 "as questions as they stand; --split-system takes the known templates apart"
             )
         self.report.notes["prompt_looks_rendered"] += 1
+
+
+    def warn_of_choices_without_effect(self) -> None:
+        """A gap is missed by each file that has no scores; the other choices only where no file knows them."""
+        unused = [(choice, source) for source, format in self.formats.items() for choice in format.unused(self.options)]
+        for choice in dict(unused):
+            sources = [source for other, source in unused if other == choice]
+            if choice == "min_score_gap" or len(sources) == len(self.formats):
+                where = f"{sources[0]} ({self.formats[sources[0]].name})"
+                more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+                self.report.warn(f"{choice} (--{choice.replace('_', '-')}) has no effect on {where}{more}")
 
 
 def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -307,6 +307,16 @@ def test_whole_dialogues_need_no_question_beside_them(tmp_path):
         assert "mixes formats" in report.warnings[0] and "1 of the first 3 rows look like" in report.warnings[0]
 
 
+def test_choices_of_one_file_among_others(tmp_path):
+    write(tmp_path, lines(PKU | {"better_response_id": 1, "safer_response_id": 0}), "a.jsonl")
+    write(tmp_path, lines(TRIPLE), "b.jsonl")
+    write(tmp_path, lines(TRIPLE), "c.jsonl")
+    _, report = read(tmp_path, options=Options(axis="better", min_score_gap=1))
+    assert [warning for warning in report.warnings if "no effect" in warning] == [
+        f"min_score_gap (--min-score-gap) has no effect on {tmp_path / 'a.jsonl'} (pku-saferlhf) and 2 more"
+    ]
+
+
 def test_incomplete_candidates_are_left_out_and_counted(tmp_path):
     damaged = [completion(GOOD) | {"response": None}, completion(GOOD) | {"annotations": None}, "text"]
     for other in damaged:
@@ -536,6 +546,9 @@ def test_message_lists_as_pandas_writes_numpy_arrays(tmp_path):
     assert (rows[0].question, rows[0].chosen, rows[0].rejected) == (USER, chosen[1]["content"], BAD)
     rows, report = read(write(tmp_path, as_csv([cells, cells | {"chosen": cells["chosen"][:-3] + "]"}]), "rows.csv"))
     assert len(rows) == 1 and report.dropped == {"broken_csv": 1}
+    ranked = "[{'answer': 'Rest and water.', 'rank': 1.0}\n {'answer': 'No idea.', 'rank': 2.0}]"
+    nectar, _ = read(write(tmp_path, as_csv([{"prompt": USER, "answers": ranked}]), "rows.csv"))
+    assert (nectar[0].question, nectar[0].chosen, nectar[0].rejected) == (USER, GOOD, BAD)
     assert "'chosen' cannot be parsed" in report.examples["broken_csv"][0]["detail"]
 
 
