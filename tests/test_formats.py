@@ -552,6 +552,13 @@ def test_message_lists_as_pandas_writes_numpy_arrays(tmp_path):
     assert "'chosen' cannot be parsed" in report.examples["broken_csv"][0]["detail"]
 
 
+def test_message_lists_as_text_are_warned_about(tmp_path):
+    row = {"prompt": USER, "chosen": json.dumps([a(GOOD)]), "rejected": json.dumps([a(BAD)])}
+    rows, report = read(write(tmp_path, lines(row, row | {"rejected": BAD})))
+    assert len(rows) == 2 and rows[0].chosen == row["chosen"] and report.notes == {"message_lists_as_text": 1}
+    assert "written as text" in report.warnings[0]
+
+
 def test_damaged_parquet_is_a_fault(tmp_path):
     rows, report = read(write(tmp_path, as_parquet([TRIPLE])[:-9], "rows.parquet"))
     assert rows == [] and report.dropped == {"broken_parquet": 1}
