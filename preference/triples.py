@@ -198,7 +198,6 @@ class _Reading:
             )
         self.report.notes["prompt_looks_rendered"] += 1
 
-
     def warn_of_choices_without_effect(self) -> None:
         """A gap is missed by each file that has no scores; the other choices only where no file knows them."""
         unused = [(choice, source) for source, format in self.formats.items() for choice in format.unused(self.options)]

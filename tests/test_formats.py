@@ -539,7 +539,7 @@ def test_python_lists_in_csv_cells(tmp_path):
 
 def test_message_lists_as_pandas_writes_numpy_arrays(tmp_path):
     """Dataset.to_pandas().to_csv(): no comma between the objects, which may hold braces and quotes themselves."""
-    chosen, rejected = [u(), a("It's {a}\n {b} \"c\"")], [u(), a(BAD)]
+    chosen, rejected = [u(), a('It\'s {a}\n {b} "c"')], [u(), a(BAD)]
     both = {"chosen": chosen, "rejected": rejected}
     cells = {side: "[" + "\n ".join(map(repr, turns)) + "]" for side, turns in both.items()}
     rows, _ = read(write(tmp_path, as_csv([cells]), "rows.csv"))

@@ -78,8 +78,8 @@ def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
     for row in rows:
         if match := next((format for format in _DETECTED if format.matches(row)), None):
             if _asks_nothing(match, row):  # `instruction` may stand empty beside a question
-                others = (format for format in _BY_QUESTION if format.matches(row) and not _asks_nothing(format, row))
-                match = next(others, match)
+                asking = (format for format in _BY_QUESTION if format.matches(row) and not _asks_nothing(format, row))
+                match = next(asking, match)
             votes[match.name] += 1
     if votes:
         best = FORMATS[votes.most_common(1)[0][0]]
@@ -87,9 +87,9 @@ def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
         if best.only_when_named:
             raise NotRecognised("ambiguous_format", f"looks like {best.name} ({best.what}): {best.only_when_named}")
         needs = ", ".join(best.present(next(filter(best.matches, rows))))
-        others = ", ".join(f"{count} of the first {len(rows)} rows look like {name}" for name, count in votes.items()
-                           if name != best.name)  # fmt: skip
-        return Recognised(best, f"{votes[best.name]} of the first {len(rows)} rows have {needs}", others)
+        of_the_first = f"of the first {len(rows)} rows"
+        others = [f"{count} {of_the_first} look like {name}" for name, count in votes.items() if name != best.name]
+        return Recognised(best, f"{votes[best.name]} {of_the_first} have {needs}", ", ".join(others))
     return _near_miss(rows)
 
 
@@ -128,7 +128,7 @@ def _other_question(best: Format, other: Format, row: RowDict) -> bool:
 
 
 def _near_miss(rows: Sequence[RowDict]) -> Recognised:
-    refusals = Counter(refused.message for row in rows for refused in REFUSED[:] if refused.matches(row))
+    refusals = Counter(refused.message for row in rows for refused in REFUSED if refused.matches(row))
     if refusals:
         raise NotRecognised("not_preference", f"no preference pairs: {refusals.most_common(1)[0][0]}")
     nearest: dict[str, list[str]] = {}
