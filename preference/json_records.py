@@ -103,12 +103,10 @@ def parse_line(line: int, raw: bytes) -> Record | Fault:
         return Fault(line, "broken_json", f"{error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return Fault(line, "broken_json", "nested too deeply")
-    except ValueError as error:  # a key that stands twice, an integer of thousands of digits
-        return Fault(line, _reason_of(error), str(error))
-
-
-def _reason_of(error: ValueError) -> str:
-    return "duplicate_key" if isinstance(error, DuplicateKey) else "broken_json"
+    except DuplicateKey as error:
+        return Fault(line, "duplicate_key", str(error))
+    except ValueError as error:  # an integer of thousands of digits
+        return Fault(line, "broken_json", str(error))
 
 
 # ------------------------------------------------------------------------------- arrays, concatenated objects
@@ -189,6 +187,7 @@ class _Broken(NamedTuple):
 
 def _next_value(window: _Window, decode: Any) -> Any:
     """The value at the window's position, consumed; or `_Broken`, not consumed; or a Fault for bad bytes in it."""
+    twice: DuplicateKey | None = None
     while True:
         start = window.pos
         try:
@@ -206,18 +205,19 @@ def _next_value(window: _Window, decode: Any) -> Any:
         except RecursionError:
             newline = window.text.find("\n", start)
             return _Broken(newline if newline > 0 else len(window.text), "broken_json", "nested too deeply")
-        except DuplicateKey as error:
-            line = window.line
-            window.advance(json.JSONDecoder().raw_decode(window.text, start)[1])
-            return Fault(line, _reason_of(error), str(error))
+        except DuplicateKey as error:  # once more without looking for them, to find the value's end
+            twice, decode = error, json.JSONDecoder().raw_decode
+            continue
         except ValueError as error:  # an integer of thousands of digits
-            return _Broken(start + 1, _reason_of(error), str(error))
+            return _Broken(start + 1, "broken_json", str(error))
         if not isinstance(value, dict) and end == len(window.text) and not window.ended:
             window.more()
             continue  # 12 may be the beginning of 123
         stray = _STRAY_BYTE.search(window.text, start, end) if window.stray_bytes else None
         line = window.line
         window.advance(end)
+        if twice:
+            return Fault(line, "duplicate_key", str(twice))
         if stray:
             return Fault(line, "invalid_utf8", f"byte 0x{ord(stray.group()) - 0xDC00:02x} is not UTF-8")
         return value

@@ -276,6 +276,17 @@ def test_objects_in_one_line_without_an_array(tmp_path):
     assert [row.line for row in rows] == [2, 3] and places(report, "broken_json") == [1]
 
 
+@pytest.mark.parametrize("chunk", [16, 1 << 17])
+def test_a_key_that_stands_twice_in_an_element_that_is_broken_besides(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(json_records, "CHUNK", chunk)
+    twice = b'{"question": "q", "response_chosen": {"a": 1, "a": 2}, %s "response_rejected": "b"}'
+    good = [json.dumps(triple(i)).encode() for i in range(3)]
+    for rest, reason in ((b"", "duplicate_key"), (b'"x",', "broken_json"), (b'"x": 1e,', "broken_json")):
+        raw = b"[" + b",\n".join([good[0], twice % rest, *good[1:]]) + b"]"
+        rows, report = read(write(tmp_path, raw, "rows.json"))
+        assert [row.line for row in rows] == [1, 3, 4] and places(report, reason) == [2]
+
+
 def test_a_key_that_stands_twice_with_one_value_is_harmless(tmp_path):
     rows, report = read(write(tmp_path, lines(triple(1)).replace(b"{", b'{"question": "question 1", ')))
     assert len(rows) == 1 and not report.dropped
