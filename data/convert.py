@@ -22,7 +22,7 @@ from typing import IO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preference.data_report import DataError, DataReport  # noqa: E402
-from preference.formats import FORMATS, Format, Options, get_format, parse_columns  # noqa: E402
+from preference.formats import FORMATS, Format, Options, checked, parse_columns  # noqa: E402
 from preference.readers import HUB, Position, find_sources  # noqa: E402
 from preference.token_lengths import TokenLengths  # noqa: E402
 from preference.triples import Repeats, Row, iter_rows  # noqa: E402
@@ -54,8 +54,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    if args.format != "auto":
-        get_format(args.format)
     if args.max_per_prompt < 0:
         raise ValueError(f"--max-per-prompt must not be negative, it is {args.max_per_prompt}")
     if Path(args.output).resolve() in {Path(path).resolve() for path in args.input}:
@@ -63,7 +61,7 @@ def options_of(args: argparse.Namespace) -> Options:
     for name in ("output", "report"):
         if getattr(args, name) and Path(getattr(args, name)).is_dir():
             raise ValueError(f"--{name} must name a file, {getattr(args, name)} is a folder")
-    return Options(
+    options = Options(
         format=args.format,
         columns=parse_columns(args.columns) if args.columns else None,
         axis=args.axis,
@@ -72,6 +70,7 @@ def options_of(args: argparse.Namespace) -> Options:
         split_system=args.split_system,
         seed=args.seed,
     )
+    return checked(options)
 
 
 def triple_line(row: Row) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from preference.formats import Options, checked, parse_columns
+
 LOSSES = ("orpo", "dpo", "robust", "simpo", "ipo", "cpo", "hinge")
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "zero3_offload")
 
@@ -295,6 +297,12 @@ def _check(args: Arguments) -> None:
         raise ArgumentError("engine=trl computes nll_scope=sequence alone; the other scopes need engine=packed")
     if args.objective.engine == "trl" and args.objective.label_smoothing:
         raise ArgumentError("engine=trl is run without label smoothing; engine=packed has it")
+    data = args.data
+    try:
+        columns = parse_columns(data.columns) if data.columns else None
+        checked(Options(data.data_format, columns, data.axis, data.min_score_gap))
+    except ValueError as error:
+        raise ArgumentError(f"data_format, columns, axis, min_score_gap: {error}") from None
     if {"resume", "resume_from_checkpoint"} <= args.given:
         raise ArgumentError("resume and resume_from_checkpoint are the same flag: give one of them")
     if not (args.run.do_train or args.run.do_eval):

@@ -67,6 +67,11 @@ def test_a_flag_that_this_run_ignores_is_an_error(words):
         (["--max_target_length", "0"], "at least 1"),
         (["--do_train", "false", "--do_eval", "false"], "nothing to do"),
         (["stray"], "belongs to no flag"),
+        (["--data_format", "triples"], "did you mean triple"),
+        (["--data_format", "columns"], "needs the columns"),
+        (["--data_format", "orca", "--columns", "question=a,chosen=b,rejected=c"], "not together"),
+        (["--columns", "question=a,chosen=b"], "missing rejected"),
+        (["--min_score_gap", "nan"], "must be a number"),
     ],
 )
 def test_contradictions_are_refused(words, message):

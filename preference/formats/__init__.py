@@ -13,8 +13,8 @@ from preference.formats.columns import COLUMNS, parse_columns
 from preference.formats.refused import REFUSED, carried_beyond_text
 from preference.formats.triple import TRIPLE
 
-__all__ = ["FORMATS", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "get_format", "parse_columns",
-           "read_row", "recognise"]  # fmt: skip
+__all__ = ["FORMATS", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "checked", "get_format",
+           "parse_columns", "read_row", "recognise"]  # fmt: skip
 
 # The order is the order of recognition: a shape comes before the more general one that it would also match.
 _ALL = (
@@ -58,6 +58,15 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
+def checked(options: Options) -> Options:
+    """`options` themselves. Raises ValueError if the format does not exist, or lacks its columns."""
+    if options.format != "auto":
+        get_format(options.format)
+    if options.format == COLUMNS.name and not options.columns:
+        raise ValueError("format=columns needs the columns: question=...,chosen=...,rejected=...")
+    return options
+
+
 def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | Drop]:
     """The pairs of one row. May raise Drop for the row as a whole."""
     beyond = carried_beyond_text(row)
@@ -68,10 +77,8 @@ def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | 
 
 def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
     """Which format `rows` (the first of a file) are in. Raises NotRecognised, ValueError for an unknown name."""
-    if options.columns:
+    if checked(options).columns:
         return Recognised(COLUMNS, "columns named by the user")
-    if options.format == COLUMNS.name:
-        raise ValueError("format=columns needs the columns: question=...,chosen=...,rejected=...")
     if options.format != "auto":
         return Recognised(get_format(options.format), "named by the user")
     votes: Counter[str] = Counter()
