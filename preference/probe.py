@@ -169,9 +169,10 @@ def prepare(model: nn.Module, *, share_prompt: bool = True) -> Engine:
         _refuse_by_config(lm)
         if next(lm.parameters()).device.type == "cpu":
             cpu_memory.keep_freed_memory()
-            share_casts(lm)
-            lighten_norms(lm)
-            join_adapters(model)
+            if all(p.numel() for p in lm.parameters()):  # not while ZeRO-3 has them dealt out
+                share_casts(lm)
+                lighten_norms(lm)
+                join_adapters(model)
         patch_forward(lm)
         choice = [_choose(model, lm, share_prompt)]
         if dist.is_available() and dist.is_initialized():  # a rank whose weights are elsewhere could not measure

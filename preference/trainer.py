@@ -132,7 +132,8 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        if self.args.bf16 and self.args.device.type == "cpu" and not self.is_fsdp_enabled:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.args.bf16 and self.args.device.type == "cpu" and not sharded:
             hold_frozen(model, torch.bfloat16)
         self.references: References | None = None
         if objective.needs_reference:

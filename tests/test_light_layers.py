@@ -105,6 +105,8 @@ def test_held_weights_generate_with_and_without_the_adapter() -> None:
     hold_frozen(model, torch.bfloat16)
     rounded = model(torch.arange(5, 25)[None]).logits
     assert rounded.dtype == torch.float32 and 0 < float((rounded - plain).norm() / plain.norm()) < 0.02
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    assert layer(torch.randn(2, layer.in_features)).dtype == torch.float32
     ids = torch.tensor([[5, 6, 7]])
     assert model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape[1] > 3
     with model.disable_adapter():
