@@ -15,7 +15,9 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from preference.arguments import Arguments, parse_arguments
 
 RANK = int(os.environ.get("RANK", "0"))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+LOST_TOUCH = ("onnection closed", "onnection reset", "roken pipe", "NCCL")  # in errors of a collective that another left
 STOP_FILE = Path(os.environ["ORPO_STOP_FILE"]) if "ORPO_STOP_FILE" in os.environ else None  # of torchrun/launch.py
 
 
@@ -30,6 +33,7 @@ def main() -> None:
     args = parse_arguments()
     stay_private()
 
+    from preference.agreement import on_every_rank
     from preference.evaluation import Evaluation
     from preference.hardware import detect
     from preference.model import load_tokenizer, untuned
@@ -44,12 +48,14 @@ def main() -> None:
     training = training_arguments(args, hardware)
     compare_settings(args)
     say(f"device: {hardware}; computing in {'bfloat16' if training.bf16 else 'float32'}")
-    source = find_model(args)
-    tokenizer = load_tokenizer(args.model.tokenizer_name_or_path or source, args.model)
-    conversation = load_template(args, tokenizer)
+    with on_every_rank():
+        source = find_model(args)
+        tokenizer = load_tokenizer(args.model.tokenizer_name_or_path or source, args.model)
+        conversation = load_template(args, tokenizer)
 
     # ---- load, check, render, tokenize, filter
-    train_set, eval_set, questions = load_data(args, conversation, tokenizer)
+    with on_every_rank():
+        train_set, eval_set, questions = load_data(args, conversation, tokenizer)
     compare_data(train_set, eval_set)
     show_first_pair(train_set or eval_set, tokenizer)
 
@@ -110,6 +116,21 @@ def leave_after_signal() -> None:
     if STOP_FILE is not None:
         STOP_FILE.touch()
     sys.exit(EXIT_STOPPED if STOP_FILE is None else 0)
+
+
+def let_the_cause_speak(error: Exception) -> None:
+    """Wait where another process has the same to say, or the reason why this one lost touch with it.
+
+    torchrun ends this process meanwhile, so that the cause is shown once. If it is on another machine a line says so.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if any(words in str(error) for words in LOST_TOUCH):
+        time.sleep(10)
+        reason = str(error).splitlines()[0]
+        sys.exit(f"orpo_train.py: rank {RANK} lost touch with another, whose output says why ({reason})")
+    time.sleep(3 if int(os.environ.get("LOCAL_RANK", "0")) else 0)
 
 
 def compare_settings(args: Arguments) -> None:
@@ -455,6 +476,7 @@ if __name__ == "__main__":
     except Exception as error:
         if type(error).__name__ == "StoppedBySignal":
             leave_after_signal()
+        let_the_cause_speak(error)
         # The project's own errors are written for the user; a traceback would only hide them. All others are faults.
         if not type(error).__module__.startswith(("preference", "conversation")):
             raise

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,27 @@ def compare_ranks(facts: Mapping[str, Any]) -> None:
             "the processes of this run are not alike, so they would train apart. " + ". ".join(faults)
             + ". Each machine needs the same checkout, settings, model and data"
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def on_every_rank() -> Iterator[None]:
+    """What fails within on one rank fails on all of them, by rank and machine, instead of leaving them to wait for it.
+
+    No collective may be called within; one small one is at the end.
+
+    Raises:
+        AgreementError: on the ranks that did not fail. The others raise what they had.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    failures = gather_object([error and (socket.gethostname(), f"{type(error).__name__}: {error}")])
+    if error is not None:
+        raise error
+    failed = [(rank, *failure) for rank, failure in enumerate(failures) if failure]
+    if failed:
+        rank, host, text = failed[0]
+        more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
+        raise AgreementError(f"rank {rank} on {host}{more} cannot go on: {text}")

@@ -215,6 +215,8 @@ class Checkpoints:
         self._all_wrote(error, final)
         if self.args.should_save:
             try:
+                if not any(temporary.glob("*.safetensors")):
+                    raise OSError(f"the Trainer wrote no weights into {temporary}")
                 write_manifest(temporary, {"step": self.state.global_step, **self.run})
                 publish(temporary, final)
                 prune(output_dir, self.run.get("run"), self.args.save_total_limit)

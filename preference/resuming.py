@@ -24,6 +24,7 @@ from preference.checkpoints import (
     read_manifest,
     recover,
 )
+from preference.head import causal_lm
 from preference.identity import differences
 from preference.outcome import save_json
 
@@ -78,6 +79,8 @@ def _see_disks(trainer: Any, output_dir: Path) -> None:
             "together: put output_dir on a shared file system, or use strategy=ddp"
         )
     trainer.args.save_on_each_node = True
+    # save_pretrained of transformers 5.23 writes weights on rank 0 alone, whatever the Trainer asks of it
+    causal_lm(trainer.model).should_save_on_this_rank = lambda is_main_process: is_main_process
 
 
 def _latest(output_dir: Path, run: str | None, keeper: bool, notes: list[str]) -> Path | None:
