@@ -25,7 +25,7 @@ from preference.arguments import Arguments, parse_arguments
 
 RANK = int(os.environ.get("RANK", "0"))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-LOST_TOUCH = ("onnection closed", "onnection reset", "roken pipe", "NCCL")  # in errors of a collective that another left
+LOST_TOUCH = ("onnection closed", "onnection reset", "roken pipe", "NCCL")  # said by a collective that another left
 STOP_FILE = Path(os.environ["ORPO_STOP_FILE"]) if "ORPO_STOP_FILE" in os.environ else None  # of torchrun/launch.py
 
 
@@ -36,9 +36,11 @@ def main() -> None:
     from preference.agreement import on_every_rank
     from preference.evaluation import Evaluation
     from preference.hardware import detect
+    from preference.heartbeat import watch_machines
     from preference.model import load_tokenizer, untuned
     from preference.progress import attach_progress
     from preference.resuming import finish
+    from preference.sharding import join_deepspeed
     from preference.signals import StoppedBySignal, StopSignals, StopTogether
 
     leave_if_stopped()
@@ -46,7 +48,9 @@ def main() -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     hardware = detect(args.run.use_cpu)
     training = training_arguments(args, hardware)
+    join_deepspeed(args.run.strategy)
     compare_settings(args)
+    watch_machines(os.environ, args.run.lost_after)
     say(f"device: {hardware}; computing in {'bfloat16' if training.bf16 else 'float32'}")
     with on_every_rank():
         source = find_model(args)

@@ -149,6 +149,9 @@ class RunArguments:
     strategy: str = opt(
         "ddp", "how processes share a model (torchrun/README.md): ddp = each holds all of it", STRATEGIES
     )
+    lost_after: int = opt(
+        60, "seconds without a sign of life after which another machine counts as lost and the run ends (0: never)"
+    )
     bf16: bool | None = opt(None, "bfloat16 autocast over the weights (unset: where the hardware has it)")
     gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third slower")
     torch_compile: bool = opt(False, "compile the model: minutes at the start, faster steps on a GPU")

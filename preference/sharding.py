@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -38,6 +39,17 @@ def strategy_options(strategy: str, world_size: int) -> dict[str, Any]:
             "which shares out weights, gradients and optimizer as zero3 does and needs nothing else"
         )
     return {"deepspeed": str(CONFIGS / f"{strategy}.json")}
+
+
+def join_deepspeed(strategy: str) -> None:
+    """Tell DeepSpeed of the process group that accelerate has made: on CPU processes accelerate does not, and ZeRO-3
+    would take each process for the only one. Before a model is loaded.
+    """
+    if strategy.startswith("zero"):
+        import deepspeed
+
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
 
 
 def takes_all_ranks(trainer: Any) -> bool:

@@ -15,10 +15,12 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from transformers import Trainer
 
+from preference.stalls import waiting_for_rows
+
 logger = logging.getLogger(__name__)
 
 SHOWN = 20  # rows written out in a message; `TrainingError.rows` holds all of them
-NEEDED = ("_get_grad_norm", "_save_checkpoint")
+NEEDED = ("get_batch_samples", "_get_grad_norm", "_save_checkpoint")
 if missing := [name for name in NEEDED if not hasattr(Trainer, name)]:
     raise ImportError(
         f"this transformers' Trainer has no {', '.join(missing)}; the watchdog is written for 5.17 to 5.23"
@@ -75,6 +77,10 @@ class Watchdog:
 
     _watched: list[tuple[Tensor, list[str]]]
     _spike_meter: SpikeMeter
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        with waiting_for_rows(self.state.global_step + 1, self.args.process_index):
+            return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         rows = inputs.pop("source", [])

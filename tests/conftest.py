@@ -55,3 +55,11 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("../shared is not there")
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_run_is_left():
+    """A test that fails while a run of its own is going on takes it along."""
+    yield
+    if launched := sys.modules.get("launched"):
+        launched.end_all()

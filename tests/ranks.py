@@ -12,12 +12,16 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 import torch.distributed as dist  # noqa: E402
 from training import lora, make_pairs, make_trainer, pairs_of, poison  # noqa: E402
 
+from preference.sharding import strategy_options  # noqa: E402
 from preference.watchdog import TrainingError  # noqa: E402
 from tiny import tiny_model  # noqa: E402
 
 
 def train_one(output: Path, run: dict) -> dict:
-    """One run: `pairs` and `eval_pairs` are (count, seed), `adapter` a kind of model; the rest is for make_trainer."""
+    """One run: `pairs` and `eval_pairs` are (count, seed), `adapter` a kind of model; the rest is for make_trainer.
+
+    Runs under strategy=fsdp come last: accelerate keeps the first it sees of it for the process.
+    """
     run = dict(run)
     pairs = make_pairs(*run.pop("pairs"))
     if "poisoned_row" in run:
@@ -30,6 +34,8 @@ def train_one(output: Path, run: dict) -> dict:
         model = lora(model)
     evaluation = make_pairs(*evaluation) if evaluation else None
     before = run.pop("evaluate_before", False)
+    if (strategy := run.pop("strategy", "ddp")) != "ddp":
+        run |= strategy_options(strategy, dist.get_world_size())
     trainer = make_trainer(run.pop("engine", "packed"), output, pairs, model=model, eval_pairs=evaluation, **run)
     if before:
         trainer.evaluate()

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import launch, wait_for_step
 from safetensors.torch import load_file
-from test_signals import EXIT_STOPPED, folder, launch, wait_for_step  # noqa: F401  the fixture among them
+from test_signals import EXIT_STOPPED, folder  # noqa: F401  a fixture
 
 from preference.checkpoints import checkpoint_folders, fault
 from preference.sharding import StrategyError, strategy_options

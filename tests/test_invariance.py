@@ -85,30 +85,42 @@ def on_ranks(world: int, runs: list[dict], folder: Path) -> list[list[dict]]:
     return json.loads((folder / "out.json").read_text())
 
 
+BASE = STEPS | {"pairs": [19, 0], "eval_pairs": [7, 1], "evaluate_before": True, "per_device_train_batch_size": 2}
+VARIANTS = [
+    {"loss": loss, "adapter": adapter, **tokens}
+    for loss in ("orpo", "dpo")
+    for adapter in (False, True)
+    for tokens in ({}, {"max_tokens_per_micro_batch": 80})
+]
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return [train_one(folder, BASE | variant | {"gradient_accumulation_steps": 4}) for variant in VARIANTS]
+
+
 @pytest.mark.slow
-def test_on_one_rank_and_on_two(tmp_path):
-    """Full and LoRA, ORPO and DPO, cut by pairs and by tokens; of 33 pairs the last step has 1; evaluation of 7."""
-    base = STEPS | {"pairs": [33, 0], "eval_pairs": [7, 1]}
-    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    variants = [
-        {"loss": loss, "adapter": adapter, "evaluate_before": True, **tokens}
-        for loss in ("orpo", "dpo")
-        for adapter in (False, True)
-        for tokens in ({}, {"max_tokens_per_micro_batch": 80})
-    ]
-    two = on_ranks(2, [base | small | variant for variant in variants], tmp_path / "two")
-    twice = small | {"gradient_accumulation_steps": 8}
-    one = [train_one(tmp_path / "one", base | twice | variant) for variant in variants]
-    assert len(two) == 2
-    for alone, first, second in zip(one, *two, strict=True):
+@pytest.mark.parametrize("world", [2, 4])
+def test_on_one_rank_and_on_more(on_one_rank, tmp_path, world):
+    """8 pairs a step as 1 x 4, 2 x 2 and 4 x 1 micro-batches, cut by pairs or by tokens; 3 pairs are left for the last.
+
+    Full and LoRA, ORPO and DPO, DDP and FSDP2; an evaluation before and one after.
+    """
+    accumulation = {"gradient_accumulation_steps": 4 // world}
+    ddp = [BASE | variant | accumulation for variant in VARIANTS]
+    fsdp = [run | {"strategy": "fsdp"} for run in ddp]
+    ranks = on_ranks(world, ddp + fsdp, tmp_path / "ranks")
+    assert len(ranks) == world
+    for alone, *others in zip(on_one_rank + on_one_rank, *ranks, strict=True):
         expected = [entry for entry in alone["log"] if "loss" in entry]
         assert len(expected) == 3
-        for rank in (first, second):
+        names = [*NAMES, *(name for name in expected[0] if name in METRICS)]
+        metrics = ["eval_loss", *(name for name in alone["metrics"] if name.removeprefix("eval_") in METRICS)]
+        assert len(metrics) >= 5
+        for rank in others:
             actual = [entry for entry in rank["log"] if "loss" in entry]
-            names = [*NAMES, *(name for name in expected[0] if name in METRICS)]
             close([tuple(e[n] for n in names) for e in actual], [tuple(e[n] for n in names) for e in expected])
-            metrics = ["eval_loss", *(name for name in alone["metrics"] if name.removeprefix("eval_") in METRICS)]
-            assert len(metrics) >= 5
             close([[rank["metrics"][n] for n in metrics]], [[alone["metrics"][n] for n in metrics]], strict=1)
 
 

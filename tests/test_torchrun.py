@@ -29,7 +29,7 @@ def echo(tmp_path: Path) -> Path:
 
 
 def start(script: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    names = ("NPROC", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "strategy")
+    names = "NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT MAX_RESTARTS OMP_NUM_THREADS strategy".split()
     kept = {name: value for name, value in os.environ.items() if name not in names}
     return subprocess.run([SHELL, str(script), *words], env=kept | env, text=True, capture_output=True)
 
@@ -50,6 +50,17 @@ def test_many_machines_by_environment_or_by_words(echo: Path) -> None:
     words = [f"{name}={value}" for name, value in settings.items()]
     result = start(echo / "run_multi_node.sh", *words, "--seed", "7", NPROC="8", NODE_RANK="0")
     assert expected in result.stdout and "FLAGS --seed 7\n" in result.stdout
+
+
+@pytest.mark.parametrize("words", [["--rdzv", "NNODES=2"], ["NNODES=1:2"], ["NNODES=2", "MAX_RESTARTS=3"]])
+def test_machines_that_number_themselves(echo: Path, words: list[str]) -> None:
+    """Restarts need it too: with fixed numbers torchrun's processes would find what dead ones have left."""
+    result = start(echo / "run_multi_node.sh", *words, "MASTER_ADDR=a", "--seed", "7", NPROC="2")
+    nodes = next(word for word in words if "NNODES" in word).partition("=")[2]
+    restarts = " --max_restarts 3" if "MAX_RESTARTS=3" in words else ""
+    rendezvous = "--rdzv_backend c10d --rdzv_id orpo --rdzv_endpoint a:29500"
+    assert f"ARGS --nnodes {nodes} --nproc_per_node 2 {rendezvous}{restarts}\n" in result.stdout, result.stderr
+    assert "FLAGS --seed 7\n" in result.stdout
 
 
 @pytest.mark.parametrize(

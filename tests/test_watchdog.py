@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import re
+import time
 
 import pytest
 import torch
 from training import make_pairs, make_trainer, pairs_of, poison, same_weights, weights_of
 
+from preference import batching, stalls, trl_engine
 from preference.watchdog import SHOWN, SpikeMeter, TrainingError, name_rows
 from tiny import tiny_model
 
@@ -132,6 +136,38 @@ def test_a_spike_is_reported_with_its_rows(engine, tmp_path, caplog):
     (message,) = [record.getMessage() for record in caplog.records if record.name == "preference.watchdog"]
     assert message.startswith("step 25: the loss is ")
     assert message.count("pairs.jsonl:") == 4
+
+
+@ENGINES
+def test_a_data_worker_that_stands_still_is_reported(engine, tmp_path, monkeypatch, caplog):
+    """It waits for a file that is written when the warning is there; then training goes on to its end."""
+    reported = tmp_path / "reported"
+
+    class Watch(logging.Handler):
+        def emit(self, record):
+            reported.touch()
+
+    module, name = (batching, "pack_pairs") if engine == "packed" else (trl_engine, "_pad")
+    prepare = getattr(module, name)
+
+    def stands_still(*args, **kwargs):
+        while multiprocessing.parent_process() and not reported.exists():
+            time.sleep(0.01)
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, stands_still)
+    monkeypatch.setattr(stalls, "STALL_SECONDS", 0.2)
+    watch = Watch()
+    stalls.logger.addHandler(watch)
+    trainer = make_trainer(engine, tmp_path, make_pairs(8), max_steps=2, dataloader_num_workers=1)
+    try:
+        trainer.train()
+    finally:
+        stalls.logger.removeHandler(watch)
+    assert trainer.state.global_step == 2
+    first = next(record.getMessage() for record in caplog.records if record.name == "preference.stalls")
+    words = r"rank 0 has waited 0.2 s for the rows of step 1; its data workers: process \d+ (waiting|computing)"
+    assert re.fullmatch(words, first)
 
 
 def test_long_lists_of_rows_are_cut_in_the_message():

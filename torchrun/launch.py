@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from meeting import MeetingError, meet, settings
+
 ECHO = 2.0  # seconds in which another signal is taken for the same one (preference/signals.py)
 EXIT_STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -63,7 +65,15 @@ class Relay:
 
 
 def main() -> int:
+    machines = settings(sys.argv[1:])
+    try:
+        store = machines and meet(machines)  # noqa: F841  torchrun finds it open
+    except MeetingError as error:
+        print(f"torchrun: {error}", file=sys.stderr)
+        return 1
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS_OF_TORCHRUN  # older ones have no flag for it
+    # Otherwise the processes of a restart find in the store what the dead ones had left (torch 2.13), and wait for them
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     folder = tempfile.TemporaryDirectory(prefix="orpo-stop-")
     stop_file = Path(folder.name) / "stop"
     os.environ["ORPO_STOP_FILE"] = str(stop_file)

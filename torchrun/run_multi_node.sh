@@ -13,8 +13,9 @@
 #   NPROC        processes on this machine, one a GPU (default: the number of visible GPUs; 2 on a CPU)
 #   strategy     ddp: each process holds the whole model; fsdp, zero3: a part of it; zero2, zero3_offload: see README.md
 #   MAX_RESTARTS start again from the last checkpoint that many times by itself if a process dies (default 0)
-# Elastic: NNODES=1:4 takes between one and four machines, whichever are there; MASTER_ADDR is then any one of them, and
-# NODE_RANK is not needed.
+# Elastic, with --rdzv ahead of the other flags, or NNODES=MIN:MAX, or MAX_RESTARTS: the machines meet at MASTER_ADDR, any
+# one of them, and number themselves (NODE_RANK is not needed). NNODES=1:4 takes between one and four, whichever are there.
+#   sh torchrun/run_multi_node.sh --rdzv NNODES=1:4 MAX_RESTARTS=3 MASTER_ADDR=10.0.0.1     on each
 # Every variable and flag of run_orpo.sh counts too, and must be the same on every machine. See README.md here.
 
 set -eu
@@ -22,11 +23,13 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 fail() { printf 'torchrun: %s\n' "$*" >&2; exit 2; }
 whole() { case $2 in '' | *[!0-9]*) fail "$1 is a whole number; got '$2'" ;; esac }
 
+rdzv=false
 while [ $# -gt 0 ]; do
     case $1 in
+    --rdzv) rdzv=true ;;
     NNODES=* | NODE_RANK=* | MASTER_ADDR=* | MASTER_PORT=* | NPROC=* | MAX_RESTARTS=* | strategy=*) eval "${1%%=*}=\${1#*=}" ;;
     --*) break ;;
-    *) fail "'$1' is not understood: first NAME=value with NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC, MAX_RESTARTS, strategy; then flags" ;;
+    *) fail "'$1' is not understood: first NAME=value with NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC, MAX_RESTARTS, strategy, or --rdzv; then flags" ;;
     esac
     shift
 done
@@ -45,9 +48,12 @@ fi
 whole NPROC "$NPROC"
 [ "$NPROC" -gt 0 ] && [ "${NNODES%%:*}" -gt 0 ] && [ "${NNODES##*:}" -ge "${NNODES%%:*}" ] || fail "NPROC and NNODES are at least 1, NNODES=MIN:MAX in that order; got NPROC=$NPROC NNODES=$NNODES"
 
+whole MAX_RESTARTS "${MAX_RESTARTS:=0}"
+[ "$MAX_RESTARTS" -eq 0 ] || rdzv=true
+[ "${NNODES#*:}" = "$NNODES" ] || rdzv=true
 if [ "$NNODES" = 1 ]; then # the port is the system's choice, and no name of this machine needs to be resolved
     TORCHRUN_ARGS="--standalone --local_addr 127.0.0.1 --nproc_per_node $NPROC"
-elif [ "${NNODES#*:}" != "$NNODES" ]; then # machines meet at MASTER_ADDR and number themselves
+elif [ "$rdzv" = true ]; then # machines meet at MASTER_ADDR and number themselves
     [ -n "${MASTER_ADDR:-}" ] || fail "set MASTER_ADDR, the address of one of the machines as the others reach it"
     MASTER_PORT=${MASTER_PORT:-29500}
     whole MASTER_PORT "$MASTER_PORT"
@@ -62,7 +68,6 @@ else
     TORCHRUN_ARGS="--nnodes $NNODES --node_rank $NODE_RANK --nproc_per_node $NPROC"
     TORCHRUN_ARGS="$TORCHRUN_ARGS --master_addr $MASTER_ADDR --master_port $MASTER_PORT"
 fi
-whole MAX_RESTARTS "${MAX_RESTARTS:=0}"
 [ "$MAX_RESTARTS" -eq 0 ] || TORCHRUN_ARGS="$TORCHRUN_ARGS --max_restarts $MAX_RESTARTS"
 export TORCHRUN_ARGS
 
