@@ -96,6 +96,14 @@ class Sharded:
                     module.reshard()
         return super().create_optimizer(*args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine that DeepSpeed makes for an evaluation under stage 3 cannot train, and it would be kept."""
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            self.deepspeed.destroy()
+            self.deepspeed, self.model_wrapped = None, self.model
+            self.accelerator._models.clear()
+        return super().train(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.shard()
         before_training = self.is_deepspeed_enabled and self.deepspeed is None and not is_deepspeed_zero3_enabled()

@@ -232,6 +232,16 @@ def test_a_full_disk_stops_with_a_message_and_keeps_the_last_good_checkpoint(tmp
     assert start.step == 2 and same_weights(weights_of(trainer.model), whole)
 
 
+def test_a_checkpoint_without_weights_is_none(tmp_path, monkeypatch):
+    """transformers 5.23 writes none on machines other than the first (preference/resuming.py sees to it)."""
+    trainer = make(tmp_path)
+    begin(trainer, "auto", IDENTITY)
+    monkeypatch.setattr(trainer, "save_model", lambda *args, **kwargs: None)
+    with pytest.raises(CheckpointError, match="checkpoint-2 could not be written: .* the Trainer wrote no weights"):
+        trainer.train()
+    assert not checkpoint_folders(tmp_path)
+
+
 def test_a_disk_too_small_is_refused_with_the_numbers_before_training(tmp_path, monkeypatch):
     trainer = make(tmp_path)
     check_disk(tmp_path, trainer.model, trainer.args, 3)

@@ -15,7 +15,7 @@ from launched import launch, wait_for_log, wait_for_step, workers
 from safetensors.torch import load_file
 from training import make_pairs, make_trainer, same_weights, weights_of
 
-from preference.agreement import AgreementError, compare_ranks
+from preference.agreement import AgreementError, compare_ranks, on_every_rank
 from preference.checkpoints import checkpoint_folders, fault
 from preference.signals import EXIT_STOPPED, StoppedBySignal, StopSignals, StopTogether
 from tiny import tiny_model, tiny_tokenizer
@@ -174,6 +174,23 @@ def test_ranks_that_differ_are_named(monkeypatch):
     assert "seed" not in str(error.value)
     monkeypatch.setattr(agreement, "gather_object", lambda values: values * 4)
     compare_ranks({"training data": "cafe"})
+
+
+def test_what_fails_on_one_rank_fails_on_all_by_name(monkeypatch):
+    from preference import agreement
+
+    def everyone(values):
+        return [None, *values, ("b", "TripleError: train.jsonl is not there"), None]
+
+    monkeypatch.setattr(agreement, "gather_object", everyone)
+    words = r"rank 2 on b cannot go on: TripleError: train.jsonl is not there"
+    with pytest.raises(AgreementError, match=words), on_every_rank():
+        pass
+    with pytest.raises(ValueError, match="this one's own"), on_every_rank():
+        raise ValueError("this one's own")
+    monkeypatch.setattr(agreement, "gather_object", lambda values: values)
+    with on_every_rank():
+        pass
 
 
 def test_the_codes_fingerprint_follows_the_files(tmp_path, monkeypatch):

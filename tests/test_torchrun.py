@@ -156,3 +156,13 @@ def test_two_processes_train_as_one_does(tiny_run: Path) -> None:
     assert weights[0] and any(v.abs().max() > 0 for v in weights[0].values())
     for name, value in weights[0].items():
         assert (weights[1][name] - value).abs().max() < 1e-5, name
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_all_processes_is_said_once(tiny_run: Path) -> None:
+    settings = {"model_name_or_path": str(tiny_run / "model"), "train_file_dir": str(tiny_run / "nowhere")}
+    output = {"output_dir": str(tiny_run / "refused"), "cache_dir": str(tiny_run / "cache"), "PYTHON": sys.executable}
+    result = start(ROOT / "torchrun/run_single_node.sh", "--use_cpu", "true", NPROC="2", **settings, **output)
+    assert result.returncode == 1
+    assert result.stderr.count("orpo_train.py: ") == 1 and f"{tiny_run / 'nowhere'}" in result.stderr
+    assert "Traceback" not in result.stderr
