@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from preference.arguments import Arguments, parse_arguments
+from preference.heartbeat import tell_of_failure, watch_machines
 
 RANK = int(os.environ.get("RANK", "0"))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -32,14 +33,14 @@ STOP_FILE = Path(os.environ["ORPO_STOP_FILE"]) if "ORPO_STOP_FILE" in os.environ
 def main() -> None:
     args = parse_arguments()
     stay_private()
+    watch_machines(os.environ, args.run.lost_after)
 
     from preference.agreement import on_every_rank
     from preference.evaluation import Evaluation
     from preference.hardware import detect
-    from preference.heartbeat import watch_machines
     from preference.model import load_tokenizer, untuned
     from preference.progress import attach_progress
-    from preference.resuming import finish
+    from preference.resuming import finish, go_on_after_restart
     from preference.sharding import join_deepspeed
     from preference.signals import StoppedBySignal, StopSignals, StopTogether
 
@@ -50,7 +51,7 @@ def main() -> None:
     training = training_arguments(args, hardware)
     join_deepspeed(args.run.strategy)
     compare_settings(args)
-    watch_machines(os.environ, args.run.lost_after)
+    restarted = go_on_after_restart(training, RESTARTS)
     say(f"device: {hardware}; computing in {'bfloat16' if training.bf16 else 'float32'}")
     with on_every_rank():
         source = find_model(args)
@@ -66,7 +67,7 @@ def main() -> None:
     # ---- the model and its trainer
     trainer = load_trainer(args, source, hardware, training, tokenizer, train_set, eval_set)
     facts = describe(args, trainer, conversation, train_set)
-    start = find_start(args, trainer, conversation) if args.run.do_train else None
+    start = find_start(args, trainer, conversation, restarted) if args.run.do_train else None
     signals = StopSignals().install()
     stop = StopTogether(trainer, signals)
     trainer.add_callback(stop)
@@ -409,12 +410,12 @@ class Samples:
                 record[who] = answer
 
 
-def find_start(args: Arguments, trainer: Any, conversation: Any) -> Any:
+def find_start(args: Arguments, trainer: Any, conversation: Any, restarted: bool) -> Any:
     """Step 0, or a checkpoint of an unfinished run in output_dir."""
     from preference.identity import run_identity
     from preference.resuming import begin
 
-    how = "auto" if RESTARTS else args.resume  # torchrun started the processes anew: on from the last checkpoint
+    how = "auto" if restarted else args.resume
     identity = run_identity(args, trainer, conversation)
     start = begin(trainer, how, identity, strategy=args.run.strategy, anyway=args.run.resume_anyway)
     for note in start.notes:
@@ -480,6 +481,7 @@ if __name__ == "__main__":
     except Exception as error:
         if type(error).__name__ == "StoppedBySignal":
             leave_after_signal()
+        tell_of_failure()
         let_the_cause_speak(error)
         # The project's own errors are written for the user; a traceback would only hide them. All others are faults.
         if not type(error).__module__.startswith(("preference", "conversation")):

@@ -62,3 +62,16 @@ def batch_plan(pairs: int, accumulation: int, hardware: Hardware) -> tuple[int, 
         if accumulation > 0:
             pairs = min(pairs, max(1, PAIRS_PER_STEP // accumulation))
     return pairs, accumulation or max(1, PAIRS_PER_STEP // pairs)
+
+
+def same_step(pairs_per_step: int, pairs: int, processes: int) -> tuple[int, int]:
+    """Pairs per micro-batch (at most `pairs`) and micro-batches per step that make `pairs_per_step` on `processes`.
+
+    Raises:
+        ValueError: they cannot be dealt out evenly.
+    """
+    share, rest = divmod(pairs_per_step, processes)
+    if rest or not share:
+        raise ValueError(f"{pairs_per_step} pairs per optimizer step cannot be dealt evenly to {processes} processes")
+    pairs = next(n for n in range(min(pairs, share), 0, -1) if share % n == 0)
+    return pairs, share // pairs

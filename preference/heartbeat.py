@@ -1,8 +1,9 @@
-"""Ends a run on several machines when one of them is cut off from the others.
+"""Ends a run on several machines when one of them fails or is cut off.
 
-A process that dies closes its connections, and the others learn of it at once. A machine that loses its network or its
-power does not: the others wait in a collective until that times out, half an hour by default. So one process of each
-machine counts up a number in the store that torchrun keeps on machine 0, and watches the numbers of the others.
+A process that dies closes its connections, and the others learn of it, if they have one to it. A machine that loses its
+network or its power does not, nor does one whose process fails while the others still wait for it to come: they would
+wait until a time-out, half an hour by default. So one process of each machine counts up a number in a store that all
+reach, and watches the numbers of the others.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from datetime import timedelta
 from typing import Any
 
 BEATS = 6  # as many of them fit into the silence after which a machine counts as lost
-LEFT = 1 << 40  # added to the count of a machine that is done
+PATIENCE = 5  # that many silences for the first sign of life: machines load their libraries at different speeds
+LEFT, FAILED = 1 << 40, 1 << 41  # added to the count of a machine that is done, or that ends with an error
 
 
 class Heartbeat:
-    """Watches the other machines of a run, from `start` to `stop`, which tells them that this one is done.
+    """Watches the other machines of a run, from `start` to `stop`, which tells them that this one ends.
 
     Args:
         machine, machines: this machine's number, and how many there are.
@@ -34,7 +36,8 @@ class Heartbeat:
     ) -> None:
         self.machine, self.machines, self.store, self.silence, self.lost = machine, machines, store, silence, lost
         self.stopped, self.beating = threading.Event(), threading.Thread(target=self._beat, daemon=True)
-        self.reached = time.monotonic()  # when the store last answered
+        self.last_word = LEFT
+        self.rounds, self.reached = 0, time.monotonic()  # of talking to the store, and when it last answered
         self.counts = dict.fromkeys((i for i in range(machines) if i != machine), (0, self.reached))
 
     def start(self) -> Heartbeat:
@@ -42,35 +45,43 @@ class Heartbeat:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def stop(self) -> None:
-        self.stopped.set()
-        self.beating.join(self.silence)
+    def stop(self, failed: bool = False) -> None:
+        if not self.stopped.is_set():
+            self.last_word = FAILED if failed else LEFT
+            self.stopped.set()
+            self.beating.join(min(self.silence, 5))
 
     def _beat(self) -> None:
         """A call may never come back where the network is gone: `_watch` looks at the clock, not at this thread."""
         try:
             store = self.store()
-            while not self.stopped.wait(self.silence / BEATS):
+            while not self.stopped.wait(self.silence / BEATS if self.rounds else 0):
                 store.add(str(self.machine), 1)
                 for other, (count, _) in self.counts.items():
                     if (now := store.add(str(other), 0)) != count:
                         self.counts[other] = now, time.monotonic()
-                self.reached = time.monotonic()
-            store.add(str(self.machine), LEFT)
-        except RuntimeError as error:
-            if "time" not in str(error).lower():  # not a time-out, but closed: machine 0 is done, or its process died
-                self.stopped.set()
+                self.rounds, self.reached = self.rounds + 1, time.monotonic()
+            store.add(str(self.machine), self.last_word)
+        except RuntimeError:  # no store, or it is closed: machine 0 has ended, or is gone
+            return
+
+    def _silent(self, since: float, heard: bool) -> bool:
+        return time.monotonic() - since > self.silence * (1 if heard else PATIENCE)
 
     def _watch(self) -> None:
         while not self.stopped.wait(self.silence / BEATS):
-            now = time.monotonic()
-            silent = [i for i, (count, heard) in self.counts.items() if count < LEFT and now - heard > self.silence]
-            if now - self.reached > self.silence:
+            failed = [i for i, (count, _) in self.counts.items() if count >= FAILED]
+            silent = [i for i, (count, since) in self.counts.items() if count < LEFT and self._silent(since, count > 0)]
+            if self._silent(self.reached, self.rounds > 0):
                 silent = [0]
-            if silent and not self.stopped.is_set():
-                names = ", ".join(map(str, silent))
-                self.lost(f"machine {names} has not been heard of by machine {self.machine} for {self.silence:g} s")
+            if failed or silent:
+                names = ", ".join(map(str, failed or silent))
+                ended = f"has not been heard of by machine {self.machine} for {self.silence:g} s"
+                self.lost(f"machine {names} " + ("has failed, and its output says why" if failed else ended))
                 return
+
+
+_running: list[Heartbeat] = []
 
 
 def watch_machines(environ: Mapping[str, str], silence: float) -> Heartbeat | None:
@@ -87,10 +98,9 @@ def watch_machines(environ: Mapping[str, str], silence: float) -> Heartbeat | No
     def store() -> Any:
         from torch.distributed import PrefixStore, TCPStore
 
-        timeout = timedelta(seconds=silence)
         address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"heartbeat/{attempt}", TCPStore(*address, is_master=False, timeout=timeout))
+        timeout = timedelta(seconds=PATIENCE * silence)
+        return PrefixStore("heartbeat", TCPStore(*address, is_master=False, timeout=timeout))
 
     def lost(sentence: str) -> None:
         text = f"{sentence}: this run ends; the last checkpoint stands (--lost_after sets the time)\n"
@@ -98,5 +108,12 @@ def watch_machines(environ: Mapping[str, str], silence: float) -> Heartbeat | No
         os._exit(1)  # the main thread waits in a collective
 
     heart = Heartbeat(machine, machines, store, silence, lost).start()
+    _running.append(heart)
     atexit.register(heart.stop)
     return heart
+
+
+def tell_of_failure() -> None:
+    """Before this process ends with an error: the other machines need not wait for it."""
+    for heart in _running:
+        heart.stop(failed=True)

@@ -24,6 +24,7 @@ from preference.checkpoints import (
     read_manifest,
     recover,
 )
+from preference.hardware import same_step
 from preference.head import causal_lm
 from preference.identity import differences
 from preference.outcome import save_json
@@ -62,6 +63,28 @@ def _read_run(output_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return run if isinstance(run, dict) else {}
+
+
+def go_on_after_restart(args: Any, restarts: int) -> bool:
+    """Whether torchrun has started the processes anew, by the `restarts` that any of them counts.
+
+    There may be more or fewer processes than before: `args` (TrainingArguments) are then changed so that a step has as
+    many pairs as it had.
+
+    Raises:
+        CheckpointError: that many processes cannot share the pairs of a step evenly.
+    """
+    if not any(gather_object([restarts > 0])):  # machines that have joined since count none
+        return False
+    run = _ours(lambda: _read_run(Path(args.output_dir)))
+    pairs = run.get("identity", {}).get("pairs per optimizer step")
+    if pairs and not run.get("finished"):
+        try:
+            plan = same_step(pairs, args.per_device_train_batch_size, args.world_size)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = plan
+    return True
 
 
 def _see_disks(trainer: Any, output_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def train_one(output: Path, run: dict) -> dict:
     evaluation = make_pairs(*evaluation) if evaluation else None
     before = run.pop("evaluate_before", False)
     if (strategy := run.pop("strategy", "ddp")) != "ddp":
-        run |= strategy_options(strategy, dist.get_world_size())
+        run |= strategy_options(strategy, int(os.environ["WORLD_SIZE"]))
     trainer = make_trainer(run.pop("engine", "packed"), output, pairs, model=model, eval_pairs=evaluation, **run)
     if before:
         trainer.evaluate()

@@ -23,8 +23,9 @@ from preference.checkpoints import (
     recover,
     write_manifest,
 )
+from preference.hardware import same_step
 from preference.identity import differences, weights_sample
-from preference.resuming import RUN_FILE, begin, finish
+from preference.resuming import RUN_FILE, begin, finish, go_on_after_restart
 from tiny import tiny_model
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 6}
@@ -201,6 +202,17 @@ def test_resuming_from_a_folder_begins_a_branch(tmp_path):
     assert begin(make(tmp_path), "auto", IDENTITY).step == 0, "checkpoint-4 is of the run that was left"
     with pytest.raises(CheckpointError, match="checkpoint-9 cannot be resumed from: it is not there"):
         begin(make(tmp_path), str(tmp_path / "checkpoint-9"), IDENTITY)
+
+
+def test_after_a_restart_with_other_processes_a_step_has_the_same_pairs(tmp_path):
+    trainer = make(tmp_path)
+    begin(trainer, "auto", IDENTITY | {"pairs per optimizer step": 24})
+    assert not go_on_after_restart(trainer.args, 0) and trainer.args.per_device_train_batch_size == 4
+    assert go_on_after_restart(trainer.args, 1)
+    assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (4, 6)
+    assert same_step(24, 5, 2) == (4, 3) and same_step(16, 8, 4) == (4, 1) and same_step(3, 4, 3) == (1, 1)
+    with pytest.raises(ValueError, match="16 pairs per optimizer step cannot be dealt evenly to 3 processes"):
+        same_step(16, 4, 3)
 
 
 def test_last_wants_a_checkpoint(tmp_path):

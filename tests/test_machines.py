@@ -122,6 +122,29 @@ def test_a_machine_that_is_cut_off_is_noticed_on_both_sides():
     networks[1].never.set()
 
 
+def test_a_machine_that_fails_says_so():
+    hearts, _, told = pair(silence=0.6)
+    hearts[1].stop(failed=True)
+    assert told[0].get(timeout=60) == "machine 1 has failed, and its output says why"
+    hearts[0].stop()
+
+
+def test_machines_need_not_come_at_the_same_time():
+    """The first sign of life may take five silences."""
+    told, store = queue.Queue(), HashStore()
+    first = Heartbeat(0, 2, lambda: store, 0.4, told.put).start()
+    with pytest.raises(queue.Empty):
+        told.get(timeout=0.8)
+    second = Heartbeat(1, 2, lambda: store, 0.4, told.put).start()
+    while first.counts[1][0] < 2:
+        assert told.empty()
+    second.stop()
+    first.stop()
+    assert told.empty()
+    Heartbeat(0, 2, HashStore, 0.2, told.put).start()
+    assert told.get(timeout=60) == "machine 1 has not been heard of by machine 0 for 0.2 s"
+
+
 def test_a_machine_that_is_done_is_not_missed():
     hearts, _, told = pair(silence=0.6)
     hearts[1].stop()
