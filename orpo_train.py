@@ -315,7 +315,7 @@ def load_trainer(
     from transformers import set_seed
 
     from preference.losses import Objective
-    from preference.model import add_adapter, load_model
+    from preference.model import add_adapter, count_parameters, load_model
 
     choice = args.objective
     objective = Objective(
@@ -328,7 +328,7 @@ def load_trainer(
     )
     set_seed(args.run.seed)
     model = load_model(source, args, hardware, training.bf16)
-    training.learning_rate = args.learning_rate(model.num_parameters())
+    training.learning_rate = args.learning_rate(count_parameters(model)[1])
     if args.model.use_peft and args.run.do_train:
         model = add_adapter(model, args.model, args.run.seed)
     common = dict(objective=objective, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer)

@@ -21,6 +21,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
+from preference.sharding import full_size
+
 MANIFEST = "manifest.json"
 WRITING = ".writing"  # folder in output_dir for what is not complete yet, and for what is being deleted
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -144,9 +146,9 @@ def checkpoint_bytes(model: Any, optim: str) -> tuple[int, int]:
     """(bytes of the saved weights, bytes of a whole checkpoint), about; of the model before it is sharded."""
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if hasattr(model, "peft_config") else model.parameters()
-    weights = sum(p.numel() * p.element_size() for p in saved)
+    weights = sum(full_size(p) * p.element_size() for p in saved)
     per_value = 0 if "adam" not in optim else 2 if "8bit" in optim else 8
-    return weights, weights + per_value * sum(p.numel() for p in trained) + SMALL_FILES
+    return weights, weights + per_value * sum(full_size(p) for p in trained) + SMALL_FILES
 
 
 def check_disk(output_dir: Path, model: Any, args: Any, planned: int) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from preference.arguments import Arguments, ModelArguments
 from preference.hardware import Hardware
+from preference.sharding import full_size
 
 
 class ModelError(RuntimeError):
@@ -133,6 +134,6 @@ def untuned(model: Any) -> Iterator[bool]:
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; 4-bit weights count as the numbers that they hold."""
     sizes = [
-        (p.numel() * (2 if p.__class__.__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()
+        (full_size(p) * (2 if p.__class__.__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()
     ]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)

@@ -82,6 +82,18 @@ def test_what_cannot_be_had_is_refused():
     assert strategy_options("fsdp", 2)["fsdp_config"]["version"] == 2
 
 
+def test_parameters_that_are_dealt_out_are_counted_whole():
+    """As ZeRO-3 leaves them: the learning rate and the disk space depend on the count."""
+    from preference.checkpoints import SMALL_FILES, checkpoint_bytes
+    from preference.model import count_parameters
+
+    model = torch.nn.Linear(3, 4, bias=False)
+    assert count_parameters(model) == (12, 12)
+    model.weight.data, model.weight.ds_numel = torch.empty(0), 12
+    assert count_parameters(model) == (12, 12)
+    assert checkpoint_bytes(model, "adamw_torch") == (48, 48 + 96 + SMALL_FILES)
+
+
 def test_deepspeed_is_asked_for_where_it_is_missing(monkeypatch):
     from preference import sharding
 
