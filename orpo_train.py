@@ -12,6 +12,7 @@ main() reads as the data flows: load, check, render, tokenize, filter, train, ev
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import random
@@ -25,6 +26,7 @@ from preference.arguments import Arguments, parse_arguments
 from preference.heartbeat import tell_of_failure, watch_machines
 
 RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 LOST_TOUCH = ("onnection closed", "onnection reset", "roken pipe", "NCCL")  # said by a collective that another left
 STOP_FILE = Path(os.environ["ORPO_STOP_FILE"]) if "ORPO_STOP_FILE" in os.environ else None  # of torchrun/launch.py
@@ -128,7 +130,7 @@ def let_the_cause_speak(error: Exception) -> None:
 
     torchrun ends this process meanwhile, so that the cause is shown once. If it is on another machine a line says so.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if WORLD_SIZE == 1:
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if any(words in str(error) for words in LOST_TOUCH):
@@ -136,6 +138,16 @@ def let_the_cause_speak(error: Exception) -> None:
         reason = str(error).splitlines()[0]
         sys.exit(f"orpo_train.py: rank {RANK} lost touch with another, whose output says why ({reason})")
     time.sleep(3 if int(os.environ.get("LOCAL_RANK", "0")) else 0)
+
+
+def end_process() -> None:
+    """End one process of several without Python's own last steps, in which a thread of gloo that still wants the
+    interpreter aborts it (seen with FSDP2): torchrun would take the finished run for a failed one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def compare_settings(args: Arguments) -> None:
@@ -221,7 +233,7 @@ def training_arguments(args: Arguments, hardware: Any) -> Any:
         do_train=run.do_train,
         do_eval=run.do_eval,
         **checkpointing,
-        **strategy_options(run.strategy, int(os.environ.get("WORLD_SIZE", "1"))),
+        **strategy_options(run.strategy, WORLD_SIZE),
     )
 
 
@@ -478,6 +490,8 @@ def report(
 if __name__ == "__main__":
     try:
         main()
+        if WORLD_SIZE > 1:
+            end_process()
     except Exception as error:
         if type(error).__name__ == "StoppedBySignal":
             leave_after_signal()

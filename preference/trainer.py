@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 
 from preference.batching import Cut, EvaluationPlan, PackSteps, TrainingPlan, plan_loader, row_lengths
 from preference.checkpoints import Checkpoints
+from preference.gradients import clip, exact_norm
 from preference.head import causal_lm, pair_logps, prepare_model
 from preference.lora import hold_frozen
 from preference.losses import Objective, PairLogps, Totals, objective_share
@@ -264,6 +265,25 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
         if "loss" in logs:  # a training log; the Trainer's own loss is the same number as ours
             logs |= {name: mean for name, mean in self.train_metrics.read(self.accelerator).items() if name != "loss"}
         super().log(logs, start_time)
+
+    # ---- the gradient's norm
+
+    def _exact_norm(self, model: Any) -> Tensor | None:
+        """On a CPU; None where accelerate's will do."""
+        if self.args.device.type != "cpu" or self.is_deepspeed_enabled:
+            return None
+        add_up = functools.partial(self.accelerator.reduce, reduction="sum") if self.is_fsdp_enabled else None
+        return exact_norm(model.parameters(), add_up)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = self._exact_norm(model)
+        if norm is None:
+            return super()._clip_grad_norm(model)
+        clip(model.parameters(), norm, self.args.max_grad_norm)
+        return norm
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(model, self._exact_norm(model) if grad_norm is None else grad_norm)
 
     # ---- evaluation
 
