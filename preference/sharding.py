@@ -45,7 +45,7 @@ def join_deepspeed(strategy: str) -> None:
     """Tell DeepSpeed of the process group that accelerate has made: on CPU processes accelerate does not, and ZeRO-3
     would take each process for the only one. Before a model is loaded.
     """
-    if strategy.startswith("zero"):
+    if strategy.startswith("zero") and torch.distributed.is_initialized():
         import deepspeed
 
         if not deepspeed.comm.is_initialized():
@@ -92,6 +92,13 @@ class Sharded:
             self.model = self.model_wrapped = fsdp2_prepare_model(self.accelerator, self.model)
             self.accelerator._models.append(self.model)
             register_fsdp_forward_method(self.model, "generate")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Gathered from its shards, a weight that two layers share comes twice; it is saved once, as by one process."""
+        if state_dict is not None:
+            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+            state_dict = {name: w for name, w in state_dict.items() if tied.get(name) not in state_dict}
+        super()._save(output_dir, state_dict)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """A forward pass leaves the last layers gathered; the optimizer is for the shards."""

@@ -248,7 +248,7 @@ def test_a_checkpoint_without_weights_is_none(tmp_path, monkeypatch):
     """transformers 5.23 writes none on machines other than the first (preference/resuming.py sees to it)."""
     trainer = make(tmp_path)
     begin(trainer, "auto", IDENTITY)
-    monkeypatch.setattr(trainer, "save_model", lambda *args, **kwargs: None)
+    monkeypatch.setattr(trainer.model, "save_pretrained", lambda *args, **kwargs: None)
     with pytest.raises(CheckpointError, match="checkpoint-2 could not be written: .* the Trainer wrote no weights"):
         trainer.train()
     assert not checkpoint_folders(tmp_path)

@@ -113,7 +113,7 @@ def test_a_second_signal_stops_at_once_but_an_echo_does_not():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("signals")
-    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     rows = [
         {"question": f"{i}: name fresh juices", "response_chosen": "apple and mint", "response_rejected": "juices"}
