@@ -94,10 +94,9 @@ def watch_machines(environ: Mapping[str, str], silence: float) -> Heartbeat | No
     machines, machine = int(environ.get("GROUP_WORLD_SIZE", "1")), int(environ.get("GROUP_RANK", "0"))
     if machines == 1 or not silence or environ["LOCAL_RANK"] != "0":
         return None
+    from torch.distributed import PrefixStore, TCPStore  # not on a thread: the main one goes on importing
 
     def store() -> Any:
-        from torch.distributed import PrefixStore, TCPStore
-
         address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
         timeout = timedelta(seconds=PATIENCE * silence)
         return PrefixStore("heartbeat", TCPStore(*address, is_master=False, timeout=timeout))
