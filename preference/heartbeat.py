@@ -38,6 +38,7 @@ class Heartbeat:
         self.stopped, self.beating = threading.Event(), threading.Thread(target=self._beat, daemon=True)
         self.last_word = LEFT
         self.rounds, self.reached = 0, time.monotonic()  # of talking to the store, and when it last answered
+        self.awake = self.reached  # since then: this process itself may have been stopped, with its machine or alone
         self.counts = dict.fromkeys((i for i in range(machines) if i != machine), (0, self.reached))
 
     def start(self) -> Heartbeat:
@@ -66,10 +67,15 @@ class Heartbeat:
             return
 
     def _silent(self, since: float, heard: bool) -> bool:
-        return time.monotonic() - since > self.silence * (1 if heard else PATIENCE)
+        return time.monotonic() - max(since, self.awake) > self.silence * (1 if heard else PATIENCE)
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self.stopped.wait(self.silence / BEATS):
+            now = time.monotonic()
+            if now - looked > self.silence / 2:
+                self.awake = now
+            looked = now
             failed = [i for i, (count, _) in self.counts.items() if count >= FAILED]
             silent = [i for i, (count, since) in self.counts.items() if count < LEFT and self._silent(since, count > 0)]
             if self._silent(self.reached, self.rounds > 0):
