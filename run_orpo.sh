@@ -48,6 +48,8 @@ max_steps="${max_steps:--1}"                           # a number of steps inste
 learning_rate="${learning_rate:-auto}"                 # auto: LoRA 2e-4 (1e-3 below 0.5 B parameters), all weights 5e-6
 eval_steps="${eval_steps:-0}"                          # evaluate every that many steps; 0: before and after training only
 save_steps="${save_steps:-0}"                          # checkpoint every that many steps; 0: the final model alone
+resume="${resume:-auto}"                               # auto: go on with an unfinished run in output_dir; never; or a checkpoint's folder
+resume_anyway="${resume_anyway:-false}"                # true: also where settings, data or model have changed since
 bf16="${bf16:-auto}"                                   # auto: where the hardware multiplies bfloat16
 gradient_checkpointing="${gradient_checkpointing:-false}"  # true: long rows on a small GPU; a third slower
 report_to="${report_to:-none}"                         # tensorboard, wandb, swanlab, trackio: nothing leaves this machine unless asked
@@ -61,7 +63,8 @@ set -eu
 names="model_name_or_path tokenizer_name_or_path template_name cache_dir train_file_dir dataset_name validation_file_dir
 max_train_samples max_eval_samples max_source_length max_target_length loss orpo_beta nll_scope engine use_peft qlora load_in_4bit
 target_modules lora_rank lora_alpha lora_dropout per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
-num_train_epochs max_steps learning_rate eval_steps save_steps bf16 gradient_checkpointing report_to seed do_train do_eval output_dir"
+num_train_epochs max_steps learning_rate eval_steps save_steps resume resume_anyway bf16 gradient_checkpointing report_to seed
+do_train do_eval output_dir"
 
 # A flag on the command line replaces the value above; what has no value above goes on to orpo_train.py as it is.
 config=false
@@ -112,7 +115,9 @@ if true_ "$use_peft"; then add target_modules lora_rank lora_alpha lora_dropout;
 if true_ "$qlora"; then add qlora; fi
 if true_ "$load_in_4bit"; then add load_in_4bit; fi
 if true_ "$do_train"; then
-    add max_train_samples per_device_train_batch_size gradient_accumulation_steps learning_rate save_steps gradient_checkpointing
+    add max_train_samples per_device_train_batch_size gradient_accumulation_steps learning_rate save_steps resume
+    add gradient_checkpointing
+    if true_ "$resume_anyway"; then add resume_anyway; fi
     if [ "$max_steps" -gt 0 ]; then add max_steps; else add num_train_epochs; fi
 fi
 if true_ "$do_eval"; then

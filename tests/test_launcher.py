@@ -71,6 +71,9 @@ def test_only_what_this_run_uses_is_passed(launcher):
     assert "train_file_dir" not in launcher(dataset_name="a/b")[0]
     assert not {"learning_rate", "num_train_epochs", "save_steps"} & launcher(do_train="false")[0].keys()
     assert "validation_file_dir" not in launcher(validation_file_dir="")[0]
+    assert not {"resume", "resume_anyway"} & launcher()[0].keys()
+    resumed = launcher("--resume_anyway", resume="outputs/a/checkpoint-3")[0]
+    assert (resumed["resume"], resumed["resume_anyway"]) == ("outputs/a/checkpoint-3", "true")
     assert launcher("--qlora")[0]["qlora"] == "true"  # a bare switch
 
 
