@@ -29,6 +29,7 @@ RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 LOST_TOUCH = ("onnection closed", "onnection reset", "roken pipe", "NCCL")  # said by a collective that another left
+ELASTIC = "ORPO_ELASTIC" in os.environ  # set by torchrun/launch.py where machines may come and go
 STOP_FILE = Path(os.environ["ORPO_STOP_FILE"]) if "ORPO_STOP_FILE" in os.environ else None  # of torchrun/launch.py
 
 
@@ -119,6 +120,9 @@ def leave_after_signal() -> None:
     """
     from preference.signals import EXIT_STOPPED
 
+    if ELASTIC and not STOP_FILE.exists():  # torchrun's own SIGTERM: another machine has come
+        say("torchrun starts the processes anew; they go on from the checkpoint")
+        sys.exit(1)
     say("stopped by a signal; the same command goes on from the checkpoint")
     if STOP_FILE is not None:
         STOP_FILE.touch()

@@ -72,6 +72,8 @@ def main() -> int:
         print(f"torchrun: {error}", file=sys.stderr)
         return 1
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = SIGNALS_OF_TORCHRUN  # older ones have no flag for it
+    if any(before == "--nnodes" and ":" in word for before, word in zip(sys.argv, sys.argv[1:], strict=False)):
+        os.environ["ORPO_ELASTIC"] = "1"
     # Otherwise the processes of a restart find in the store what the dead ones had left (torch 2.13), and wait for them
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     folder = tempfile.TemporaryDirectory(prefix="orpo-stop-")
