@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ class Relay:
                 os.kill(process, number)
             except ProcessLookupError:
                 continue
+        if "ORPO_ELASTIC" in os.environ:  # the other machines go on; torchrun would wait five minutes for their end
+            threading.Thread(target=self._leave, daemon=True).start()
+
+    def _leave(self) -> None:
+        while children():
+            time.sleep(0.5)
+        os._exit(EXIT_STOPPED)
 
 
 def main() -> int:
