@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_activations_are_those_that_a_real_step_saves(engine, bf16, what):
         mask[0, 5:] = 0  # a batch without padding needs no mask
         batch |= {"input_ids": mask * 5, "mask": mask}
     saved, gradients = real_step(model, batch, _packed_loss if engine == "packed" else _trl_loss)
-    assert trace.activations == pytest.approx(saved, rel=0.05)
+    assert saved <= trace.activations <= 1.08 * saved  # some is alive besides when a layer ends
     assert trace.left == gradients
 
 
@@ -158,8 +159,8 @@ def test_checkpointing_keeps_one_tensor_a_layer():
         ("llama", 8, {}),
         ("llama", 8, {"engine": "trl"}),
         ("llama", 8, {"gradient_checkpointing": True}),
-        ("qwen2", 7, {"use_peft": True, "lora_rank": 4}),
-        ("gemma3_text", 12, {}),
+        ("qwen2", 8, {"use_peft": True, "lora_rank": 4}),
+        ("gemma3_text", 14, {}),
     ],
 )
 def test_a_few_layers_give_what_running_all_of_them_gives(arch, layers, values, monkeypatch):
@@ -173,7 +174,7 @@ def test_a_few_layers_give_what_running_all_of_them_gives(arch, layers, values, 
     whole = found.trace(LENGTHS, False)
     first = FEW * (2 if pattern else 1)
     assert runs == [first, 2 * first, layers]
-    assert few == whole
+    assert astuple(few) == pytest.approx(astuple(whole), rel=0.003)
 
 
 def test_a_model_whose_layers_differ_is_run_whole(monkeypatch):
@@ -218,10 +219,10 @@ def test_parts_of_a_run():
     for hardware, spread, more in ((GPU, 1.05, 600 * 2**20), (CPU, 1.4, 60e6)):
         found = estimator(hardware)
         total = found.weights + sum(found.optimizer_sizes())
-        step = 1000 + found.gradients / 2
+        trace = of_sizes(int(found.gradients))
         spread_held = spread if hardware is GPU else 1.0  # what is there for good leaves no holes
-        for accumulating, alive in ((False, max(step, found.gradients)), (True, step + found.gradients)):
-            memory = found.memory(of_sizes(int(found.gradients)), accumulating)
+        for accumulating, alive in ((False, trace.peak), (True, trace.peak + found.gradients)):
+            memory = found.memory(trace, accumulating)
             assert memory.peak == pytest.approx(spread_held * total + spread * alive + more)
             assert (memory.activations, memory.head) == (1000, 500)
 
@@ -265,17 +266,19 @@ def test_the_longest_micro_batch_and_the_tokens_are_the_planners():
 
 
 def test_what_does_not_fit_is_answered_with_a_change_that_fits():
-    lengths = np.array([[40, 60, 50]] * 16)
-    for memory, wanted in ((4 * 2**30, "it fits"), (64 * 2**20, "set per_device_train_batch_size=")):
-        setup = Setup("", Hardware("cpu", "a CPU", memory, False), Objective(), False, lengths, config(vocab_size=8000))
-        plan = setup.plan(flags(use_peft=False), 8, 1)
-        said = "\n".join(advice(setup, plan, "ddp", 1, 0.0))
-        assert wanted in said
-    pairs = int(said.split("set per_device_train_batch_size=")[1].split()[0])
-    again = setup.plan(flags(use_peft=False), pairs, 8 // pairs)
-    assert again.memory().peak <= setup.limit < plan.memory().peak
-    small = Setup("", Hardware("cpu", "a CPU", 2**20, False), Objective(), False, lengths, config(vocab_size=8000))
-    assert "smaller model" in "\n".join(advice(small, plan, "ddp", 1, 0.0))
+    lengths, args = np.array([[40, 60, 50]] * 16), flags(use_peft=False)
+
+    def setup(memory: float) -> Setup:
+        return Setup("", Hardware("cpu", "a CPU", int(memory), False), Objective(), False, lengths, config())
+
+    plan = setup(0).plan(args, 8, 1)
+    two, one = (setup(0).plan(args, n, 8 // n).memory().peak for n in (2, 1))
+    assert "it fits" in advice(setup(plan.memory().peak + 1), plan, "ddp", 1, 0.0)[0]
+    for memory, pairs in ((two + 1, 2), (two - 1, 1)):
+        said = advice(setup(memory), plan, "ddp", 1, 0.0)[1]
+        assert f"set per_device_train_batch_size={pairs} (now 8), gradient_accumulation_steps={8 // pairs}" in said
+    assert "gradient_checkpointing=true (now false)" in advice(setup(one - 1), plan, "ddp", 1, 0.0)[1]
+    assert "smaller model" in advice(setup(2**20), plan, "ddp", 1, 0.0)[1]
 
 
 def test_the_text_names_engines_strategies_and_marks_what_was_given():
