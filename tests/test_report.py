@@ -119,7 +119,7 @@ def test_an_evaluation_alone(tmp_path, no_plots):
     run = make_run(tmp_path / "run", all_results=figures(9, "eval_"), samples=samples, **left_out)
     text = Page(write_report(run)).text
     assert "the model's answer" in text and "32.5%" in text and "→" not in text
-    assert "None was kept." in text and "no worst_pairs.json" not in text and "at equal length" not in text
+    assert "None was kept." in text and "no worst_pairs.json" not in text and "equal length" not in text
 
 
 def test_what_a_loss_does_not_have_is_named(tmp_path, no_plots):
