@@ -30,6 +30,7 @@ from preference.arguments import Arguments
 from preference.batching import Cut, TrainingPlan
 from preference.hardware import Hardware
 from preference.head import _score, causal_lm, prepare_model
+from preference.lora import hold_frozen
 from preference.losses import Objective
 from preference.model import add_adapter, count_parameters, weights_dtype
 from preference.packing import pack_pairs
@@ -196,6 +197,12 @@ class Estimator:
     ) -> None:
         self.args, self.hardware, self.objective, self.bf16 = args, hardware, objective, bf16
         model = paper_model(source, args, hardware, bf16, config=config)
+        self.share_prompt = False
+        if args.objective.engine == "packed":  # as preference/trainer.py does
+            engine = prepare_model(model, share_prompt=args.objective.share_prompt, device=hardware.device)
+            self.share_prompt = engine.share_prompt
+            if bf16 and hardware.device == "cpu" and args.run.strategy != "fsdp":
+                hold_frozen(model, torch.bfloat16)
         self.trainable, self.parameters = count_parameters(model)
         self.vocabulary = causal_lm(model).config.get_text_config().vocab_size
         four_bit = {id(p) for p in _four_bit(causal_lm(model))} if args.quantized else set()
@@ -206,9 +213,6 @@ class Estimator:
         self.gradient_sizes = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
         self.shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
         self.layer_weights = _largest_layer(model)
-        self.share_prompt = False
-        if args.objective.engine == "packed":
-            self.share_prompt = prepare_model(model, share_prompt=args.objective.share_prompt).share_prompt
         self.model = PaperModel(model)
 
     @property
