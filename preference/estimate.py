@@ -38,8 +38,8 @@ from preference.tracing import PaperModel, Trace
 
 ENGINES = ("packed", "trl")
 SHARDED = ("fsdp", "zero2", "zero3", "zero3_offload")
-CPU_LIBRARIES = 60e6  # bytes: code, kernels and buffers that a first training step brings into a process on a CPU
-CPU_SPREAD = {"packed": 1.4, "trl": 1.22}  # memory taken for a step's tensors, over what is alive of them at the peak
+CPU_LIBRARIES = 90e6  # bytes: code, kernels and buffers that a first training step brings into a process on a CPU
+CPU_SPREAD = {"packed": 1.4, "trl": 1.25}  # memory taken for a step's tensors, over what is alive of them at the peak
 GPU_CONTEXT = 600 * 2**20  # bytes: CUDA context and libraries
 GPU_FRAGMENTS = 1.05  # what the caching allocator holds over what is alive
 ZERO_BUCKET = 50e6  # elements of a bucket in torchrun/zero2.json
@@ -198,11 +198,14 @@ class Estimator:
         self.args, self.hardware, self.objective, self.bf16 = args, hardware, objective, bf16
         model = paper_model(source, args, hardware, bf16, config=config)
         self.share_prompt = False
+        self.cast_away = 0  # bytes of the loaded weights that the engine lets go; a process on a CPU keeps most of them
         if args.objective.engine == "packed":  # as preference/trainer.py does
             engine = prepare_model(model, share_prompt=args.objective.share_prompt, device=hardware.device)
             self.share_prompt = engine.share_prompt
+            loaded = _bytes(model)
             if bf16 and hardware.device == "cpu" and args.run.strategy != "fsdp":
                 hold_frozen(model, torch.bfloat16)
+            self.cast_away = loaded - _bytes(model)
         self.trainable, self.parameters = count_parameters(model)
         self.vocabulary = causal_lm(model).config.get_text_config().vocab_size
         four_bit = {id(p) for p in _four_bit(causal_lm(model))} if args.quantized else set()
@@ -253,7 +256,7 @@ class Estimator:
         held = weights + optimizer + buffers
         alive = max(before + step, gradients)
         if self.hardware.device == "cpu":
-            peak = held + alive * CPU_SPREAD[self.args.objective.engine] + CPU_LIBRARIES
+            peak = held + self.cast_away + alive * CPU_SPREAD[self.args.objective.engine] + CPU_LIBRARIES
         elif self.hardware.device == "cuda":
             peak = (held + alive) * GPU_FRAGMENTS + GPU_CONTEXT
         else:
@@ -290,6 +293,10 @@ class Estimator:
         if self.args.objective.engine == "trl":
             return padded_tokens(lengths)
         return int(Cut(1, share_prompt=self.share_prompt).cost(lengths).sum())
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _largest_layer(model: nn.Module) -> float:
