@@ -20,6 +20,7 @@ from preference.tracing import Trace, TraceError
 
 WORLDS = (1, 2, 4, 8)
 GIB = 2**30
+GROWTH = 1.6  # of a process on a CPU in 25 steps over its third, at most: freed memory leaves holes (benchmarks/LOG.md)
 
 
 @dataclass
@@ -201,7 +202,10 @@ def advice(setup: Setup, plan: Plan, strategy: str, world: int, present: float) 
     if not limit:
         return [f"the run needs {_gib(need)} GiB; how much there is, is not known"]
     if need <= limit:
-        return [f"it fits: {_gib(need)} GiB of {_gib(limit)} at the peak{_beside(present)}"]
+        lines = [f"it fits: {_gib(need)} GiB of {_gib(limit)} at the peak{_beside(present)}"]
+        if setup.hardware.device == "cpu":
+            lines.append(f"in a long run it may grow to {_gib(GROWTH * need)} GiB: memory that is freed leaves holes")
+        return lines
     name = setup.hardware.name
     lines = [f"it does not fit: it needs {_gib(need)} GiB{_beside(present)}, and {name} has {_gib(limit)}"]
     if found := _fitting(setup, plan, strategy, world, limit - present):

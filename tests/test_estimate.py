@@ -288,7 +288,8 @@ def test_what_does_not_fit_is_answered_with_a_change_that_fits():
 
     plan = setup(0).plan(args, 8, 1)
     two, one = (setup(0).plan(args, n, 8 // n).memory().peak for n in (2, 1))
-    assert "it fits" in advice(setup(plan.memory().peak + 1), plan, "ddp", 1, 0.0)[0]
+    fits, grows = advice(setup(plan.memory().peak + 1), plan, "ddp", 1, 0.0)
+    assert fits.startswith("it fits") and f"{1.6 * plan.memory().peak / 2**30:.2f} GiB" in grows
     for memory, pairs in ((two + 1, 2), (two - 1, 1)):
         said = advice(setup(memory), plan, "ddp", 1, 0.0)[1]
         assert f"set per_device_train_batch_size={pairs} (now 8), gradient_accumulation_steps={8 // pairs}" in said
