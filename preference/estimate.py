@@ -203,7 +203,7 @@ class Estimator:
             engine = prepare_model(model, share_prompt=args.objective.share_prompt, device=hardware.device)
             self.share_prompt = engine.share_prompt
             loaded = _bytes(model)
-            if bf16 and hardware.device == "cpu" and args.run.strategy != "fsdp":
+            if bf16 and hardware.device == "cpu" and args.run.strategy == "ddp":
                 hold_frozen(model, torch.bfloat16)
             self.cast_away = loaded - _bytes(model)
         self.trainable, self.parameters = count_parameters(model)
