@@ -155,7 +155,7 @@ def test_activations_are_those_that_a_real_step_saves(engine, bf16, what):
         mask[0, 5:] = 0  # a batch without padding needs no mask
         batch |= {"input_ids": mask * 5, "mask": mask}
     saved, gradients = real_step(model, batch, _packed_loss if engine == "packed" else _trl_loss)
-    assert trace.activations == pytest.approx(saved + (masks(lengths) if engine == "packed" else 0), rel=0.06)
+    assert trace.activations == pytest.approx(saved + (masks(lengths) if engine == "packed" else 0), rel=0.08)
     assert trace.left == gradients
 
 
