@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
-import random
 import signal
 import sys
 import time
@@ -43,13 +42,17 @@ def main() -> None:
     from preference.hardware import detect
     from preference.model import load_tokenizer, untuned
     from preference.progress import attach_progress
+    from preference.results import write_results
     from preference.resuming import finish, go_on_after_restart
+    from preference.run_data import load_data
+    from preference.samples import Samples
     from preference.sharding import join_deepspeed
     from preference.signals import StoppedBySignal, StopSignals, StopTogether
 
     leave_if_stopped()
     output_dir = Path(args.run.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    if not args.run.dry_run:
+        output_dir.mkdir(parents=True, exist_ok=True)
     hardware = detect(args.run.use_cpu)
     training = training_arguments(args, hardware)
     join_deepspeed(args.run.strategy)
@@ -62,10 +65,14 @@ def main() -> None:
         conversation = load_template(args, tokenizer)
 
     # ---- load, check, render, tokenize, filter
+    save_report = RANK == 0 and not args.run.dry_run
     with on_every_rank():
-        train_set, eval_set, questions = load_data(args, conversation, tokenizer)
+        train_set, eval_set, questions = load_data(args, conversation, tokenizer, save_report=save_report, say=say)
     compare_data(train_set, eval_set)
     show_first_pair(train_set or eval_set, tokenizer)
+    if args.run.dry_run:
+        say(on_paper(args, source, hardware, training, train_set))
+        return
 
     # ---- the model and its trainer
     trainer = load_trainer(args, source, hardware, training, tokenizer, train_set, eval_set)
@@ -96,7 +103,8 @@ def main() -> None:
     samples.answer("tuned")
 
     # ---- what changed
-    report(args, source, facts, results, evaluation, samples)
+    if RANK == 0:
+        write_results(args, source, facts, results, evaluation, samples, say)
     if args.run.do_train:
         finish(trainer)
 
@@ -188,7 +196,8 @@ def find_model(args: Arguments) -> str:
 
     modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
     name = args.model.model_name_or_path
-    return resolve_model(name, use_modelscope=modelscope, cache_dir=args.model.cache_dir)
+    weights = not args.run.dry_run
+    return resolve_model(name, use_modelscope=modelscope, cache_dir=args.model.cache_dir, weights=weights)
 
 
 def training_arguments(args: Arguments, hardware: Any) -> Any:
@@ -237,7 +246,21 @@ def training_arguments(args: Arguments, hardware: Any) -> Any:
         do_train=run.do_train,
         do_eval=run.do_eval,
         **checkpointing,
-        **strategy_options(run.strategy, WORLD_SIZE),
+        **({} if run.dry_run else strategy_options(run.strategy, WORLD_SIZE)),
+    )
+
+
+def objective_of(args: Arguments) -> Any:
+    from preference.losses import Objective
+
+    choice = args.objective
+    return Objective(
+        loss=choice.loss,
+        beta=args.beta,
+        nll_scope=choice.nll_scope,
+        label_smoothing=choice.label_smoothing,
+        simpo_gamma=choice.simpo_gamma,
+        cpo_alpha=choice.cpo_alpha,
     )
 
 
@@ -251,78 +274,20 @@ def load_template(args: Arguments, tokenizer: Any) -> Any:
     return conversation
 
 
-def load_data(args: Arguments, conversation: Any, tokenizer: Any) -> tuple[Any, Any, dict[str, str]]:
-    """(training set, evaluation set, questions of the latter by source); a set is None where this run needs none.
-
-    data_report.json says what was left out, and why.
-    """
-    from preference.text_stats import shared_prompts
-    from preference.tokenization import build_dataset, split_by_prompt
-    from preference.triples import DataReport, load_rows
-
-    data, report = args.data, DataReport()
-    training_source = f"hub:{data.dataset_name}" if data.dataset_name else data.train_file_dir
-    held_out = args.run.do_eval and not args.evaluation_files and data.validation_split_percentage > 0
-
-    def load(source: Any, section: str) -> list[Any]:
-        return load_rows(
-            [source],
-            report,
-            data_check=data.data_check,
-            format=data.data_format,
-            columns=data.columns,
-            axis=data.axis,
-            min_score_gap=data.min_score_gap,
-            section=section,
-        )
-
-    def build(rows: list[Any], limit: int, section: str) -> Any:
-        return build_dataset(
-            sample(rows, limit, args.run.seed, report),
-            conversation,
-            tokenizer,
-            max_source_length=data.max_source_length,
-            max_target_length=data.max_target_length,
-            report=report,
-            truncate=data.truncate,
-            cache_dir=Path(args.model.cache_dir or "cache") / "prepared",
-            prompt_is_rendered=data.prompt_is_rendered,
-            section=section,
-        )
-
-    try:
-        train_rows = load(training_source, "train_text") if args.run.do_train else None
-        if args.evaluation_files:
-            eval_rows = load(data.validation_file_dir, "evaluation_text") if args.run.do_eval else None
-        elif held_out and args.run.do_train:
-            train_rows, eval_rows = split_by_prompt(train_rows, data.validation_split_percentage, args.run.seed)
-        else:
-            eval_rows = None if args.run.do_train else load(training_source, "evaluation_text")
-        shared_prompts(train_rows or (), eval_rows or (), report)
-        train_set = build(train_rows, data.max_train_samples, "train") if train_rows else None
-        eval_set = build(eval_rows, data.max_eval_samples, "evaluation") if eval_rows else None
-    finally:  # also where nothing is left: the report says why
-        if RANK == 0:
-            report.save(Path(args.run.output_dir) / "data_report.json")
-    say(report.summary())
-    return train_set, eval_set, {f"{row.file}:{row.line}": row.question or row.prompt for row in eval_rows or ()}
-
-
-def sample(rows: list[Any], limit: int, seed: int, report: Any) -> list[Any]:
-    """`limit` rows drawn with the seed, in their order; the head of a file is seldom like the rest of it."""
-    if limit < 0 or limit >= len(rows):
-        return rows
-    chosen = set(random.Random(seed).sample(range(len(rows)), limit))
-    for i, row in enumerate(rows):
-        if i not in chosen:
-            report.drop("not_sampled", row.file, row.line)
-    return [rows[i] for i in sorted(chosen)]
-
-
 def show_first_pair(dataset: Any, tokenizer: Any) -> None:
     from preference.tokenization import describe_pair
 
     say(f"\nthe first pair, as the model sees it:\n{describe_pair(dataset[0], tokenizer)}\n")
+
+
+def on_paper(args: Arguments, source: str, hardware: Any, training: Any, train_set: Any) -> str:
+    """What the run would do, need and take; no weight is loaded."""
+    from preference.batching import row_lengths
+    from preference.dry_run import Setup, dry_run
+
+    setup = Setup(source, hardware, objective_of(args), training.bf16, row_lengths(train_set))
+    cut = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    return dry_run(args, setup, *cut, training.world_size)
 
 
 def load_trainer(
@@ -330,24 +295,17 @@ def load_trainer(
 ) -> Any:
     from transformers import set_seed
 
-    from preference.losses import Objective
     from preference.model import add_adapter, count_parameters, load_model
 
     choice = args.objective
-    objective = Objective(
-        loss=choice.loss,
-        beta=args.beta,
-        nll_scope=choice.nll_scope,
-        label_smoothing=choice.label_smoothing,
-        simpo_gamma=choice.simpo_gamma,
-        cpo_alpha=choice.cpo_alpha,
-    )
     set_seed(args.run.seed)
     model = load_model(source, args, hardware, training.bf16)
     training.learning_rate = args.learning_rate(count_parameters(model)[1])
     if args.model.use_peft and args.run.do_train:
         model = add_adapter(model, args.model, args.run.seed)
-    common = dict(objective=objective, train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer)
+    common = dict(
+        objective=objective_of(args), train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
+    )
     if choice.engine == "trl":
         from preference.trl_engine import make_trl_trainer
 
@@ -399,33 +357,6 @@ def describe(args: Arguments, trainer: Any, conversation: Any, train_set: Any) -
     return facts
 
 
-class Samples:
-    """A few evaluation questions, answered greedily by the base and by the tuned model."""
-
-    def __init__(self, args: Arguments, trainer: Any, conversation: Any, eval_set: Any, questions: dict) -> None:
-        from preference.templates import stop_token_ids
-
-        count = min(args.run.sample_answers, len(eval_set)) if eval_set is not None else 0
-        picked = sorted(random.Random(args.run.seed).sample(range(len(eval_set)), count)) if count else []
-        self.rows = [eval_set[i] | {"question": questions[eval_set[i]["source"]]} for i in picked]
-        self.records = [{key: row[key] for key in ("source", "question", "chosen")} for row in self.rows]
-        self.trainer, self.tokens = trainer, args.run.sample_tokens
-        self.stop_ids = stop_token_ids(conversation, trainer.processing_class)
-
-    def answer(self, who: str) -> None:
-        """The first rank generates; all of them do where the model's weights are shared out."""
-        from preference.outcome import greedy_answers
-        from preference.sharding import takes_all_ranks
-
-        if RANK == 0 or takes_all_ranks(self.trainer):
-            self.trainer.shard()
-            prompts = [row["prompt_ids"] for row in self.rows]
-            tokenizer = self.trainer.processing_class
-            answers = greedy_answers(self.trainer.model, tokenizer, prompts, self.stop_ids, self.tokens)
-            for record, answer in zip(self.records, answers, strict=True):
-                record[who] = answer
-
-
 def find_start(args: Arguments, trainer: Any, conversation: Any, restarted: bool) -> Any:
     """Step 0, or a checkpoint of an unfinished run in output_dir."""
     from preference.identity import run_identity
@@ -459,36 +390,6 @@ def save(trainer: Any, conversation: Any) -> None:
     trainer.save_state()
     if RANK == 0:
         generation.save_pretrained(trainer.args.output_dir)
-
-
-def report(
-    args: Arguments, source: str, facts: dict[str, Any], results: dict[str, float], evaluation: Any, samples: Samples
-) -> None:
-    """What changed: figures and answers as files, report.html, the model card, and the same on the screen."""
-    from preference.evaluation import table
-    from preference.outcome import comparison, model_card, save_json, side_by_side
-    from preference.report import write_report
-
-    if RANK != 0:
-        return
-    output_dir = Path(args.run.output_dir)
-    before, after = (evaluation.metrics.get(who, {}) for who in ("base", "tuned"))
-    analysis, compared = evaluation.analysis(), comparison(before, after)
-    base = {f"base_{name}": value for name, value in before.items()}
-    save_json(output_dir / "all_results.json", {**results, **base, **after})
-    save_json(output_dir / "samples.json", samples.records)
-    if analysis:
-        save_json(output_dir / "evaluation.json", analysis)
-        save_json(output_dir / "worst_pairs.json", evaluation.worst("tuned"))
-    if args.run.do_train:
-        (output_dir / "README.md").write_text(model_card(source, facts, results, compared), encoding="utf-8")
-    for record in samples.records:
-        answers = {name: record[name] for name in ("base", "tuned") if name in record}
-        say("\n" + side_by_side(record["question"], answers))
-    say(f"\n{compared}")
-    if analysis:
-        say(f"\n{table(analysis)}")
-    say(f"\nsaved in {output_dir}" + (f"; read {write_report(output_dir)}" if args.run.html_report else ""))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ lora_alpha="${lora_alpha:-32}"                         # the adapter's weight is
 lora_dropout="${lora_dropout:-0}"                      # against overfitting; on a CPU it costs a third of the time
 
 # ---- the run
+dry_run="${dry_run:-false}"                            # true: seconds, no weights loaded: what the run would do, need and take
 per_device_train_batch_size="${per_device_train_batch_size:-auto}"  # pairs per micro-batch: memory and speed
 per_device_eval_batch_size="${per_device_eval_batch_size:-auto}"
 gradient_accumulation_steps="${gradient_accumulation_steps:-auto}"  # auto: 8 pairs per optimizer step on each device
@@ -64,7 +65,7 @@ names="model_name_or_path tokenizer_name_or_path template_name cache_dir train_f
 max_train_samples max_eval_samples max_source_length max_target_length loss orpo_beta nll_scope engine use_peft qlora load_in_4bit
 target_modules lora_rank lora_alpha lora_dropout per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
 num_train_epochs max_steps learning_rate eval_steps save_steps resume resume_anyway bf16 gradient_checkpointing report_to seed
-do_train do_eval output_dir"
+do_train do_eval output_dir dry_run"
 
 # A flag on the command line replaces the value above; what has no value above goes on to orpo_train.py as it is.
 config=false
@@ -124,6 +125,7 @@ if true_ "$do_eval"; then
     add validation_file_dir max_eval_samples per_device_eval_batch_size
     if true_ "$do_train"; then add eval_steps; fi
 fi
+if true_ "$dry_run"; then add dry_run; fi
 add bf16 report_to seed do_train do_eval output_dir
 
 # With --config FILE the file stands in for the values above; flags on the command line still override it.

@@ -120,6 +120,7 @@ class ObjectiveArguments:
 @dataclass
 class RunArguments:
     output_dir: str = opt("outputs/orpo", "where everything is written")
+    dry_run: bool = opt(False, "load no weights and train nothing: say what the run would do, need and take")
     do_train: bool = opt(True, "train; false only evaluates")
     do_eval: bool = opt(True, "evaluate before, during (eval_steps) and after training")
     per_device_train_batch_size: int = opt(0, "pairs per micro-batch on each device (0: from the hardware)")
@@ -241,7 +242,7 @@ IGNORED: tuple[Ignored, ...] = (
             "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
             "optim", "max_grad_norm", "eval_steps", "save_steps", "save_total_limit", "gradient_accumulation_steps",
             "gradient_checkpointing", "resume", "resume_from_checkpoint", "resume_anyway", "max_train_samples",
-            "per_device_train_batch_size",
+            "per_device_train_batch_size", "dry_run",
         )
     ),
 )  # fmt: skip

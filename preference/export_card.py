@@ -73,7 +73,8 @@ def _data(source: Source) -> list[str]:
     lines += [f"Left out: {dropped}."] if dropped else []
     lines += ["", "| file | rows | kept |", "|---|---|---|"] if report.get("files") else []
     for file, counts in report.get("files", {}).items():
-        lines.append(f"| {Path(file).name} | {counts['rows_read']} | {counts['rows_kept']} |")
+        name = Path(file).name if Path(file).is_absolute() else file  # a home folder is nobody's business
+        lines.append(f"| {name} | {counts['rows_read']} | {counts['rows_kept']} |")
     return ["## Data", "", *lines, ""]
 
 

@@ -92,11 +92,11 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def prepare_model(model: nn.Module, *, share_prompt: bool = True) -> Any:
+def prepare_model(model: nn.Module, *, share_prompt: bool = True, device: str | None = None) -> Any:
     """Make `model` ready for `pair_logps`; to be called before it is wrapped for DDP or FSDP. See `probe.prepare`."""
     from preference.probe import prepare  # it needs this module's functions
 
-    return prepare(model, share_prompt=share_prompt)
+    return prepare(model, share_prompt=share_prompt, device=device)
 
 
 def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> PairLogps:

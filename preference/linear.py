@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
+
+PLAIN = (nn.Parameter, Tensor, FakeTensor)  # types of weights that are what they look like; a dry run's are fake
 
 
 class _LastCast:
@@ -65,7 +68,7 @@ class _Linear(torch.autograd.Function):
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or not torch.is_grad_enabled() or type(self.weight) is not nn.Parameter:
+    if not torch.is_autocast_enabled(device) or not torch.is_grad_enabled() or type(self.weight) not in PLAIN:
         return type(self).forward(self, x)
     return _Linear.apply(x, self.weight, self.bias, torch.get_autocast_dtype(device))
 

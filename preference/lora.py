@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from preference.linear import cast_once
+from preference.linear import PLAIN, cast_once
 
 
 class _Adapted(torch.autograd.Function):
@@ -62,7 +62,7 @@ def _plain_adapter(layer: LoraLinear) -> str | None:
     if layer.training and getattr(layer.lora_dropout[name], "p", 0.0) > 0:
         return None
     weights = (layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight)
-    plain = all(type(w) in (nn.Parameter, Tensor) for w in weights) and layer.lora_B[name].bias is None
+    plain = all(type(w) in PLAIN for w in weights) and layer.lora_B[name].bias is None
     return name if plain and not layer.base_layer.weight.requires_grad else None
 
 

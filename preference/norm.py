@@ -8,11 +8,14 @@ twenty passes over them forward and backward. Zhang and Sennrich 2019 (arXiv 191
 
 from __future__ import annotations
 
+import copy
 import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from preference.linear import PLAIN
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -47,18 +50,21 @@ def _is_plain(module: nn.Module) -> bool:
     weight = module.weight
     if (
         weight.dtype != torch.float32
-        or weight.device.type != "cpu"
+        or weight.device.type not in ("cpu", "meta")
         or weight.ndim != 1
         or type(weight) is not nn.Parameter
     ):
         return False
+    if weight.is_meta:  # a model without weights: its kind of norm is asked
+        module = copy.deepcopy(module).to_empty(device="cpu")
+        nn.init.constant_(module.weight, 0.5)
     x = torch.linspace(-1, 2, 3 * len(weight)).view(3, -1)
     with torch.no_grad():
-        return torch.allclose(module(x), _RMSNorm.apply(x, weight, _epsilon(module)), rtol=1e-5, atol=1e-6)
+        return torch.allclose(module(x), _RMSNorm.apply(x, module.weight, _epsilon(module)), rtol=1e-5, atol=1e-6)
 
 
 def _forward(self: nn.Module, x: Tensor) -> Tensor:
-    trained = torch.is_grad_enabled() and type(self.weight) is nn.Parameter
+    trained = torch.is_grad_enabled() and type(self.weight) in PLAIN
     if not trained or {x.dtype, self.weight.dtype} != {torch.float32}:
         return type(self).forward(self, x)
     return _RMSNorm.apply(x, self.weight, _epsilon(self))

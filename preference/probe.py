@@ -152,11 +152,12 @@ def _choose(model: nn.Module, lm: PreTrainedModel, share_prompt: bool) -> Engine
     return Engine(False, reason)
 
 
-def prepare(model: nn.Module, *, share_prompt: bool = True) -> Engine:
+def prepare(model: nn.Module, *, share_prompt: bool = True, device: str | None = None) -> Engine:
     """Make `model` (a causal LM, PEFT-wrapped or not) ready for `pair_logps`. Calling it again changes nothing.
 
     Args:
         share_prompt: False lays every pair out as two rows even where its prompt could be shared.
+        device: the kind of device that it will run on, if it is not there yet.
 
     Returns:
         How it will be run; `share_prompt` of it goes to `pack_pairs`. The same on all ranks.
@@ -167,7 +168,7 @@ def prepare(model: nn.Module, *, share_prompt: bool = True) -> Engine:
     lm = causal_lm(model)
     if not hasattr(lm, "packed_engine") or lm.packed_engine[0] != share_prompt:
         _refuse_by_config(lm)
-        if next(lm.parameters()).device.type == "cpu":
+        if (device or next(lm.parameters()).device.type) == "cpu":
             cpu_memory.keep_freed_memory()
             if all(p.numel() for p in lm.parameters()):  # not while ZeRO-3 has them dealt out
                 share_casts(lm)

@@ -17,11 +17,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from preference.hints import hints
 from preference.outcome import greedy_answers
 from preference.run_files import JsonLines, evaluation_sets
+from preference.sharding import takes_all_ranks
 from preference.speed import SpeedMeter, compute_dtype, flops_per_token, matmul_rate, peak_memory
 from preference.trainer import PairTrainer
 
@@ -196,9 +196,7 @@ class Answers(TrainerCallback):
         if self.answered is None or self.answered == state.global_step:  # once a step, however many evaluation sets
             return
         self.answered = state.global_step
-        # Where the weights are sharded every rank has to take part in each forward pass.
-        sharded = self.trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if not sharded and not state.is_world_process_zero:
+        if not (state.is_world_process_zero or takes_all_ranks(self.trainer)):
             return
         ids = [prompt["prompt_ids"] for prompt in self.prompts]
         tokenizer = self.trainer.processing_class

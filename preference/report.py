@@ -236,10 +236,10 @@ def _groups(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
     for way, groups in analysis.items():
         for name, models in ({"all": groups} if way == "all" else groups).items():
             for model, figures in models.items():
-                row = {"way": way, "name": name, "model": model, "pairs": figures["pairs"]}
+                row = {"name": name, "model": model, "pairs": figures["pairs"], "first": model == next(iter(models))}
                 for key in ("accuracy", "length_controlled_accuracy"):
                     low, high = figures["interval"][key]
-                    row[key] = f"{figures[key]:.1%} ({low:.0%} to {high:.0%})"
+                    row[key] = f"{figures[key]:.1%} ({100 * low:.0f} to {high:.0%})"
                 rows.append(row | {"margin": f"{figures['margin']:+.3f}"})
     return rows
 

@@ -39,6 +39,9 @@ class JsonLines:
         """Throw away earlier records but those that `keep`, add the waiting ones; returns what the file then holds."""
         records = [*filter(keep, read_lines(self.path)), *(self.waiting or ())]
         self.waiting = None
+        if not records:
+            self.path.unlink(missing_ok=True)
+            return []
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text("".join(map(_line, records)), encoding="utf-8")
         partial.replace(self.path)

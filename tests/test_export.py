@@ -130,7 +130,8 @@ def test_the_folder_holds_all_that_serving_needs(
     assert (out / "LICENSE").read_text() == "Apache"
     card = (out / "README.md").read_text()
     assert re.match(r"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- orpo\n---\n", card)
-    assert "7 rows read, 5 kept" in card and "2 empty_answer" in card and "| train.jsonl | 7 | 5 |" in card
+    assert "7 rows read, 5 kept" in card and "2 empty_answer" in card and "| train.jsonl | 5 | 3 |" in card
+    assert "| data/more.jsonl | 2 | 2 |" in card
     assert "| eval_rewards/accuracies | 0.875 |" in card and "/home/someone" not in card
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

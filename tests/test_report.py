@@ -67,7 +67,7 @@ def test_shows_all_that_a_run_leaves(run):
     words = [
         "models/starter", "2.13.0", "CPU (2 threads)", "25.0% → 75.0%", "+50.0 points", CHINESE, "多休息。", "第40步",
         "empty_answer", "data/train/a.jsonl:9", "one_sided_space", "260 pairs", "62%", "0.25 TFLOP/s", "2.50 GiB",
-        "margin -0.900", "75.0% (65% to 85%)", "62.6% (52% to 72%)", "60 steps of 8 pairs",
+        "margin -0.900", "75.0% (65 to 85%)", "62.6% (52 to 72%)", "60 steps of 8 pairs",
     ]  # fmt: skip
     assert [word for word in words if word not in page.text] == []
     assert "Every file of the run was found." in page.text
@@ -119,7 +119,7 @@ def test_an_evaluation_alone(tmp_path, no_plots):
     run = make_run(tmp_path / "run", all_results=figures(9, "eval_"), samples=samples, **left_out)
     text = Page(write_report(run)).text
     assert "the model's answer" in text and "32.5%" in text and "→" not in text
-    assert "None was kept." in text and "no worst_pairs.json" not in text and "at equal length" not in text
+    assert "None was kept." in text and "no worst_pairs.json" not in text and "equal length" not in text
 
 
 def test_what_a_loss_does_not_have_is_named(tmp_path, no_plots):

@@ -136,9 +136,17 @@ def test_modelscope(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelNotFound, match="pip install modelscope"):
         resolve_model("owner/name", use_modelscope=True)
     fake = types.ModuleType("modelscope")
-    fake.snapshot_download = lambda name, cache_dir=None: f"/scope/{name}"  # type: ignore[attr-defined]
+    left_out: list[list[str]] = []
+
+    def snapshot_download(name: str, cache_dir: str | None = None, ignore_patterns: list[str] | None = None) -> str:
+        left_out.append(ignore_patterns or [])
+        return f"/scope/{name}"
+
+    fake.snapshot_download = snapshot_download  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "modelscope", fake)
     assert resolve_model("owner/name", use_modelscope=True) == "/scope/owner/name"
+    assert resolve_model("owner/name", use_modelscope=True, weights=False) == "/scope/owner/name"
+    assert left_out[0] == [] and "*.safetensors" in left_out[1]
 
 
 def test_the_real_starter_model(starter_model: Path) -> None:

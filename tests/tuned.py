@@ -51,7 +51,10 @@ def write_run_files(folder: Path, base_name: str, template: str = "qwen") -> Non
         "rows_read": 7,
         "rows_kept": 5,
         "dropped": {"empty_answer": 2},
-        "files": {"/home/someone/data/train.jsonl": {"rows_read": 7, "rows_kept": 5}},
+        "files": {
+            "/home/someone/data/train.jsonl": {"rows_read": 5, "rows_kept": 3},
+            "data/more.jsonl": {"rows_read": 2, "rows_kept": 2},
+        },
     }
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "data_report.json").write_text(json.dumps(report))

@@ -1,0 +1,44 @@
+"""A few evaluation questions, answered greedily by the base and by the tuned model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from preference.arguments import Arguments
+from preference.outcome import greedy_answers
+from preference.sharding import takes_all_ranks
+from preference.templates import stop_token_ids
+
+
+class Samples:
+    """The questions, drawn with the run's seed, and what each model answered.
+
+    Args:
+        questions: of the evaluation pairs by their source. eval_set may be None: then nothing is asked.
+
+    Attributes:
+        rows: the pairs asked about. records: {source, question, chosen, base, tuned} of each, JSON-ready.
+    """
+
+    def __init__(
+        self, args: Arguments, trainer: Any, conversation: Any, eval_set: Any, questions: Mapping[str, str]
+    ) -> None:
+        count = min(args.run.sample_answers, len(eval_set)) if eval_set is not None else 0
+        picked = sorted(random.Random(args.run.seed).sample(range(len(eval_set)), count)) if count else []
+        self.rows = [eval_set[i] | {"question": questions[eval_set[i]["source"]]} for i in picked]
+        self.records = [{key: row[key] for key in ("source", "question", "chosen")} for row in self.rows]
+        self.trainer, self.tokens = trainer, args.run.sample_tokens
+        self.stop_ids = stop_token_ids(conversation, trainer.processing_class)
+
+    def answer(self, who: str) -> None:
+        """The first rank generates; all of them do where the model's weights are shared out."""
+        if not (self.trainer.is_world_process_zero() or takes_all_ranks(self.trainer)):
+            return
+        self.trainer.shard()
+        prompts = [row["prompt_ids"] for row in self.rows]
+        tokenizer = self.trainer.processing_class
+        answers = greedy_answers(self.trainer.model, tokenizer, prompts, self.stop_ids, self.tokens)
+        for record, answer in zip(self.records, answers, strict=True):
+            record[who] = answer
