@@ -21,20 +21,26 @@ def _local_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
             yield p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
 
 
+def _norms_of_chunks(flat: Tensor) -> Iterator[Tensor]:
+    whole = len(flat) - len(flat) % CHUNK
+    for part in (flat[:whole].view(-1, CHUNK), flat[whole:].view(1, -1)):
+        yield torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
+
+
 def exact_norm(parameters: Iterable[nn.Parameter], add_up: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The norm of all gradients together, float32, within 1e-6.
 
     Args:
         add_up: sums a number over ranks; given where each rank has a part of the gradients.
     """
-    chunks = [chunk for gradient in _local_gradients(parameters) for chunk in gradient.reshape(-1).split(CHUNK)]
-    norms = [torch.linalg.vector_norm(chunk, dtype=torch.float32) for chunk in chunks]
-    square = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+    norms = [norm for gradient in _local_gradients(parameters) for norm in _norms_of_chunks(gradient.reshape(-1))]
+    square = torch.cat(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
     return (add_up(square) if add_up else square).sqrt().float()
 
 
 def clip(parameters: Iterable[nn.Parameter], norm: Tensor, largest: float) -> None:
     """Scale gradients of that norm down to the `largest`, as `torch.nn.utils.clip_grad_norm_` does."""
-    scale = (largest / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in _local_gradients(parameters):
-        gradient.mul_(scale)
+    scale = largest / (norm + 1e-6)
+    if scale < 1:
+        for gradient in _local_gradients(parameters):
+            gradient.mul_(scale)
