@@ -2,7 +2,7 @@
 
 glibc gives every block above a few MB back to the system when it is freed, and the next one of that size comes page by
 page through page faults, each page cleared anew. A training step frees and takes such blocks thousands of times; with
-this a bf16 step took about 8% less CPU time, in one noisy run (benchmarks/LOG.md), for 0.1 GB more at the peak.
+this a bf16 step takes 5 to 8% less CPU time; the process grows over a long run with or without it (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
