@@ -48,10 +48,6 @@ PLANNED_STEPS = 2000  # steps of the first epoch that are looked at for the long
 STATES = {"8bit": 0.5, "adamw": 2, "lion": 1, "sgd": 0, "rmsprop": 1, "adagrad": 1}  # bytes for one of the weight
 
 
-class EstimateError(ValueError):
-    """A model that cannot be estimated: its configuration, say, is not where it was looked for."""
-
-
 @dataclass(frozen=True)
 class Work:
     """What the planner gives a device, in steps of `pairs` x `accumulation` pairs.

@@ -100,12 +100,13 @@ def join_adapters(model: nn.Module) -> int:
 def hold_frozen(model: nn.Module, dtype: torch.dtype) -> int:
     """Keep frozen weights under adapters in autocast's dtype, which they are cast to in every forward anyway.
 
-    Nothing but these products reads them, so every number stays the same to the bit. Returns how many bytes it saves.
+    Nothing but these products reads them, so every number stays the same to the bit; DoRA, which takes norms of them,
+    keeps its own. Returns how many bytes it saves.
     """
     saved = 0
     for layer in _joined(model):
         weight = layer.base_layer.weight
-        if not weight.requires_grad and weight.dtype == torch.float32:
+        if not weight.requires_grad and weight.dtype == torch.float32 and not layer.lora_variant:
             saved += weight.nbytes
             weight.data = weight.data.to(dtype)
             saved -= weight.nbytes

@@ -98,6 +98,12 @@ def test_held_weights_change_no_bit_under_autocast() -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_dora_which_takes_norms_of_weights_keeps_them() -> None:
+    model = adapted(use_dora=True)
+    assert hold_frozen(model, torch.bfloat16) == 0
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_held_weights_generate_with_and_without_the_adapter() -> None:
     model = adapted()
     join_adapters(model)
