@@ -282,10 +282,11 @@ def show_first_pair(dataset: Any, tokenizer: Any) -> None:
 
 def on_paper(args: Arguments, source: str, hardware: Any, training: Any, train_set: Any) -> str:
     """What the run would do, need and take; no weight is loaded."""
-    from preference.batching import row_lengths
+    from preference.batching import row_lengths, shared_prefix
     from preference.dry_run import Setup, dry_run
 
-    setup = Setup(source, hardware, objective_of(args), training.bf16, row_lengths(train_set))
+    lengths, common = row_lengths(train_set), shared_prefix(train_set)
+    setup = Setup(source, hardware, objective_of(args), training.bf16, lengths, common=common)
     cut = training.per_device_train_batch_size, training.gradient_accumulation_steps
     return dry_run(args, setup, *cut, training.world_size)
 

@@ -37,7 +37,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or hub id; its tokenizer is used too")
     parser.add_argument("--data", required=True, help="a file of pairs")
-    parser.add_argument("--pairs", type=int, default=32, help="first usable pairs of the file")
+    parser.add_argument("--pairs", type=int, default=32, help="usable pairs of the file, the first ones")
+    parser.add_argument("--skip", type=int, default=0, help="usable pairs to leave out before them")
+    parser.add_argument("--shuffle", type=int, help="random order of the usable pairs, drawn with this seed")
     parser.add_argument("--batch", type=int, default=4, help="pairs per optimizer step")
     parser.add_argument("--max_length", type=int, default=512, help="longer pairs are dropped")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast over fp32 weights")
@@ -73,6 +75,9 @@ def load_pairs(args: argparse.Namespace) -> Any:
     half = args.max_length // 2
     lengths = dict(max_source_length=args.max_length - half, max_target_length=half)
     dataset = build_dataset(rows, conversation, tokenizer, report=report, **lengths)
+    if args.shuffle is not None:
+        dataset = dataset.shuffle(seed=args.shuffle)
+    dataset = dataset.select(range(min(args.skip, len(dataset)), len(dataset)))
     count = min(args.pairs, len(dataset)) // args.batch * args.batch
     if count < 2 * args.batch:
         raise SystemExit(f"{args.data}: {len(dataset)} usable pairs of at most {args.max_length} tokens; give more")
@@ -128,9 +133,7 @@ def make_trainer(engine: str, args: argparse.Namespace, callback: Any, folder: s
         return make_trl_trainer(load_model(args), training, **common)
     from preference.trainer import PairTrainer
 
-    return PairTrainer(
-        load_model(args), training, max_tokens_per_micro_batch=args.max_tokens_per_micro_batch, **common
-    )
+    return PairTrainer(load_model(args), training, max_tokens_per_micro_batch=args.max_tokens_per_micro_batch, **common)
 
 
 def work(engine: str, args: argparse.Namespace, pipe: Any, folder: str) -> None:
@@ -241,8 +244,10 @@ def matmul_rate(dtype: str) -> float:
 
 
 def useful(args: argparse.Namespace) -> tuple[float, float, dict[str, float]]:
-    """Per step: tokens that must be computed (each prompt once), and the FLOPs of their matrix products; lengths."""
+    """Per step: tokens that must be computed (what prompts share once), the FLOPs of their matrix products; lengths."""
     import torch
+
+    from preference.packing import pack_pairs
 
     dataset = load_pairs(args)[0]
     lengths = [(len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in dataset]
@@ -252,7 +257,8 @@ def useful(args: argparse.Namespace) -> tuple[float, float, dict[str, float]]:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     weights = model.num_parameters() - (0 if tied else model.get_input_embeddings().weight.numel())
-    tokens = sum(p - 1 + c + r for p, c, r in lengths[args.batch :]) / (len(lengths) // args.batch - 1)
+    batches = [dataset.select(range(i, i + args.batch)).to_list() for i in range(args.batch, len(dataset), args.batch)]
+    tokens = statistics.mean(pack_pairs(batch)["input_ids"].numel() for batch in batches)
     middle = {
         name: statistics.median(values)
         for name, values in zip(("prompt", "chosen", "rejected"), zip(*lengths, strict=True), strict=True)

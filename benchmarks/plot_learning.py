@@ -1,6 +1,6 @@
 """The curves of several runs in one picture, from their trainer_state.json.
 
-    python benchmarks/plot_learning.py outputs/packed outputs/trl --output docs/learning.png
+python benchmarks/plot_learning.py outputs/packed outputs/trl --output docs/learning.png
 """
 
 from __future__ import annotations

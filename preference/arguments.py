@@ -114,7 +114,10 @@ class ObjectiveArguments:
     max_tokens_per_micro_batch: int = opt(
         0, "memory budget: tokens of one packed row (0: follow per_device_train_batch_size)"
     )
-    share_prompt: bool = opt(True, "compute each prompt once for both answers, where the model allows it")
+    share_prompt: bool = opt(
+        True,
+        "compute each prompt once for both answers, and what prompts begin with alike once, where the model allows it",
+    )
 
 
 @dataclass

@@ -7,9 +7,9 @@ window gets its own. Outside a packed forward (generation, say) both functions p
 that the model had before.
 
 Three ways to compute it, one per kind of hardware and kernel:
-- on CUDA in 16 bits, torch's varlen kernel: two query segments per pair, keys gathered, causal from the bottom right;
+- on CUDA in 16 bits, torch's varlen kernel: a query segment per chain, keys gathered, causal from the bottom right;
 - on a CPU, preference/segment_attention.py;
-- elsewhere, and for dropout, capped scores and learned sinks: branch by branch through SDPA or written out.
+- elsewhere, and for dropout, capped scores and learned sinks: chain by chain through SDPA or written out.
 """
 
 from __future__ import annotations
@@ -167,17 +167,15 @@ def _plain_attention(
     return torch.matmul(F.dropout(weights[..., : key.shape[2]].to(query.dtype), dropout), value)
 
 
-def _by_branch(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, attend: Callable[..., Tensor]) -> Tensor:
-    """`attend(q, k, v)` for each branch, the chosen one with its prefix's queries."""
-    sizes = [size for segment in mask.layout["segments"] for size in segment]
-    # One split and one concatenation: a slice for each pair would write a full-length gradient for each pair.
-    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+def _by_chain(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, attend: Callable[..., Tensor]) -> Tensor:
+    """`attend(q, k, v)` for each chain: its queries, and the keys and values of all that it sees."""
+    # One split and one concatenation: a slice for each chain would write a full-length gradient for each chain.
+    queries, keys, values = (x.split(mask.layout["runs"], dim=2) for x in (query, key, value))
     outputs = []
-    for prefix in range(0, len(sizes), 3):
-        for own in (prefix + 1, prefix + 2):
-            k, v = (torch.cat([x[prefix], x[own]], dim=2) for x in (keys, values))
-            q = torch.cat([queries[prefix], queries[own]], dim=2) if own == prefix + 1 else queries[own]
-            outputs.append(attend(q, k, v))
+    for first, last, before in mask.layout["chains"]:
+        seen = [*before, *range(first, last)]
+        q = torch.cat(queries[first:last], dim=2)
+        outputs.append(attend(q, *(torch.cat([x[run] for run in seen], dim=2) for x in (keys, values))))
     return torch.cat(outputs, dim=2)
 
 
@@ -195,19 +193,16 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: 
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     elif q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    longest_query = max(max(prefix + chosen, rejected) for prefix, chosen, rejected in layout["segments"])
-    longest_key = max(prefix + max(chosen, rejected) for prefix, chosen, rejected in layout["segments"])
-    return varlen_attn(q, k, v, layout["cu_queries"], layout["cu_keys"], longest_query, longest_key, **options)
+    return varlen_attn(q, k, v, layout["cu_queries"], layout["cu_keys"], *layout["longest"], **options)
 
 
 def _takes_varlen(query: Tensor, value: Tensor, mask: PackedMask) -> bool:
-    longest = max(prefix + max(chosen, rejected) for prefix, chosen, rejected in mask.layout["segments"])
     return (
         query.device.type == "cuda"
         and {"window_size", "scale"} <= _varlen_options()
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] == value.shape[-1] <= 256
-        and not (mask.chunk and longest > mask.chunk)
+        and not (mask.chunk and mask.layout["longest"][1] > mask.chunk)
     )
 
 
@@ -259,4 +254,4 @@ def packed_attention(
         keep = None if plain else mask.visible(n, m, q.device)
         return F.scaled_dot_product_attention(q, k, v, keep, dropout_p=dropout, is_causal=plain, scale=scale)
 
-    return _by_branch(query, key, value, mask, attend).transpose(1, 2)
+    return _by_chain(query, key, value, mask, attend).transpose(1, 2)

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from preference.losses import Objective, Totals
-from preference.packing import pack_pairs
+from preference.packing import MIN_SHARED, pack_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,22 @@ def row_lengths(dataset: Any) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros((0, 3), dtype=np.int64)
 
 
+def shared_prefix(dataset: Any) -> int:
+    """Tokens that the prompts of all rows begin with alike (a system prompt), where packing shares them; else 0."""
+    import pyarrow.compute as pc
+
+    first = np.asarray(dataset[0]["prompt_ids"] if len(dataset) else [], dtype=np.int64)
+    common = len(first)
+    for batch in dataset.select_columns(["prompt_ids"]).with_format("arrow").iter(batch_size=1000):
+        prompts = batch["prompt_ids"].combine_chunks()
+        common = min(common, pc.min(pc.list_value_length(prompts)).as_py() - 1)
+        starts = prompts.offsets.to_numpy()[:-1, None]
+        heads = prompts.values.to_numpy()[starts + np.arange(common)]
+        differs = (heads != first[:common]).any(axis=0)
+        common = int(differs.argmax()) if differs.any() else common
+    return common if common >= MIN_SHARED else 0
+
+
 @dataclass(frozen=True)
 class Cut:
     """How a global batch is cut.
@@ -51,17 +67,28 @@ class Cut:
             own.
         world: number of ranks.
         share_prompt: whether a pair's prompt is computed once or twice.
+        common: tokens that all prompts begin with (`shared_prefix`); a micro-batch with shared prompts has them once.
     """
 
     pairs: int
     tokens: int = 0
     world: int = 1
     share_prompt: bool = True
+    common: int = 0
+
+    @property
+    def once(self) -> int:
+        """Tokens of a micro-batch that are there whatever its pairs."""
+        return self.common if self.share_prompt else 0
 
     def cost(self, lengths: np.ndarray) -> np.ndarray:
-        """Tokens that each pair of `lengths` [n, 3] adds to a micro-batch, [n] (preference.packing.packed_length)."""
+        """Tokens that each pair of `lengths` [n, 3] adds to a micro-batch besides, at most, [n]."""
         prompts = 1 if self.share_prompt else 2
-        return prompts * (lengths[:, 0] - 1) + lengths[:, 1] + lengths[:, 2]
+        return prompts * (lengths[:, 0] - 1) + lengths[:, 1] + lengths[:, 2] - self.once
+
+    def row(self, lengths: np.ndarray) -> int:
+        """Tokens of the micro-batch of these pairs, at most."""
+        return self.once + int(self.cost(lengths).sum())
 
 
 @dataclass(frozen=True)
@@ -117,8 +144,8 @@ def cut_batch(costs: np.ndarray, cut: Cut) -> list[list[list[int]]]:
         For each rank its micro-batches, each a list of numbers below n. All n appear once; where there are fewer
         pairs than micro-batches, some are empty.
     """
-    limit = cut.tokens or np.iinfo(np.int64).max
-    first = _first_fit(costs, cut.tokens) if cut.tokens else None
+    limit = max(1, cut.tokens - cut.once) if cut.tokens else np.iinfo(np.int64).max
+    first = _first_fit(costs, limit) if cut.tokens else None
     bins = len(first) if first is not None else -(-len(costs) // cut.pairs)
     bins = -(-bins // cut.world) * cut.world
     most_pairs = len(costs) if cut.tokens else cut.pairs
@@ -212,12 +239,14 @@ class EvaluationPlan(Sampler[list[Step]]):
 
 
 def _report_long_rows(lengths: np.ndarray, cut: Cut) -> None:
-    long = cut.cost(lengths) > cut.tokens if cut.tokens and len(lengths) else np.zeros(0, dtype=bool)
-    if long.any():
+    if not cut.tokens or not len(lengths):
+        return
+    rows = cut.cost(lengths) + cut.once
+    if (rows > cut.tokens).any():
         logger.warning(
             "%d of %d pairs are longer than max_tokens_per_micro_batch=%d (the longest has %d tokens): each gets a "
             "micro-batch of its own, which sets the memory that is needed",
-            int(long.sum()), len(lengths), cut.tokens, int(cut.cost(lengths).max()),
+            int((rows > cut.tokens).sum()), len(lengths), cut.tokens, int(rows.max()),
         )  # fmt: skip
 
 
@@ -236,8 +265,9 @@ class StepDataset(Dataset):
         return step, [[self.pairs[row] for row in rows] for rows in step.micro_batches]
 
 
-def _tokens(lengths_B3: torch.Tensor, share_prompt: bool) -> int:
-    return int(lengths_B3.sum()) + (0 if share_prompt else int(lengths_B3[:, 0].sum()))
+def _tokens(batch: dict[str, Any], share_prompt: bool) -> int:
+    """Tokens that a packed batch pushes through the model, without padding."""
+    return batch["input_ids"].numel() if share_prompt else int((batch["lengths"] * torch.tensor([2, 1, 1])).sum())
 
 
 @dataclass(frozen=True)
@@ -274,7 +304,7 @@ class PackSteps:
                 for pairs, filler in zip(batches, step.filler, strict=True)
             ],
             "totals": step.totals,
-            "num_tokens": sum(_tokens(batch["lengths"], self.share_prompt) for batch in packed),
+            "num_tokens": sum(_tokens(batch, self.share_prompt) for batch in packed),
         }
 
 

@@ -40,7 +40,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Setup:
-    """What does not change between the variants of a run that are looked at."""
+    """What does not change between the variants of a run that are looked at.
+
+    lengths, common: tokens [n, 3] of the training pairs, and their `shared_prefix`.
+    """
 
     source: str
     hardware: Hardware
@@ -48,13 +51,16 @@ class Setup:
     bf16: bool
     lengths: np.ndarray
     config: Any = None
+    common: int = 0
 
     def estimator(self, args: Arguments) -> Estimator:
         """
         Raises:
             EngineError: the run cannot be made.
         """
-        return Estimator(self.source, args, self.hardware, self.objective, self.bf16, config=self.config)
+        return Estimator(
+            self.source, args, self.hardware, self.objective, self.bf16, config=self.config, common=self.common
+        )
 
     def plan(self, args: Arguments, pairs: int, accumulation: int, estimator: Estimator | None = None) -> Plan:
         """
@@ -65,7 +71,7 @@ class Setup:
             EngineError, TraceError: the run cannot be made, or not be followed on paper.
         """
         estimator = estimator or self.estimator(args)
-        work = plan_work(self.lengths, args, self.objective, pairs, accumulation, estimator.share_prompt)
+        work = plan_work(self.lengths, args, self.objective, pairs, accumulation, estimator.share_prompt, self.common)
         trace = estimator.trace(work.longest, work.micro_batches > 1)
         return Plan(args, estimator, work, trace, pairs, accumulation)
 

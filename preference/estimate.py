@@ -116,14 +116,20 @@ def _four_bit(model: nn.Module) -> list[nn.Parameter]:
 
 
 def plan_work(
-    lengths: np.ndarray, args: Arguments, objective: Objective, pairs: int, accumulation: int, share_prompt: bool
+    lengths: np.ndarray,
+    args: Arguments,
+    objective: Objective,
+    pairs: int,
+    accumulation: int,
+    share_prompt: bool,
+    common: int = 0,
 ) -> Work:
-    """What one device of one gets to do, from the lengths [n, 3] of the training set.
+    """What one device of one gets to do, from the lengths [n, 3] of the training set and its `shared_prefix`.
 
     TRL's own order of the rows is drawn when it trains; another random order stands for it here.
     """
     packed = args.objective.engine == "packed"
-    cut = Cut(pairs, args.objective.max_tokens_per_micro_batch if packed else 0, 1, share_prompt)
+    cut = Cut(pairs, args.objective.max_tokens_per_micro_batch if packed else 0, 1, share_prompt, common)
     plan = TrainingPlan(
         lengths, objective, cut, rank=0, global_batch=pairs * accumulation, seed=args.run.seed, epoch=lambda: 0
     )
@@ -132,7 +138,7 @@ def plan_work(
     longest, most, tokens, seen, micro_batches = None, -1, 0, 0, 0
     for number, [step] in enumerate(plan if packed else ()):
         for rows in step.micro_batches:
-            cost = int(cut.cost(lengths[list(rows)]).sum())
+            cost = cut.row(lengths[list(rows)])
             tokens += cost
             if cost > most:
                 longest, most = lengths[list(rows)], cost
@@ -181,16 +187,38 @@ def _trl_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return nll - selective_log_softmax(logits[:, :-1], ids[:, 1:]).mean()
 
 
+def stand_ins(lengths: np.ndarray, common: int = 0) -> list[dict[str, list[int]]]:
+    """Pairs of these lengths [B, 3] whose prompts have their first `common` tokens in common, and no others."""
+    return [
+        {
+            "prompt_ids": [0] * common + [number + 1] * int(prompt - common),
+            "chosen_ids": [0] * int(chosen),
+            "rejected_ids": [0] * int(rejected),
+        }
+        for number, (prompt, chosen, rejected) in enumerate(lengths)
+    ]
+
+
 class Estimator:
     """Follows the step of a run on paper.
 
     Args:
+        common: the `shared_prefix` of the training set.
         config: of the model, where it is not to be read from `source`.
     """
 
     def __init__(
-        self, source: str, args: Arguments, hardware: Hardware, objective: Objective, bf16: bool, *, config: Any = None
+        self,
+        source: str,
+        args: Arguments,
+        hardware: Hardware,
+        objective: Objective,
+        bf16: bool,
+        *,
+        config: Any = None,
+        common: int = 0,
     ) -> None:
+        self.common = common
         self.args, self.hardware, self.objective, self.bf16 = args, hardware, objective, bf16
         model = paper_model(source, args, hardware, bf16, config=config)
         self.share_prompt = False
@@ -231,8 +259,7 @@ class Estimator:
         """The step over one micro-batch of pairs with these lengths [B, 3]."""
         batch: dict[str, Any] = {"bf16": self.bf16, "dpo": self.args.objective.loss == "dpo"}
         if self.args.objective.engine == "packed":
-            names = ("prompt_ids", "chosen_ids", "rejected_ids")
-            pairs = [{name: [0] * int(n) for name, n in zip(names, row, strict=True)} for row in lengths]
+            pairs = stand_ins(lengths, self.common)
             batch |= pack_pairs(pairs, share_prompt=self.share_prompt, prompt_logps=self.objective.needs_prompt)
             return self.model.trace(batch, _packed_loss, accumulating=accumulating)
         ids = torch.zeros(2 * len(lengths), padded_tokens(lengths) // (2 * len(lengths)), dtype=torch.long)
@@ -288,7 +315,7 @@ class Estimator:
         """Tokens that the engine runs for a micro-batch of these pairs."""
         if self.args.objective.engine == "trl":
             return padded_tokens(lengths)
-        return int(Cut(1, share_prompt=self.share_prompt).cost(lengths).sum())
+        return Cut(1, share_prompt=self.share_prompt, common=self.common).row(lengths)
 
 
 def _bytes(model: nn.Module) -> int:

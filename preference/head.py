@@ -53,17 +53,17 @@ def _score(head: nn.Module, hidden_TD: Tensor, ids_T: Tensor, config: Any) -> Te
 
 
 def _packed_forward(self: PreTrainedModel, packed: Mapping[str, Any], kwargs: dict[str, Any]) -> Tensor:
-    """The log-probabilities [T] of the batch's targets, fp32 at least."""
+    """The log-probabilities [U] of the batch's targets, fp32 at least."""
     inputs = {name: value for name, value in kwargs.items() if value is not None}
     backbone = self.model if self.base_model is self else self.base_model
-    if "segments" in packed:
+    if "runs" in packed:
         with packed_row(packed):
             out = backbone(**inputs, position_ids=packed["position_ids"], use_cache=False)
     else:
         out = backbone(**inputs, use_cache=False)
     hidden = out.last_hidden_state[:, -packed["input_ids"].shape[1] :]  # behind the virtual tokens of prompt tuning
-    hidden_TD = hidden.flatten(0, 1)[packed["target_at"]]
-    return _score(self.get_output_embeddings(), hidden_TD, packed["target_ids"], self.config.get_text_config())
+    hidden_UD = hidden.flatten(0, 1)[packed["target_at"]]
+    return _score(self.get_output_embeddings(), hidden_UD, packed["target_ids"], self.config.get_text_config())
 
 
 def patch_forward(model: PreTrainedModel) -> None:
@@ -105,7 +105,7 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> PairLogps:
     Args:
         model: prepared by `prepare_model`, in any wrapper whose forward reaches it.
     """
-    logps_T = model(input_ids=batch["input_ids"], packed=batch)
+    logps_T = model(input_ids=batch["input_ids"], packed=batch)[batch["score_at"]]
     sums = torch.segment_reduce(logps_T, "sum", lengths=batch["scored"].flatten(), initial=0.0).view(-1, 3)
     lengths = batch["lengths"].to(sums.dtype)
     prompt, chosen, rejected = sums.unbind(1)

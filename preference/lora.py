@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from preference.linear import PLAIN, cast_once
+from preference.gated import product_step
+from preference.linear import PLAIN, cast_once, rows_again
 
 
 class _Adapted(torch.autograd.Function):
@@ -32,7 +33,8 @@ class _Adapted(torch.autograd.Function):
         h_NR = torch.mm(x_NI, a_RI.t())
         y_NO = torch.mm(x_NI, weight_OI.t()) if bias is None else torch.addmm(bias.to(dtype), x_NI, weight_OI.t())
         y_NO.addmm_(h_NR, b_OR.t(), alpha=scale)
-        ctx.save_for_backward(x_NI, h_NR, weight_OI, a_RI, b_OR)
+        ctx.step, ctx.dtype = product_step(x), dtype
+        ctx.save_for_backward(x_NI if ctx.step is None else None, h_NR, weight_OI, a_RI, b_OR)
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, a.dtype, b.dtype)
         return y_NO.view(*x.shape[:-1], -1)
 
@@ -40,12 +42,13 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         x_NI, h_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
         x_dtype, a_dtype, b_dtype = ctx.dtypes
-        grad_NO = grad.reshape(-1, grad.shape[-1]).to(x_NI.dtype)
+        grad_NO = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
         g_NR = torch.mm(grad_NO, b_OR).mul_(ctx.scale)
         d_x = d_a = d_b = None
         if ctx.needs_input_grad[0]:
             d_x = torch.mm(grad_NO, weight_OI).addmm_(g_NR, a_RI).view(ctx.shape).to(x_dtype)
         if ctx.needs_input_grad[3]:
+            x_NI = rows_again(ctx) if x_NI is None else x_NI
             d_a = torch.mm(g_NR.t(), x_NI).to(a_dtype)
         if ctx.needs_input_grad[4]:
             d_b = torch.mm(grad_NO.t(), h_NR).mul_(ctx.scale).to(b_dtype)

@@ -142,8 +142,7 @@ def model_card(base_model: str, facts: Mapping[str, Any], results: Mapping[str, 
     lines += ["tags:", "- preference-tuning", f"- {loss}", "---", ""]
     lines += [f"# {Path(base_model).name}, tuned with {loss.upper()}", ""]
     lines += [
-        f"- **Weights**: {weights}, "
-        f"{facts['trainable']:,} of {facts['parameters']:,} parameters trained",
+        f"- **Weights**: {weights}, {facts['trainable']:,} of {facts['parameters']:,} parameters trained",
         f"- **Objective**: {loss}, beta {facts['beta']:g}"
         + (f", NLL over {flags['nll_scope']}" if loss == "orpo" else ""),
         f"- **Data**: {data}; at most {flags['max_source_length'] + flags['max_target_length']} tokens a row",

@@ -1,13 +1,18 @@
-"""Pairs -> one packed row in which every prompt stands once.
+"""Pairs -> one packed row in which every prompt stands once, and what prompts have in common stands once.
 
 A pair with prompt P (p tokens), chosen answer C and rejected answer R is laid out as
 
     P[0..p-2] | P[p-1] C[0..c-2] | P[p-1] R[0..r-2]
     prefix      chosen branch      rejected branch
 
-so that every position predicts exactly one token: p-1, c and r of them. Both branches start at position id p-1. A
-branch sees the prefix and itself, never the other branch, and no pair sees another (preference/attention.py). Prefix
-and chosen branch together are an ordinary causal sequence.
+so that every position of a branch predicts exactly one token. Both branches start at position id p-1 and see the
+prefix and themselves, never each other. Prompts of a row that begin alike (a system prompt, several pairs of one
+prompt) share those tokens in the same way: a row is a tree, its root what all prompts have in common, its leaves the
+answers.
+
+The tree lies in the row depth first, as *runs* of tokens. A *chain* is a run with its first child, that one's first
+child and so on: neighbours in the row and an ordinary causal sequence. It sees the runs between the root and its
+first run, and nothing else (preference/attention.py).
 
 Models that cannot share a prefix get two full sequences per pair as right-padded rows of a batch instead: nothing
 about their forward is changed, and causality keeps the padding out of every result.
@@ -18,13 +23,17 @@ no help.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 Pair = Mapping[str, Any]
+
+MIN_SHARED = 8  # tokens that prompts must have in common for a run of their own to pay
 
 
 class PackingError(ValueError):
@@ -45,7 +54,7 @@ def pair_lengths(pair: Pair) -> tuple[int, int, int]:
 
 
 def packed_length(pair: Pair, *, share_prompt: bool = True) -> int:
-    """Tokens that a pair costs in a micro-batch (in rows without sharing: before padding)."""
+    """Tokens that a pair costs in a micro-batch at most (in rows without sharing: before padding)."""
     p, c, r = pair_lengths(pair)
     return p - 1 + c + r if share_prompt else 2 * (p - 1) + c + r
 
@@ -56,68 +65,132 @@ def _ragged_arange(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return offsets + np.arange(lengths.sum())
 
 
-def _targets(pairs: Sequence[Pair], lengths_B3: np.ndarray, prompt_logps: bool) -> dict[str, torch.Tensor]:
-    """The tokens to score, in the order prompt, chosen, rejected of each pair, and how many of each."""
+@dataclass
+class _Row:
+    """A packed row as it grows.
+
+    Attributes:
+        ids: tokens of each run.
+        begins: position of each run's first token.
+        chains: [first run, run behind the last, runs that it sees besides], as in `pack_pairs`.
+        prompts: for each pair the runs of its prefix.
+        answers: for each pair its two branches.
+    """
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
+    chains: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
+    prompts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    answers: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, ids: Sequence[int], position: int, path: tuple[int, ...], goes_on: bool) -> int:
+        """The number of a new run below the runs of `path`; it goes on with the last chain or begins one."""
+        run = len(self.ids)
+        self.ids.append(np.asarray(ids, dtype=np.int64))
+        self.begins.append(position)
+        first, _, before = self.chains.pop() if goes_on else (run, run, path)
+        self.chains.append((first, run + 1, before))
+        return run
+
+    def add_pair(self, number: int, pair: Pair, depth: int, path: tuple[int, ...], goes_on: bool) -> None:
+        """A pair whose first `depth` tokens are the runs of `path`."""
+        *prefix, last = pair["prompt_ids"]
+        if prefix[depth:]:
+            path, goes_on = (*path, self.add(prefix[depth:], depth, path, goes_on)), True
+        branches = ([last, *pair[name][:-1]] for name in ("chosen_ids", "rejected_ids"))
+        chosen = self.add(next(branches), len(prefix), path, goes_on)
+        self.prompts[number], self.answers[number] = path, (chosen, self.add(next(branches), len(prefix), path, False))
+
+    def add_pairs(
+        self, prefixes: list[tuple[list[int], int]], pairs: Sequence[Pair], depth: int, path: tuple, goes_on: bool
+    ) -> None:
+        """Pairs, each given by its prefix and number, sorted by prefix; `depth` tokens are in the row already."""
+        if len(prefixes) == 1:
+            number = prefixes[0][1]
+            return self.add_pair(number, pairs[number], depth, path, goes_on)
+        first, last = prefixes[0][0], prefixes[-1][0]
+        common = common_length(first, last)
+        if common - depth >= MIN_SHARED:
+            path, depth, goes_on = (*path, self.add(first[depth:common], depth, path, goes_on)), common, True
+        for ids, group in itertools.groupby(prefixes, key=lambda p: p[0][common : common + 1]):
+            for part in [list(group)] if ids else [[one] for one in group]:
+                self.add_pairs(part, pairs, depth, path, goes_on)
+                goes_on = False
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _targets(pairs: Sequence[Pair], at: list[np.ndarray], lengths_B3: np.ndarray, prompt_logps: bool) -> dict[str, Any]:
+    """What to score; `at` says where the prompt, chosen and rejected tokens of each pair in turn are predicted."""
     parts = [part for pair in pairs for part in (pair["prompt_ids"][1:], pair["chosen_ids"], pair["rejected_ids"])]
     if not prompt_logps:
-        parts = [part for i, part in enumerate(parts) if i % 3]
+        parts, at = ([part for i, part in enumerate(x) if i % 3] for x in (parts, at))
+    ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+    # A shared token is one target, however many pairs count it.
+    asked, score_at = np.unique(np.stack([np.concatenate(at), ids]), axis=1, return_inverse=True)
     scored_B3 = lengths_B3 - np.array([1, 0, 0]) if prompt_logps else lengths_B3 * np.array([0, 1, 1])
     return {
-        "target_ids": torch.from_numpy(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])),
+        "target_at": torch.from_numpy(asked[0].copy()),
+        "target_ids": torch.from_numpy(asked[1].copy()),
+        "score_at": torch.from_numpy(score_at.reshape(-1)),
         "scored": torch.from_numpy(scored_B3),
     }
 
 
-def _pack_shared(pairs: Sequence[Pair], lengths_B3: np.ndarray, prompt_logps: bool) -> dict[str, Any]:
-    ids = [
-        np.asarray(part, dtype=np.int64)
-        for pair in pairs
-        for last in [pair["prompt_ids"][-1:]]
-        for part in (pair["prompt_ids"][:-1], last, pair["chosen_ids"][:-1], last, pair["rejected_ids"][:-1])
+def _pack_shared(pairs: Sequence[Pair]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    row = _Row()
+    prefixes = sorted((list(pair["prompt_ids"][:-1]), number) for number, pair in enumerate(pairs))
+    row.add_pairs(prefixes, pairs, 0, (), False)
+    sizes = np.array([len(ids) for ids in row.ids])
+    starts = sizes.cumsum() - sizes
+    runs = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    none = np.zeros(0, dtype=np.int64)
+    at = [
+        part
+        for number in range(len(pairs))
+        for part in (
+            np.concatenate([none, *(runs[i] for i in row.prompts[number])]),
+            *(runs[i] for i in row.answers[number]),
+        )
     ]
-    prefix, chosen, rejected = lengths_B3[:, 0] - 1, lengths_B3[:, 1], lengths_B3[:, 2]
-    sizes_B3 = np.stack([prefix, chosen, rejected], axis=1)
-    begin = sizes_B3.sum(1).cumsum() - sizes_B3.sum(1)
-    position_starts = np.stack([np.zeros_like(prefix), prefix, prefix], axis=1)
-    position_ids = _ragged_arange(position_starts.reshape(-1), sizes_B3.reshape(-1))
-    answers = chosen + rejected
-    scored_at = np.arange(sizes_B3.sum()) if prompt_logps else _ragged_arange(begin + prefix, answers)
-    # For varlen kernels: queries in row order, two segments a pair; a segment's keys include the shared prefix.
-    key_starts = np.stack([begin, begin, begin + prefix + chosen], axis=1)
-    key_sizes = np.stack([prefix + chosen, prefix, rejected], axis=1)
-    query_sizes = np.stack([prefix + chosen, rejected], axis=1).reshape(-1)
-    span_sizes = np.stack([prefix + chosen, prefix + rejected], axis=1).reshape(-1)
-    cumulative = [np.concatenate([[0], sizes.cumsum()]).astype(np.int32) for sizes in (query_sizes, span_sizes)]
+    # For varlen kernels: a chain's queries stand in the row, its keys are gathered.
+    keys = [[*before, *range(first, last)] for first, last, before in row.chains]
+    query_sizes = [int(sizes[first:last].sum()) for first, last, _ in row.chains]
+    key_sizes = [int(sizes[seen].sum()) for seen in keys]
+    cumulative = [np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in (query_sizes, key_sizes)]
     return {
-        "input_ids": torch.from_numpy(np.concatenate(ids))[None],
-        "position_ids": torch.from_numpy(position_ids)[None],
-        "target_at": torch.from_numpy(scored_at),
-        "segments": [tuple(sizes) for sizes in sizes_B3.tolist()],
-        "key_at": torch.from_numpy(_ragged_arange(key_starts.reshape(-1), key_sizes.reshape(-1))),
+        "input_ids": torch.from_numpy(np.concatenate(row.ids))[None],
+        "position_ids": torch.from_numpy(_ragged_arange(np.array(row.begins), sizes))[None],
+        "runs": sizes.tolist(),
+        "begins": row.begins,
+        "chains": row.chains,
+        "key_at": torch.from_numpy(np.concatenate([runs[i] for seen in keys for i in seen])),
         "cu_queries": torch.from_numpy(cumulative[0]),
         "cu_keys": torch.from_numpy(cumulative[1]),
-    }
+        "longest": (max(query_sizes), max(key_sizes)),
+    }, at
 
 
-def _pack_rows(pairs: Sequence[Pair], lengths_B3: np.ndarray, prompt_logps: bool) -> dict[str, Any]:
-    prefix, answers = lengths_B3[:, :1] - 1, lengths_B3[:, 1:]
-    width = int((prefix + answers).max())
-    ids = np.empty((len(pairs), 2, width), dtype=np.int64)
-    for i, pair in enumerate(pairs):
-        for j, answer in enumerate((pair["chosen_ids"], pair["rejected_ids"])):
-            row = np.concatenate([pair["prompt_ids"], answer[:-1]])
-            ids[i, j] = row[-1]  # padding: any id will do, and transformers warns of pad tokens
-            ids[i, j, : len(row)] = row
-    begin = np.arange(2 * len(pairs)).reshape(-1, 2) * width
-    if prompt_logps:  # prompt and chosen answer are neighbours in the chosen row
-        starts = np.stack([begin[:, 0], begin[:, 1] + prefix[:, 0]], axis=1)
-        sizes = answers + np.concatenate([prefix, np.zeros_like(prefix)], axis=1)
-    else:
-        starts, sizes = begin + prefix, answers
-    return {
-        "input_ids": torch.from_numpy(ids.reshape(2 * len(pairs), width)),
-        "target_at": torch.from_numpy(_ragged_arange(starts.reshape(-1), sizes.reshape(-1))),
-    }
+def _pack_rows(pairs: Sequence[Pair]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    rows = [
+        np.concatenate([pair["prompt_ids"], answer[:-1]]).astype(np.int64)
+        for pair in pairs
+        for answer in (pair["chosen_ids"], pair["rejected_ids"])
+    ]
+    width = max(map(len, rows))
+    # Padding repeats the last token: any id will do, and transformers warns of pad tokens.
+    ids = np.stack([np.pad(row, (0, width - len(row)), mode="edge") for row in rows])
+    at = []
+    for number, pair in enumerate(pairs):
+        prefix = len(pair["prompt_ids"]) - 1
+        chosen, rejected = (
+            np.arange(len(row)) + (2 * number + i) * width for i, row in enumerate(rows[2 * number :][:2])
+        )
+        at += [chosen[:prefix], chosen[prefix:], rejected[prefix:]]
+    return {"input_ids": torch.from_numpy(ids)}, at
 
 
 def pack_pairs(pairs: Sequence[Pair], *, share_prompt: bool = True, prompt_logps: bool = True) -> dict[str, Any]:
@@ -132,11 +205,13 @@ def pack_pairs(pairs: Sequence[Pair], *, share_prompt: bool = True, prompt_logps
 
     Returns:
         input_ids [1, N] and position_ids [1, N], or input_ids [2B, S] alone (chosen and rejected of each pair in
-        turn); target_ids [T], the T tokens to score, prompt, chosen and rejected of each pair in turn; target_at [T],
-        where in the flattened input_ids each of them is predicted; scored [B, 3], how many of each kind; lengths [B,
-        3], prompt_len (p-1), chosen and rejected tokens; weight [B]. The packed row has besides: segments, a list of
-        B triples of ints (prefix, chosen branch, rejected branch); key_at, cu_queries, cu_keys for varlen attention
-        kernels.
+        turn); target_ids [U], the tokens to score, each once; target_at [U], where in the flattened input_ids each of
+        them is predicted; score_at [T], which of those each pair's tokens are, prompt, chosen and rejected of each
+        pair in turn; scored [B, 3], how many of each kind; lengths [B, 3], prompt_len (p-1), chosen and rejected
+        tokens; weight [B]. The packed row has besides: runs and begins, the tokens of each run and the position of its
+        first; chains, triples (first run, run
+        behind the last, the runs before it that it sees); and for varlen attention kernels key_at, cu_queries,
+        cu_keys and longest, the most queries and keys of a chain.
 
     Raises:
         PackingError: an empty prompt or answer.
@@ -144,10 +219,10 @@ def pack_pairs(pairs: Sequence[Pair], *, share_prompt: bool = True, prompt_logps
     if not pairs:
         raise PackingError("no pairs to pack")
     lengths_B3 = np.array([pair_lengths(pair) for pair in pairs], dtype=np.int64)
-    layout = _pack_shared if share_prompt else _pack_rows
+    batch, at = (_pack_shared if share_prompt else _pack_rows)(pairs)
     return {
-        **layout(pairs, lengths_B3, prompt_logps),
-        **_targets(pairs, lengths_B3, prompt_logps),
+        **batch,
+        **_targets(pairs, at, lengths_B3, prompt_logps),
         "lengths": torch.from_numpy(lengths_B3 - np.array([1, 0, 0])),
         "weight": torch.tensor([float(pair.get("weight", 1.0)) for pair in pairs]),
     }

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from preference import cpu_memory
 from preference.attention import EngineError, installed
+from preference.gated import lighten_gated_layers
 from preference.head import causal_lm, pair_logps, patch_forward
-from preference.linear import share_casts
+from preference.linear import lighten_linear_layers
 from preference.lora import join_adapters
 from preference.norm import lighten_norms
 from preference.packing import pack_pairs
@@ -171,7 +172,8 @@ def prepare(model: nn.Module, *, share_prompt: bool = True, device: str | None =
         if (device or next(lm.parameters()).device.type) == "cpu":
             cpu_memory.keep_freed_memory()
             if all(p.numel() for p in lm.parameters()):  # not while ZeRO-3 has them dealt out
-                share_casts(lm)
+                lighten_gated_layers(lm)
+                lighten_linear_layers(lm)
                 lighten_norms(lm)
                 join_adapters(model)
         patch_forward(lm)

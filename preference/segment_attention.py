@@ -1,100 +1,106 @@
-"""Attention over the segments of a packed row on a CPU, as batched matrix products.
+"""Attention over the chains of a packed row on a CPU, as batched matrix products.
 
 torch's flash kernel is slow here for short sequences, most of all its backward (in bfloat16 nine times slower than the
-products that it consists of), and a call for each branch spends more on calls than on numbers. So a short pair is one
-block: all its queries against all its keys, under a mask that keeps the branches apart. A longer pair is cut into
-blocks of queries that see no more keys than causality allows. Scores and softmax are in fp32 at least, as in flash
-attention; nothing quadratic is kept for the backward. Query heads that share a key head are one product.
+products that it consists of), and a call for each chain spends more on calls than on numbers. So neighbouring short
+chains are one block: all their queries against all that any of them sees, under a mask that keeps them apart. A longer
+chain is cut into blocks of queries that see no more keys than causality allows. Scores and softmax are in fp32 at
+least, as in flash attention; nothing quadratic is kept for the backward. Query heads that share a key head are one
+product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-WHOLE_PAIR = 384  # tokens of a pair up to which it is one block
-BLOCK = 256  # queries of a block of a longer one
-
-
-@dataclass(frozen=True)
-class Block:
-    """Queries and the keys that they may see, as slices of the row; and how they lie in their pair.
-
-    marks: for queries and for keys their (branch [n], position [n]); branch 0 is the prefix, which all see.
-    """
-
-    rows: slice
-    keys: tuple[slice, ...]
-    marks: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-    def visible(self, window: int | None, chunk: int | None) -> Tensor:
-        """bool [queries, keys]: earlier keys of the prefix or the own branch, within the window or chunk."""
-        (own, at), (branch, key_at) = self.marks
-        own, at = own[:, None], at[:, None]
-        keep = ((branch == 0) | (branch == own)) & (key_at <= at)
-        if window is not None:
-            keep &= key_at > at - window
-        if chunk is not None:
-            keep &= key_at // chunk == at // chunk
-        return keep
-
-
-def _marks(parts: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-    """Branches and positions of runs of tokens, each (branch, first position, length)."""
-    return (
-        torch.cat([torch.full((n,), branch) for branch, _, n in parts]),
-        torch.cat([torch.arange(first, first + n) for _, first, n in parts]),
-    )
-
-
-def blocks(segments: Sequence[tuple[int, int, int]], window: int | None = None) -> Iterator[Block]:
-    """The blocks of a row of pairs, each (prefix, chosen branch, rejected branch) tokens.
-
-    Keys that a window hides from all queries of a block are left out.
-    """
-    start = 0
-    for prefix, chosen, rejected in segments:
-        first, second = start + prefix, start + prefix + chosen
-        stop = second + rejected
-        if stop - start <= WHOLE_PAIR:
-            marks = _marks([(0, 0, prefix), (1, prefix, chosen), (2, prefix, rejected)])
-            yield Block(slice(start, stop), (slice(start, stop),), (marks, marks))
-        else:
-            for at in range(start, second, BLOCK):
-                yield _long_block(slice(at, min(at + BLOCK, second)), (), start, window)
-            for at in range(second, stop, BLOCK):
-                yield _long_block(slice(at, min(at + BLOCK, stop)), (start, first), second, window)
-        start = stop
-
-
-def _long_block(rows: slice, prefix: tuple[int, ...], begin: int, window: int | None) -> Block:
-    """Queries `rows` of what begins at `begin`; before it in the sequence stands `prefix`, elsewhere in the row."""
-    before = prefix[1] - prefix[0] if prefix else 0
-    at, end = before + rows.start - begin, before + rows.stop - begin
-    seen = 0 if window is None else max(0, at - window + 1)
-    own = slice(begin + max(seen - before, 0), rows.stop)
-    keys = (slice(prefix[0] + seen, prefix[1]), own) if seen < before else (own,)
-    return Block(rows, keys, (_marks([(0, at, end - at)]), _marks([(0, seen, end - seen)])))
+WHOLE = 256  # keys up to which neighbouring chains are one block
+BLOCK = 128  # queries of a block of a longer chain
 
 
 class _Plan:
-    """The blocks of a row with their masks, ready for `groups` query heads to a key head."""
+    """The blocks of a packed row (preference/packing.py) with their masks.
 
-    def __init__(self, segments: Sequence[tuple[int, int, int]], window: int | None, chunk: int | None) -> None:
-        self.blocks = [(block, block.visible(window, chunk)) for block in blocks(segments, window)]
+    Args:
+        layout: a packed batch; of it runs, begins and chains are read.
+        window, chunk: as in `preference.attention.PackedMask`.
+    """
+
+    def __init__(self, layout: Mapping[str, Any], window: int | None, chunk: int | None) -> None:
+        self.sizes, self.begins, self.chains = layout["runs"], layout["begins"], layout["chains"]
+        self.starts = [0, *accumulate(self.sizes)]
+        self.window, self.chunk = window, chunk
+        self.blocks = list(self._blocks())
         self.biases: dict[Any, list[Tensor]] = {}
+
+    def _blocks(self) -> Iterator[tuple[slice, tuple[slice, ...]]]:
+        """(queries, keys) of each block, as slices of the row."""
+        first = 0
+        while first < len(self.chains):
+            last = first + 1
+            while last < len(self.chains) and self._keys(first, last + 1) <= WHOLE:
+                last += 1
+            start, stop = self.starts[self.chains[first][0]], self.starts[self.chains[last - 1][1]]
+            step = stop - start if self._keys(first, last) <= WHOLE else BLOCK
+            for at in range(start, stop, step):
+                yield self._block(at, min(at + step, stop), self._seen(first, last))
+            first = last
+
+    def _seen(self, first: int, last: int) -> list[int]:
+        """The runs that chains `first` to `last` - 1 see."""
+        own = range(self.chains[first][0], self.chains[last - 1][1])
+        return sorted({run for *_, before in self.chains[first:last] for run in before}.union(own))
+
+    def _keys(self, first: int, last: int) -> int:
+        return sum(self.sizes[run] for run in self._seen(first, last))
+
+    def _block(self, start: int, stop: int, seen: Sequence[int]) -> tuple[slice, tuple[slice, ...]]:
+        """Queries `start` to `stop` and, of the runs that they may see, the keys that causality and window leave."""
+        own = [run for run in seen if self.starts[run] < stop and self.starts[run + 1] > start]
+        earliest = min(self.begins[run] + max(0, start - self.starts[run]) for run in own)
+        oldest = 0 if self.window is None else earliest - self.window + 1
+        keys: list[slice] = []
+        for run in seen:
+            begin = self.starts[run] + max(0, oldest - self.begins[run])
+            end = min(self.starts[run + 1], stop)
+            if begin < end and keys and begin == keys[-1].stop:
+                keys[-1] = slice(keys[-1].start, end)
+            elif begin < end:
+                keys.append(slice(begin, end))
+        return slice(start, stop), tuple(keys)
+
+    def _visible(self) -> Iterator[Tensor]:
+        """bool [queries, keys] of each block: what the query's chain sees, no later and within the window or chunk."""
+        sees = torch.zeros(len(self.chains), len(self.sizes), dtype=torch.bool)
+        for number, _ in enumerate(self.chains):
+            sees[number, self._seen(number, number + 1)] = True
+        run_of = torch.cat([torch.full((size,), run) for run, size in enumerate(self.sizes)])
+        position = torch.cat([torch.arange(b, b + n) for b, n in zip(self.begins, self.sizes, strict=True)])
+        lengths = [self.starts[last] - self.starts[first] for first, last, _ in self.chains]
+        chain_of = torch.cat([torch.full((size,), number) for number, size in enumerate(lengths)])
+        for rows, keys in self.blocks:
+            key = torch.cat([torch.arange(part.start, part.stop) for part in keys])
+            query = torch.arange(rows.start, rows.stop)[:, None]
+            keep = sees[chain_of[rows]][:, run_of[key]] & (key <= query)
+            at, key_at = position[rows, None], position[key]
+            if self.window is not None:
+                keep &= key_at > at - self.window
+            if self.chunk is not None:
+                keep &= key_at // self.chunk == at // self.chunk
+            yield keep
 
     def each(self, groups: int, dtype: torch.dtype) -> Iterator[tuple[slice, tuple[slice, ...], Tensor]]:
         """(queries, keys, additive mask [groups * queries, keys]) of each block."""
         if (groups, dtype) not in self.biases:
-            zeros = [torch.zeros(keep.shape, dtype=dtype).masked_fill_(~keep, float("-inf")) for _, keep in self.blocks]
+            zeros = [
+                torch.zeros(keep.shape, dtype=dtype).masked_fill_(~keep, float("-inf")) for keep in self._visible()
+            ]
             self.biases[groups, dtype] = [zero.repeat(groups, 1) for zero in zeros]
-        for (block, _), bias in zip(self.blocks, self.biases[groups, dtype], strict=True):
-            yield block.rows, block.keys, bias
+        for (rows, keys), bias in zip(self.blocks, self.biases[groups, dtype], strict=True):
+            yield rows, keys, bias
 
 
 def _take(x_HND: Tensor, keys: tuple[slice, ...]) -> Tensor:
@@ -155,5 +161,5 @@ class SegmentAttention(torch.autograd.Function):
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
     """Attention of a packed row; `mask` is a `preference.attention.PackedMask`, shapes as in `SegmentAttention`."""
-    plan = mask.once("plan", lambda: _Plan(mask.layout["segments"], mask.window, mask.chunk))
+    plan = mask.once("plan", lambda: _Plan(mask.layout, mask.window, mask.chunk))
     return SegmentAttention.apply(query, key, value, plan, scale)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from preference.batching import Cut, EvaluationPlan, PackSteps, TrainingPlan, plan_loader, row_lengths
+from preference.batching import Cut, EvaluationPlan, PackSteps, TrainingPlan, plan_loader, row_lengths, shared_prefix
 from preference.checkpoints import Checkpoints
 from preference.gradients import clip, exact_norm
 from preference.head import causal_lm, pair_logps, prepare_model
@@ -94,7 +94,8 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
             several by name, whose metrics are then called eval_NAME_loss and so on.
         max_tokens_per_micro_batch: cut a step into micro-batches of at most that many tokens rather than by
             per_device_train_batch_size (and evaluation likewise); 0: by pairs.
-        share_prompt: compute a prompt once for both of its answers, where the model allows it.
+        share_prompt: compute a prompt once for both of its answers, and what prompts of a micro-batch begin with alike
+            once for all of them, where the model allows it.
         reference: for losses that need one: "auto", "adapter" or "precompute" (preference/reference.py).
         cache_dir: where precomputed reference log-probabilities are kept.
 
@@ -150,8 +151,8 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
 
     # ---- data
 
-    def _cut(self, pairs: int) -> Cut:
-        return Cut(pairs, self.max_tokens, self.args.world_size, self.engine.share_prompt)
+    def _cut(self, dataset: Dataset, pairs: int) -> Cut:
+        return Cut(pairs, self.max_tokens, self.args.world_size, self.engine.share_prompt, shared_prefix(dataset))
 
     def _loader(
         self, dataset: Dataset, plan: Any, reference: np.ndarray | None, persistent: bool = False
@@ -179,7 +180,7 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
         plan = TrainingPlan(
             row_lengths(self.train_dataset),
             self.objective,
-            self._cut(args.per_device_train_batch_size),
+            self._cut(self.train_dataset, args.per_device_train_batch_size),
             rank=args.process_index,
             global_batch=self.get_total_train_batch_size(args),
             seed=args.seed if args.data_seed is None else args.data_seed,
@@ -202,7 +203,7 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
         return self.get_eval_dataloader(test_dataset)
 
     def _eval_loader(self, dataset: Dataset, reference: np.ndarray | None) -> DataLoader:
-        cut = self._cut(self.args.per_device_eval_batch_size)
+        cut = self._cut(dataset, self.args.per_device_eval_batch_size)
         plan = EvaluationPlan(row_lengths(dataset), self.objective, cut, rank=self.args.process_index)
         return self._loader(dataset, plan, reference)
 

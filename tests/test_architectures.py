@@ -47,8 +47,13 @@ def test_a_model_that_does_something_else_is_not_run_shared(monkeypatch, broken:
         with pytest.raises(EngineError, match="log-probabilities differ.*engine=trl"):
             prepare_model(model)
     else:
-        leaking = lambda self, window, chunk: torch.ones(len(self.marks[0][0]), len(self.marks[1][0])).tril().bool()  # noqa: E731
-        monkeypatch.setattr("preference.segment_attention.Block.visible", leaking)
+
+        def leaking(self):
+            for rows, keys in self.blocks:
+                seen = sum(part.stop - part.start for part in keys)
+                yield torch.ones(rows.stop - rows.start, seen).tril().bool()
+
+        monkeypatch.setattr("preference.segment_attention._Plan._visible", leaking)
         engine = prepare_model(model)
         assert not engine.share_prompt and "log-probabilities differ" in engine.reason
 
@@ -156,4 +161,4 @@ def test_share_prompt_can_be_turned_off() -> None:
     model = tiny_model("llama")
     assert prepare_model(model).share_prompt
     assert not prepare_model(model, share_prompt=False).share_prompt
-    assert "segments" not in pack_pairs(random_pairs(1), share_prompt=False)
+    assert "runs" not in pack_pairs(random_pairs(1), share_prompt=False)

@@ -20,18 +20,20 @@ from preference.batching import (
     cut_batch,
     plan_loader,
     row_lengths,
+    shared_prefix,
 )
 from preference.losses import Objective, Totals
-from preference.packing import packed_length
+from preference.packing import pack_pairs, packed_length
 
 ORPO = Objective("orpo")
-lengths_st = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=70)
+lengths_st = st.lists(st.tuples(st.integers(10, 60), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=70)
 cuts_st = st.builds(
     Cut,
     pairs=st.integers(1, 8),
     tokens=st.sampled_from([0, 50, 120, 400]),
     world=st.integers(1, 5),
     share_prompt=st.booleans(),
+    common=st.integers(0, 9),
 )
 
 
@@ -54,7 +56,7 @@ def test_a_cut_holds_every_pair_once_and_equally_many_micro_batches_for_each_ran
     assert sorted(i for micro_batches in ranks for pairs in micro_batches for i in pairs) == list(range(len(lengths)))
     for pairs in (pairs for micro_batches in ranks for pairs in micro_batches):
         if cut.tokens:
-            assert len(pairs) <= 1 or costs[pairs].sum() <= cut.tokens
+            assert len(pairs) <= 1 or cut.row(np.array(lengths)[pairs]) <= cut.tokens
         else:
             assert len(pairs) <= cut.pairs
 
@@ -154,6 +156,37 @@ def test_costs_are_those_of_packing():
     for share in (True, False):
         costs = Cut(1, share_prompt=share).cost(lengths)
         assert costs.tolist() == [packed_length(pair, share_prompt=share) for pair in pairs]
+
+
+def test_what_all_prompts_begin_with_is_found():
+    from datasets import Dataset
+
+    def prefix(prompts: list[list[int]]) -> int:
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        return shared_prefix(Dataset.from_list([dict.fromkeys(names, [1]) | {"prompt_ids": ids} for ids in prompts]))
+
+    system = list(range(100, 120))
+    assert prefix([[*system, 1, 2], [*system, 1, 3], [*system, 4]] * 1000) == 20
+    assert prefix([[*system, 1, 2]] * 2000 + [[*system[:12], 1]]) == 12
+    assert prefix([[*system, 1], system, [*system, 2]]) == 19  # the last token of a prompt opens its branches
+    assert prefix([[*system, 1], [*system[:7], 3, 4], [*system, 2]]) == 0  # too few to be shared
+    assert prefix([[*system, 1], [5]]) == prefix([]) == 0
+    assert shared_prefix(make_pairs(6).select([4, 1])) == 0
+
+
+def test_rows_are_no_longer_than_planned():
+    """What all prompts share is planned for; what some of them share besides makes a row shorter still."""
+    system = list(range(100, 130))
+    pairs = [
+        dict(prompt_ids=system + [n % 3] * 9 + [n], chosen_ids=[1] * (n + 1), rejected_ids=[2] * 5) for n in range(12)
+    ]
+    lengths = np.array([[len(ids) for ids in pair.values()] for pair in pairs])
+    for cut in (Cut(4, common=30), Cut(4, tokens=150, common=30)):
+        (ranks,) = cut_batch(cut.cost(lengths), cut)
+        for rows in ranks:
+            tokens = pack_pairs([pairs[row] for row in rows])["input_ids"].numel()
+            assert tokens <= cut.row(lengths[rows]) <= (cut.tokens or 10**9)
+    assert len(cut_batch(cut.cost(lengths), cut)[0]) < len(cut_batch(Cut(4).cost(lengths), Cut(4, tokens=150))[0])
 
 
 def test_lengths_follow_a_selection():

@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from preference.gated import _Gated, lighten_gated_layers
 from preference.head import prepare_model
-from preference.linear import cast_once, share_casts
+from preference.linear import cast_once, lighten_linear_layers
 from preference.lora import _Adapted, hold_frozen, join_adapters
 from preference.norm import _RMSNorm, lighten_norms
 from tiny import tiny_model
@@ -126,7 +127,7 @@ def test_held_weights_generate_with_and_without_the_adapter() -> None:
 
 def test_linear_layers_under_autocast_are_the_same_to_the_bit() -> None:
     usual, shared = tiny_model("qwen2"), tiny_model("qwen2")
-    share_casts(shared)
+    lighten_linear_layers(shared)
     names = ["logits", *(name for name, _ in usual.named_parameters())]
     for name, a, b in zip(names, outputs(shared, autocast=True), outputs(usual, autocast=True), strict=True):
         # the gradient of a bias is summed in float32 here, in bfloat16 there
@@ -143,6 +144,58 @@ def test_a_cast_is_shared_until_its_source_changes_or_goes() -> None:
     assert cast_once(x, torch.float16).dtype == torch.float16
     del x
     assert not len(cast_once.result)
+
+
+# ---- gated layers
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("how", ["all weights", "adapter", "adapter with dropout"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gated_layers_are_the_same_to_the_bit_and_keep_less(how, autocast, checkpointing) -> None:
+    options = dict(lora_dropout=0.5) if how == "adapter with dropout" else {}
+    usual = tiny_model("qwen2") if how == "all weights" else adapted(**options)
+    light = copy.deepcopy(usual)
+    found, kept = [], []
+    for model in (usual, light):
+        join_adapters(model)
+        lighten_linear_layers(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        if model is light:
+            assert lighten_gated_layers(model) == 2
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        torch.manual_seed(0)
+        found.append(outputs(model, autocast))
+        kept.append(inner_tensors_kept(model, autocast))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept == ([0, 0] if checkpointing else {"adapter with dropout": [10, 8]}.get(how, [8, 4]))
+
+
+def inner_tensors_kept(model, autocast: bool) -> int:
+    """Different tensors of the inner width of the feed-forward layers that a forward leaves for the backward."""
+    inner, kept = model.config.intermediate_size, {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() > 1 and x.shape[-1] == inner and x.shape[-2] == 20:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
+        model(torch.arange(5, 25)[None], use_cache=False).logits.sum()
+    return len(kept)
+
+
+@pytest.mark.parametrize(("arch", "found"), [("llama", 2), ("qwen3", 2), ("gemma2", 2), ("gpt2", 0), ("phi3", 0)])
+def test_other_feed_forward_layers_are_left_alone(arch: str, found: int, monkeypatch) -> None:
+    usual, light = tiny_model(arch), tiny_model(arch)
+    made = calls(monkeypatch, _Gated)
+    assert lighten_gated_layers(light) == found
+    made.clear()
+    assert relative(outputs(light), outputs(usual)) < 1e-6 and len(made) == found
 
 
 # ---- norms
@@ -168,6 +221,6 @@ def test_norms_that_do_something_else_are_left_alone(arch: str, found: int, monk
 def test_the_engine_uses_all_of_them(monkeypatch) -> None:
     model = adapted()
     prepare_model(model)
-    made = [calls(monkeypatch, function) for function in (_Adapted, _RMSNorm)]
+    made = [calls(monkeypatch, function) for function in (_Adapted, _RMSNorm, _Gated)]
     outputs(model, autocast=True)
-    assert [len(x) for x in made] == [14, 5]
+    assert [len(x) for x in made] == [14, 5, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import random
 
@@ -29,24 +30,84 @@ def random_pairs(n: int, seed: int = 0, prompt: int = 20, answer: int = 12) -> l
     return [{k: [draw.randrange(3, 500) for _ in range(m)] for k, m in zip(names, s, strict=True)} for s in sizes]
 
 
+def related_pairs(n: int, seed: int = 0) -> list[dict]:
+    """Pairs as of a data set with two system prompts, some of them of one prompt."""
+    draw = random.Random(seed)
+    systems = [[draw.randrange(3, 500) for _ in range(m)] for m in (9, 24)]
+    systems.append(systems[1] + [draw.randrange(3, 500) for _ in range(8)])
+    pairs = random_pairs(n, seed)
+    for i, pair in enumerate(pairs):
+        pair["prompt_ids"] = draw.choice(systems) + pair["prompt_ids"] if i % 5 else pair["prompt_ids"]
+        if i % 3 == 2:
+            pair["prompt_ids"] = pairs[i - 1]["prompt_ids"]
+    return pairs
+
+
 def test_layout_of_a_row() -> None:
     batch = pack_pairs(PAIRS)
-    assert batch["input_ids"].tolist() == [[11, 12, 13, 21, 13, 31, 32, 14, 14]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 0]]
-    assert batch["target_ids"].tolist() == [12, 13, 21, 22, 31, 32, 33, 23, 34]
+    assert batch["input_ids"].tolist() == [[14, 14, 11, 12, 13, 21, 13, 31, 32]]  # sorted by prefix
+    assert batch["position_ids"].tolist() == [[0, 0, 0, 1, 2, 3, 2, 3, 4]]
+    assert batch["target_ids"].tolist() == [23, 34, 12, 13, 21, 22, 31, 32, 33]
     assert batch["target_at"].tolist() == list(range(9))
-    assert batch["segments"] == [(2, 2, 3), (0, 1, 1)]
+    assert batch["score_at"].tolist() == [2, 3, 4, 5, 6, 7, 8, 0, 1]
+    assert (batch["runs"], batch["begins"]) == ([1, 1, 2, 2, 3], [0, 0, 0, 2, 2])
+    assert batch["chains"] == [(0, 1, ()), (1, 2, ()), (2, 4, ()), (4, 5, (2,))]
     assert batch["scored"].tolist() == batch["lengths"].tolist() == [[2, 2, 3], [0, 1, 1]]
     assert batch["weight"].tolist() == [1.0, 0.0]
-    assert batch["cu_queries"].tolist() == [0, 4, 7, 8, 9]
-    assert batch["cu_keys"].tolist() == [0, 4, 9, 10, 11]
-    assert batch["key_at"].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8]
+    assert batch["cu_queries"].tolist() == [0, 1, 2, 6, 9]
+    assert batch["cu_keys"].tolist() == [0, 1, 2, 6, 11]
+    assert batch["key_at"].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 6, 7, 8]
+    assert batch["longest"] == (4, 5)
+
+
+def test_what_prompts_have_in_common_stands_once() -> None:
+    """A system prompt of three pairs, a longer one of two of these, and one prompt that two pairs have."""
+    system, more = list(range(100, 110)), list(range(200, 209))
+    pairs = [
+        dict(prompt_ids=[*system, 7], chosen_ids=[1, 2], rejected_ids=[3]),
+        dict(prompt_ids=[*system, *more, 8], chosen_ids=[4], rejected_ids=[5]),
+        dict(prompt_ids=[50, 51, 52], chosen_ids=[6], rejected_ids=[7]),
+        dict(prompt_ids=[*system, *more, 9, 8], chosen_ids=[4], rejected_ids=[5, 6]),
+        dict(prompt_ids=[*system, *more, 9, 8], chosen_ids=[4], rejected_ids=[7]),
+    ]
+    batch = pack_pairs(pairs)
+    row = [50, 51, 52, 52, *system, 7, 1, 7, *more, 8, 8, 9, 8, 8, 5, 9, 8, 8]
+    assert batch["input_ids"].tolist() == [row]
+    # The fifth token of the system prompt is predicted at one place, and is one target that four pairs count.
+    ends = batch["scored"].flatten().cumsum(0).tolist()
+    prompts = {i: batch["score_at"][ends[3 * i] - int(batch["scored"][i, 0]) :][:5].tolist() for i in (0, 1, 3, 4)}
+    assert len({tuple(at) for at in prompts.values()}) == 1
+    assert batch["target_ids"][prompts[0]].tolist() == system[1:6]
+    read = batch["target_ids"][batch["score_at"]].split(batch["scored"].flatten().tolist())
+    for pair, parts in zip(pairs, zip(read[::3], read[1::3], read[2::3], strict=True), strict=True):
+        assert [part.tolist() for part in parts] == [pair["prompt_ids"][1:], pair["chosen_ids"], pair["rejected_ids"]]
+
+
+def test_every_position_sees_its_own_pairs_tokens() -> None:
+    """The tokens of a position's path, the last prompt token twice where a branch begins, are its sequence."""
+    for seed in range(20):
+        pairs = related_pairs(6, seed)
+        batch = pack_pairs(pairs)
+        ids, paths = batch["input_ids"][0].tolist(), paths_of(batch)
+        sequences = {tuple(p["prompt_ids"] + p[name][:-1]) for p in pairs for name in ("chosen_ids", "rejected_ids")}
+        beginnings = {sequence[:n] for sequence in sequences for n in range(1, len(sequence) + 1)}
+        read = [tuple(ids[at] for at in path) for path in paths]
+        assert set(read) == beginnings
+        assert batch["position_ids"][0].tolist() == [len(path) - 1 for path in paths]
+        at = batch["target_at"][batch["score_at"]].split(batch["scored"].flatten().tolist())
+        for i, pair in enumerate(pairs):
+            for place, answer in zip(at[3 * i + 1 :][:2], (pair["chosen_ids"], pair["rejected_ids"]), strict=True):
+                assert [read[n] for n in place] == [tuple(pair["prompt_ids"] + answer[:k]) for k in range(len(answer))]
+            assert [read[n] for n in at[3 * i]] == [
+                tuple(pair["prompt_ids"][:k]) for k in range(1, len(pair["prompt_ids"]))
+            ]
 
 
 def test_only_answers_are_scored_where_the_loss_needs_no_more() -> None:
     batch = pack_pairs(PAIRS, prompt_logps=False)
-    assert batch["target_ids"].tolist() == [21, 22, 31, 32, 33, 23, 34]
-    assert batch["target_at"].tolist() == [2, 3, 4, 5, 6, 7, 8]
+    assert batch["target_ids"].tolist() == [23, 34, 21, 22, 31, 32, 33]
+    assert batch["target_at"].tolist() == [0, 1, 4, 5, 6, 7, 8]
+    assert batch["score_at"].tolist() == [2, 3, 4, 5, 6, 0, 1]
     assert batch["scored"].tolist() == [[0, 2, 3], [0, 1, 1]]
     assert batch["lengths"].tolist() == [[2, 2, 3], [0, 1, 1]]
 
@@ -58,7 +119,7 @@ def test_layout_of_rows() -> None:
     assert [row[:n] for row, n in zip(ids.tolist(), [4, 5, 1, 1], strict=True)] == [
         [11, 12, 13, 21], [11, 12, 13, 31, 32], [14], [14]
     ]  # fmt: skip
-    assert "segments" not in batch and "position_ids" not in batch
+    assert "runs" not in batch and "position_ids" not in batch
     assert batch["target_at"].tolist() == [0, 1, 2, 3, 7, 8, 9, 10, 15]
     assert pack_pairs(PAIRS, share_prompt=False, prompt_logps=False)["target_at"].tolist() == [2, 3, 7, 8, 9, 10, 15]
 
@@ -79,15 +140,16 @@ def test_empty_parts_are_refused_by_name(empty: str) -> None:
 
 def test_a_batch_travels_to_workers() -> None:
     batch = pickle.loads(pickle.dumps(pack_pairs(PAIRS)))
-    assert all(isinstance(value, (torch.Tensor, list)) for value in batch.values())
-    assert all(isinstance(n, int) for segment in batch["segments"] for n in segment)
+    assert all(isinstance(value, (torch.Tensor, list, tuple)) for value in batch.values())
+    plain = itertools.chain(batch["runs"], batch["begins"], batch["longest"], *batch["chains"])
+    assert all(type(n) in (int, tuple) for n in plain)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_answers_and_pairs_do_not_see_each_other(arch: str, share_prompt: bool) -> None:
     """Changing one answer changes nothing of the other answer, the prompt, or another pair."""
-    model, pairs = tiny_model(arch), random_pairs(3)
+    model, pairs = tiny_model(arch), related_pairs(3)
     prepare_model(model, share_prompt=share_prompt)
     with torch.no_grad():
         before = packed_logps(model, pairs, share_prompt)
@@ -104,9 +166,9 @@ def test_answers_and_pairs_do_not_see_each_other(arch: str, share_prompt: bool) 
 @pytest.mark.parametrize("window, chunk", [(None, None), (6, None), (None, 5)])
 def test_segment_attention_is_attention(monkeypatch, whole, block, heads, key_heads, window, chunk) -> None:
     """Values and gradients against dense attention under the mask that the layout means, in double precision."""
-    monkeypatch.setattr(segment_attention, "WHOLE_PAIR", whole)
+    monkeypatch.setattr(segment_attention, "WHOLE", whole)
     monkeypatch.setattr(segment_attention, "BLOCK", block)
-    batch = pack_pairs(random_pairs(4))
+    batch = pack_pairs(related_pairs(5))
     mask = PackedMask(batch, window, chunk)
     n = batch["input_ids"].shape[1]
     torch.manual_seed(0)
@@ -127,22 +189,33 @@ def test_segment_attention_is_attention(monkeypatch, whole, block, heads, key_he
 
 
 def dense_attention(query, key, value, batch, window, chunk) -> torch.Tensor:
-    segments = enumerate(batch["segments"])
-    kinds = [(i, branch) for i, sizes in segments for branch, n in enumerate(sizes) for _ in range(n)]
-    position = batch["position_ids"][0].tolist()
+    """Under the mask that follows from tokens alone: a position sees those whose path from the root begins its own."""
+    paths = paths_of(batch)
     keep = torch.tensor([
         [
-            kinds[q][0] == kinds[k][0] and kinds[k][1] in (0, kinds[q][1]) and k <= q
-            and (window is None or position[q] - position[k] < window)
-            and (chunk is None or position[q] // chunk == position[k] // chunk)
-            for k in range(len(kinds))
+            k <= q and paths[q][: len(paths[k])] == paths[k]
+            and (window is None or len(paths[q]) - len(paths[k]) < window)
+            and (chunk is None or (len(paths[q]) - 1) // chunk == (len(paths[k]) - 1) // chunk)
+            for k in range(len(paths))
         ]
-        for q in range(len(kinds))
+        for q in range(len(paths))
     ])  # fmt: skip
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = (query @ key.transpose(2, 3) * 8**-0.5).masked_fill(~keep, float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def paths_of(batch) -> list[list[int]]:
+    """For each position of the row the positions from the root of its tree to itself, by runs and chains."""
+    starts = [0, *itertools.accumulate(batch["runs"])]
+    paths = []
+    for first, last, before in batch["chains"]:
+        path = [at for run in before for at in range(starts[run], starts[run + 1])]
+        for at in range(starts[first], starts[last]):
+            path = [*path, at]
+            paths.append(path)
+    return paths
 
 
 def varlen_on_cpu(monkeypatch, inputs, mask) -> torch.Tensor:
