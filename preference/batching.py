@@ -45,8 +45,10 @@ def shared_prefix(dataset: Any) -> int:
     """Tokens that the prompts of all rows begin with alike (a system prompt), where packing shares them; else 0."""
     import pyarrow.compute as pc
 
-    first = np.asarray(dataset[0]["prompt_ids"] if len(dataset) else [], dtype=np.int64)
-    common = len(first)
+    if not len(dataset):
+        return 0
+    first = np.asarray(dataset[0]["prompt_ids"], dtype=np.int64)
+    common = len(first) - 1
     for batch in dataset.select_columns(["prompt_ids"]).with_format("arrow").iter(batch_size=1000):
         prompts = batch["prompt_ids"].combine_chunks()
         common = min(common, pc.min(pc.list_value_length(prompts)).as_py() - 1)
