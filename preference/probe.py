@@ -24,7 +24,7 @@ from preference.head import causal_lm, pair_logps, patch_forward
 from preference.linear import lighten_linear_layers
 from preference.lora import join_adapters
 from preference.norm import lighten_norms
-from preference.packing import pack_pairs
+from preference.packing import MIN_SHARED, pack_pairs
 from preference.scoring import target_logps
 
 log = logging.getLogger(__name__)
@@ -91,11 +91,13 @@ def _sequence_logps(model: nn.Module, prompt: list[int], answer: list[int]) -> T
 
 
 def _probe_pairs(vocabulary: int) -> list[dict[str, list[int]]]:
-    """Three short pairs of arbitrary tokens, one with a one-token prompt."""
-    lengths = ((6, 5, 7), (1, 4, 2), (4, 1, 3))
+    """Three short pairs of arbitrary tokens: one with a one-token prompt, two whose prompts begin alike."""
+    lengths = ((MIN_SHARED + 6, 5, 7), (1, 4, 2), (MIN_SHARED + 4, 1, 3))
     ids = iter((17 + 7919 * i) % vocabulary for i in range(sum(map(sum, lengths))))
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [{name: [next(ids) for _ in range(n)] for name, n in zip(names, sizes, strict=True)} for sizes in lengths]
+    pairs = [{name: [next(ids) for _ in range(n)] for name, n in zip(names, sizes, strict=True)} for sizes in lengths]
+    pairs[2]["prompt_ids"][:MIN_SHARED] = pairs[0]["prompt_ids"][:MIN_SHARED]
+    return pairs
 
 
 def plain_logps(model: nn.Module, pairs: list[dict[str, list[int]]]) -> Tensor:

@@ -59,11 +59,13 @@ class Finding:
 def _pairs(vocabulary: int) -> list[dict[str, list[int]]]:
     draw = random.Random(0)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    lengths = [(14, 9, 5), (1, 3, 8), (7, 1, 1)]
-    return [
+    lengths = [(14, 9, 5), (1, 3, 8), (17, 1, 1)]
+    pairs = [
         {name: [draw.randrange(3, vocabulary) for _ in range(n)] for name, n in zip(names, sizes, strict=True)}
         for sizes in lengths
     ]
+    pairs[2]["prompt_ids"][:9] = pairs[0]["prompt_ids"][:9]  # which two prompts share
+    return pairs
 
 
 def build(model_type: str, **config: Any) -> Any:
@@ -125,18 +127,19 @@ architecture that could be built (with an attention window of 6 tokens where the
 log-probabilities compared with one plain forward per sequence. `tests/test_architectures.py` does the same for the
 common ones.
 
-- **shared**: one packed row, every prompt once. Full, sliding-window and chunked attention, grouped heads, capped
-  scores, learned sinks, mixtures of experts.
+- **shared**: one packed row, every prompt once, and what the prompts of a micro-batch begin with alike (a system
+  prompt) once for all of them. Full, sliding-window and chunked attention, grouped heads, capped scores, learned sinks,
+  mixtures of experts.
 - **rows**: two right-padded rows per pair; the objective, the head and the batches are the engine's all the same. For
   models that carry a state from token to token, bias attention by distance in their own code, or do not use
   transformers' AttentionInterface. (Both answers in one row without sharing would be wrong for all of these.)
 - **refused**: the engine stops with a message that names `engine=trl`. Encoders used as decoders without
   `is_decoder`, and heads that are more than a projection.
 
-The choice is measured again for the model at hand each time one is loaded (`preference/probe.py`): a dozen tokens are
-run both ways. Prompt-tuning adapters run in rows; LoRA and DoRA change nothing. Two things depend on a batch by a
+The choice is measured again for the model at hand each time one is loaded (`preference/probe.py`): a few tokens
+are run both ways. Prompt-tuning adapters run in rows; LoRA and DoRA change nothing. Two things depend on a batch by a
 model's own design and stay so: rotary embeddings that rescale with the longest position (dynamic, longrope), and
-dropout, which in a shared row is the same for both answers' prompt.
+dropout, which in a shared row is drawn once for what is shared.
 
 """
 
