@@ -178,10 +178,13 @@ def write(
     if args.gguf:  # from the float32 weights, before they are rounded
         files.append(write_gguf_files(args, model, tokenizer, template, stops, folder))
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
-    rounded = cast(model, dtype, questions)
+    rounded, computed = cast(model, dtype, questions)
     name = str(dtype).removeprefix("torch.")
     if rounded.logits:
-        print(f"rounded to {name}: answers change by {rounded.kl:.1e} nats a token (KL divergence)")
+        print(
+            f"rounded to {name}: answers change by {rounded.kl:.1e} nats a token (KL divergence)"
+            + (f"; computing in {name} changes them by {computed.kl:.1e}" if computed else "")
+        )
     model.generation_config = generation
     if not generation.do_sample and any(
         getattr(generation, name) is not None for name in ("temperature", "top_p", "top_k")

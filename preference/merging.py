@@ -77,12 +77,21 @@ def load_merged(source: Source, probes: Probes, use_modelscope: bool = False) ->
     return model, found
 
 
-def cast(model: Any, dtype: torch.dtype, probes: Probes) -> Difference:
-    """Round the weights of `model` (float32) to `dtype`, in place; what rounding the weights alone changes."""
+def cast(model: Any, dtype: torch.dtype, probes: Probes) -> tuple[Difference, Difference | None]:
+    """Round the weights of `model` (float32) to `dtype`, in place.
+
+    Returns:
+        What rounding the weights alone changes; and as a measure for that, if the type is a smaller one, what computing
+        in it changes with the weights as they were.
+    """
     before = logits_of(model, probes)
+    computed = None
+    if dtype != torch.float32:
+        with torch.autocast("cpu", dtype):
+            computed = difference(before, logits_of(model, probes))
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.to(dtype))
     rounded = difference(before, logits_of(model, probes))
     model.to(dtype)
-    return rounded
+    return rounded, computed
