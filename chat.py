@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -31,13 +32,17 @@ HELP = """\
 /reset            forget the conversation
 /quit             leave (or Ctrl-D); Ctrl-C stops an answer
 //...             a question that begins with a slash"""
+HOST = "127.0.0.1"  # of the page: no other machine can open it
+# An answer is shown as Markdown, and an image in it would be fetched from anywhere.
+POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'self' 'unsafe-inline' data: blob:">"""
+UNTUNED, TUNED = "before tuning", "after tuning"  # the page's headings of two answers to a question
 
 
 def main() -> None:
     args = parse_arguments()
     prompts = read_prompts(args.prompts) if args.prompts else []  # before the model: a mistake shows at once
     if args.web:
-        require_gradio()
+        require_page(args.port)
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
 
@@ -93,6 +98,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
         ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
         ("batch_size", args.batch_size >= 1, "at least 1"),
+        ("port", 1 <= args.port <= 65535, "from 1 to 65535"),
     ):
         if not good:
             parser.error(f"--{name} is {wanted}")
@@ -337,47 +343,91 @@ def _write(out: TextIO, rows: list[dict]) -> None:
 # ---- the page
 
 
-def require_gradio() -> None:
+def require_page(port: int) -> None:
+    """What the page needs, asked before a model is loaded: gradio, and a port that nobody listens on."""
+    import socket
     from importlib.util import find_spec
 
     if find_spec("gradio") is None:
         sys.exit("chat.py: --web needs gradio, which is not installed: pip install gradio")
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            sys.exit(f"chat.py: port {port} cannot be used ({error.strerror}): choose another with --port")
+
+
+def said(messages: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """What was asked and what the tuned model answered, from the page's messages.
+
+    A question that was stopped or failed before its answer is left out.
+    """
+    pairs: list[list[str]] = []
+    for message in messages:
+        content = message["content"]  # a string or a list of parts
+        text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        if message["role"] == "user":
+            pairs.append([text, ""])
+        elif (message.get("metadata") or {}).get("title") != UNTUNED:
+            pairs[-1][1] = text.strip()
+    return tuple((question, answer) for question, answer in pairs if answer)
 
 
 def serve(models: Models, args: argparse.Namespace) -> None:
+    """The page, for this machine alone: no public link, no statistics, no font or script from elsewhere."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    for name in ("NO_PROXY", "no_proxy"):  # gradio looks at its own page first, which a proxy cannot show
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
     import gradio
 
+    from conversation import ConversationError
     from preference.chatting import Turn
 
-    mark = "**tuned**\n\n"
+    seeds = count(args.seed)  # Retry draws anew
 
-    def text(content: Any) -> str:
-        """A message's text: gradio gives a string or a list of parts."""
-        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    def respond(question: str, messages: list[dict], system: str, both: bool) -> Iterator[list[dict]]:
+        """Gradio's own way with errors, to raise them, leaves a page that takes no further question."""
+        try:
+            turn, dropped = models.tuned.fit(Turn(question, said(messages), system or None))
+            if dropped:
+                gradio.Info(f"The first {dropped} turns no longer fit the model's context and are left out.")
+            speakers = [(UNTUNED, *models.base())] if both else []
+            yield from talk([*speakers, (TUNED, models.tuned, nullcontext)], turn)
+        except (ConversationError, RuntimeError) as error:  # of loading, or no memory
+            note(str(error))
+            gradio.Warning(str(error), duration=None)
 
-    def respond(question: str, messages: list[dict], system: str, both: bool) -> Iterator[str]:
-        said = [text(message["content"]).rpartition(mark)[2] for message in messages]  # the tuned model's words alone
-        turn, _ = models.tuned.fit(Turn(question, tuple(zip(said[::2], said[1::2], strict=False)), system or None))
-        seed = args.seed + len(said) // 2
-        shown = ""
-        if both:
-            base, within = models.base()
-            shown = f"**base**\n\n{_whole(base, turn, seed, within)}\n\n{mark}"
-        with closing(models.tuned.stream(turn, seed)) as pieces:
-            for piece in pieces:
-                shown += piece
-                yield shown
+    def talk(speakers: list[tuple[str, Chat, Within]], turn: Turn) -> Iterator[list[dict]]:
+        seed, shown = next(seeds), []
+        for title, speaker, within in speakers:
+            shown.append({"role": "assistant", "content": "", "metadata": {"title": title} if speakers[1:] else {}})
+            with closing(speaker.stream(turn, seed, within)) as pieces:
+                for piece in pieces:
+                    shown[-1]["content"] += piece
+                    yield [dict(message) for message in shown]
 
     page = gradio.ChatInterface(
         respond,
-        title=f"{args.model}",
+        title=args.model,
+        chatbot=gradio.Chatbot(buttons=["copy", "copy_all"], show_label=False, scale=1),  # none that uploads
         additional_inputs=[
             gradio.Textbox(args.system or "", label="System text (empty: the template's default)"),
-            gradio.Checkbox(args.both, label="Also show the base model's answer"),
+            gradio.Checkbox(args.both, label="Also show what the model answered before tuning"),
         ],
+        additional_inputs_accordion=gradio.Accordion("System text, model before tuning", open=True),
     )
-    page.launch(server_name="127.0.0.1", server_port=args.port)
+    page.launch(
+        server_name=HOST,
+        server_port=args.port,
+        share=False,
+        head=POLICY,
+        footer_links=[],
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    note(f"open http://{HOST}:{args.port} in a browser of this machine; Ctrl-C ends it")
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -27,31 +27,34 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
-def chromium(page: Path, *options: str, size: tuple[int, int], dark: bool = False) -> tuple[bytes, str]:
-    """Open a page in a headless browser with a profile of its own; returns (standard output, its log)."""
+def chromium_command(profile: str | Path, size: tuple[int, int], *options: str) -> list[str]:
+    """The command line of a headless browser with a profile of its own. Raises FileNotFoundError if there is none."""
     program = find_chromium()
     if program is None:
         raise FileNotFoundError(f"none of {', '.join(NAMES)} is installed")
+    return [
+        program,
+        "--headless",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-dev-shm-usage",  # a container's /dev/shm is small
+        "--no-first-run",
+        "--hide-scrollbars",
+        f"--user-data-dir={profile}",
+        f"--window-size={size[0]},{size[1]}",
+        *(["--no-sandbox"] if os.geteuid() == 0 else []),  # the sandbox refuses to start as root
+        *options,
+    ]
+
+
+def chromium(page: Path, *options: str, size: tuple[int, int], dark: bool = False) -> tuple[bytes, str]:
+    """Open a page in a headless browser; returns (standard output, its log)."""
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     with tempfile.TemporaryDirectory() as profile:
-        command = [
-            program,
-            "--headless",
-            "--disable-gpu",
-            "--disable-background-networking",
-            "--disable-dev-shm-usage",  # a container's /dev/shm is small
-            "--no-first-run",
-            "--hide-scrollbars",
-            "--enable-logging=stderr",
-            f"--user-data-dir={profile}",
-            f"--window-size={size[0]},{size[1]}",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            *(["--no-sandbox"] if os.geteuid() == 0 else []),  # the sandbox refuses to start as root
-            *options,
-            page.resolve().as_uri(),
-        ]
+        command = chromium_command(profile, size, "--enable-logging=stderr", scheme, *options, page.resolve().as_uri())
         done = subprocess.run(command, capture_output=True, timeout=120)
     if done.returncode:
-        raise RuntimeError(f"{program} ended with {done.returncode}: {done.stderr.decode(errors='replace')[-2000:]}")
+        raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stderr.decode(errors='replace')[-2000:]}")
     return done.stdout, done.stderr.decode(errors="replace")
 
 

@@ -411,39 +411,6 @@ def test_the_prompts_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.Mon
     assert source.read_text() == "Hi.\n"
 
 
-# ---- the page
-
-
-def test_the_page_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install gradio"):
-        run_main(monkeypatch, "nowhere", "--web")
-
-
-def test_the_page_answers_with_history(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {}
-
-    def interface(respond, **options):
-        made["respond"] = respond
-        return types.SimpleNamespace(launch=lambda **where: made.update(where))
-
-    stand_in = types.SimpleNamespace(
-        ChatInterface=interface, Textbox=lambda *a, **k: None, Checkbox=lambda *a, **k: None
-    )
-    monkeypatch.setitem(sys.modules, "gradio", stand_in)
-    models = Told()
-    chat.serve(models, chat.parse_arguments(["x", "--web"]))
-    assert made["server_name"] == "127.0.0.1"
-    said = [
-        {"role": "user", "content": [{"type": "text", "text": "Hi."}]},
-        {"role": "assistant", "content": "**base**\n\nno\n\n**tuned**\n\nyes"},
-    ]
-    assert list(made["respond"]("And?", said, "", False))[-1].startswith("answer")
-    assert models.turns[-1] == Turn("And?", (("Hi.", "yes"),), None)
-    assert "untuned" in list(made["respond"]("And?", [], "Be brief.", True))[-1]
-
-
 # ---- a real model
 
 
