@@ -198,6 +198,12 @@ def test_other_feed_forward_layers_are_left_alone(arch: str, found: int, monkeyp
     assert relative(outputs(light), outputs(usual)) < 1e-6 and len(made) == found
 
 
+def test_a_feed_forward_layer_with_a_part_more_is_left_alone() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.dropout = nn.Dropout(0.1)  # which a class may use or not
+    assert lighten_gated_layers(model) == 1
+
+
 # ---- norms
 
 

@@ -188,6 +188,26 @@ def test_segment_attention_is_attention(monkeypatch, whole, block, heads, key_he
                 assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("whole", [0, 256])
+def test_segment_attention_in_16_bits_differs_by_rounding(monkeypatch, whole: int) -> None:
+    monkeypatch.setattr(segment_attention, "WHOLE", whole)
+    batch = pack_pairs(related_pairs(5))
+    torch.manual_seed(0)
+    shapes = [(1, heads, batch["input_ids"].shape[1], 8) for heads in (4, 2, 2)]
+    inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found = attention.packed_attention(torch.nn.Module(), *inputs, PackedMask(batch))
+    want = dense_attention(*exact, batch, None, None)
+    grad = torch.randn(want.shape).bfloat16()
+    gradients = zip(
+        (found, *torch.autograd.grad(found, inputs, grad)),
+        (want, *torch.autograd.grad(want, exact, grad.double())),
+        strict=True,
+    )
+    for a, b in gradients:
+        assert a.dtype == torch.bfloat16 and 0 < (a.double() - b).norm() < 0.01 * b.norm()
+
+
 def dense_attention(query, key, value, batch, window, chunk) -> torch.Tensor:
     """Under the mask that follows from tokens alone: a position sees those whose path from the root begins its own."""
     paths = paths_of(batch)

@@ -270,3 +270,15 @@ def test_an_empty_answer_is_refused_by_name(tmp_path):
 def test_arguments_without_effect_are_refused(changes, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(changes))}=.* has no place in the packed engine"):
         make_trainer("packed", tmp_path, make_pairs(4), **changes)
+
+
+def test_a_budget_of_tokens_counts_a_system_prompt_once(tmp_path) -> None:
+    system = list(range(100, 140))
+    pairs = pairs_of((system + [n, 9], [n, 4], [n, 5, 6]) for n in range(8))
+    trainer = make_trainer(
+        "packed", tmp_path, pairs, per_device_train_batch_size=8, max_tokens_per_micro_batch=40 + 8 * 6
+    )
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader(pairs)):
+        (item,) = loader
+        (batch,) = item["micro_batches"]
+        assert batch["input_ids"].numel() == item["num_tokens"] == 40 + 8 * 6
