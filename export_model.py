@@ -5,7 +5,8 @@
     python export_model.py outputs/run --output exported --gguf q8_0        also GGUF and an Ollama Modelfile
     python export_model.py outputs/run --output exported --push_to_hub me/my-model
 
-Works on the CPU and needs memory for the weights in float32. docs/serving.md says how the result is served.
+Works on the CPU and needs memory for the weights in float32, twice that to compare in float64 where there is as much.
+docs/serving.md says how the result is served.
 """
 
 from __future__ import annotations
@@ -161,14 +162,14 @@ def write(
 
     from preference.export_card import export_card
     from preference.loading import generation_config, stop_ids
-    from preference.merging import cast, load_merged, probes
+    from preference.merging import cast, load_merged, name_of, probes
     from preference.templates import chat_template_to_save
 
     questions = probes(template, tokenizer)
     print(f"loading {source.name}" + (f" and its base {source.base}" if source.adapter else "") + " ...")
-    model, merged = load_merged(source, questions, modelscope)
+    model, exact, merged = load_merged(source, questions, modelscope)
     if merged:
-        print(f"merged: logits differ by {merged.logits:.1e} at most, {merged.share:.0e} of the largest")
+        print(f"merged, compared in {merged.computed_in}: {merged}")
     generation = generation_config(source, model)
     stops = stop_ids(generation, template, tokenizer)
     generation.eos_token_id = stops
@@ -178,13 +179,9 @@ def write(
     if args.gguf:  # from the float32 weights, before they are rounded
         files.append(write_gguf_files(args, model, tokenizer, template, stops, folder))
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
-    rounded, computed = cast(model, dtype, questions)
-    name = str(dtype).removeprefix("torch.")
-    if rounded.logits:
-        print(
-            f"rounded to {name}: answers change by {rounded.kl:.1e} nats a token (KL divergence)"
-            + (f"; computing in {name} changes them by {computed.kl:.1e}" if computed else "")
-        )
+    name, change = name_of(dtype), cast(model, dtype, questions, exact)
+    if change:
+        print(f"rounded to {name}: {change[0]}\nfor comparison, computing in {name}: {change[1]}")
     model.generation_config = generation
     if not generation.do_sample and any(
         getattr(generation, name) is not None for name in ("temperature", "top_p", "top_k")
@@ -192,7 +189,7 @@ def write(
         generation.do_sample = True  # sampling values mean that sampling is meant; transformers refuses to save else
     model.save_pretrained(folder, max_shard_size=args.max_shard_size)
     tokenizer.save_pretrained(folder)
-    card = export_card(source, name, merged, rounded, files, args.output)
+    card = export_card(source, name, merged, change and change[0], files, args.output)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

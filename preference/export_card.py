@@ -16,7 +16,7 @@ _STARTER_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def export_card(
-    source: Source, dtype: str, merged: Difference | None, rounded: Difference, files: Sequence[str], output: str
+    source: Source, dtype: str, merged: Difference | None, rounded: Difference | None, files: Sequence[str], output: str
 ) -> str:
     """README.md of the exported folder. `files` are those besides the checkpoint (GGUF)."""
     path = source.file("README.md") if source.run else None  # without a run it is the base model's or PEFT's blank form
@@ -85,17 +85,17 @@ def _results(source: Source) -> list[str]:
 
 
 def _copy(
-    source: Source, dtype: str, merged: Difference | None, rounded: Difference, files: Sequence[str]
+    source: Source, dtype: str, merged: Difference | None, rounded: Difference | None, files: Sequence[str]
 ) -> list[str]:
     lines = ["## This copy", ""]
     if merged:
         lines.append(
             f"- The LoRA adapter is merged into the weights; logits differ by {merged.logits:.1e} at most, "
-            f"{merged.share:.0e} of the largest."
+            f"{merged.share:.0e} of the largest (both computed in {merged.computed_in})."
         )
     if source.arguments.get("qlora") or source.arguments.get("load_in_4bit"):
         lines.append("- The adapter was trained over 4-bit weights and is merged into the unquantized ones.")
-    if rounded.logits:
+    if rounded:
         lines.append(
             f"- Weights are {dtype}; rounding them changes next-token distributions by {rounded.kl:.1e} nats "
             "a token (mean KL divergence over three answers)."
