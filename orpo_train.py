@@ -42,6 +42,7 @@ def main() -> None:
     from preference.hardware import detect
     from preference.model import load_tokenizer, untuned
     from preference.progress import attach_progress
+    from preference.reporting import begin_reporting
     from preference.results import write_results
     from preference.resuming import finish, go_on_after_restart
     from preference.run_data import load_data
@@ -60,6 +61,8 @@ def main() -> None:
     restarted = go_on_after_restart(training, RESTARTS)
     say(f"device: {hardware}; computing in {'bfloat16' if training.bf16 else 'float32'}")
     with on_every_rank():
+        if RANK == 0 and not args.run.dry_run:
+            begin_reporting(training.report_to, output_dir, training.run_name)
         source = find_model(args)
         tokenizer = load_tokenizer(args.model.tokenizer_name_or_path or source, args.model)
         conversation = load_template(args, tokenizer)
@@ -205,6 +208,7 @@ def training_arguments(args: Arguments, hardware: Any) -> Any:
     from transformers import TrainingArguments
 
     from preference.hardware import batch_plan
+    from preference.reporting import trackers
     from preference.sharding import strategy_options
 
     run = args.run
@@ -238,8 +242,8 @@ def training_arguments(args: Arguments, hardware: Any) -> Any:
         torch_compile=run.torch_compile,
         dataloader_num_workers=run.dataloader_num_workers,
         remove_unused_columns=False,
-        report_to=run.report_to.split(","),
-        run_name=run.run_name,
+        report_to=trackers(run.report_to),
+        run_name=run.run_name or f"{Path(run.output_dir).name}-{datetime.datetime.now():%Y-%m-%d-%H-%M-%S}",
         use_cpu=hardware.device == "cpu",
         ddp_find_unused_parameters=False,
         seed=run.seed,

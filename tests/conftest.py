@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +57,17 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("../shared is not there")
     return path
+
+
+@pytest.fixture(scope="module")
+def outside() -> Iterator[tuple[socket.socket, dict[str, str]]]:
+    """Where every request arrives that would leave this machine, and the environment that sends a program's there."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        proxy = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        environment = {spelt: proxy for name in names for spelt in (name, name.lower())}
+        yield listener, environment | {"NO_PROXY": "", "no_proxy": ""}
 
 
 @pytest.fixture(autouse=True)

@@ -40,25 +40,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def proxy() -> Iterator[socket.socket]:
-    """Where every request that leaves this machine would arrive."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setblocking(False)
-        yield listener
-
-
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
-def address(run: Path, proxy: socket.socket, tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[str]:
+def address(
+    run: Path, outside: tuple[socket.socket, dict[str, str]], tmp_path_factory: pytest.TempPathFactory, root: Path
+) -> Iterator[str]:
     """The page's address, as the program says it. The environment asks for all that the page must not do."""
-    through = f"http://127.0.0.1:{proxy.getsockname()[1]}"
-    unwanted = {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0", "NO_PROXY": "", "no_proxy": ""}
-    unwanted |= {name: through for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
+    unwanted = {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0"} | outside[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_HUB", "GRADIO"))}
     command = [sys.executable, root / "chat.py", run, "--web", "--port", str(free_port()), *WORDS]
     log = tmp_path_factory.mktemp("page") / "log.txt"
@@ -104,7 +96,7 @@ class TestInABrowser:
     pytestmark = in_browser
 
     def test_it_answers_as_the_terminal_does(
-        self, address: str, proxy: socket.socket, run: Path, tmp_path: Path
+        self, address: str, outside: tuple[socket.socket, dict[str, str]], run: Path, tmp_path: Path
     ) -> None:
         models = chat.Models(chat.parse_arguments([str(run), *WORDS]))
         tuned, (base, _) = models.tuned, models.base()
@@ -135,7 +127,7 @@ class TestInABrowser:
             answers(browser, [first])
             assert not browser.errors and browser.hosts == {chat.HOST}
         with pytest.raises(BlockingIOError):  # nothing left this machine
-            proxy.accept()
+            outside[0].accept()
 
     def test_nothing_is_fetched_from_elsewhere(self, address: str, tmp_path: Path) -> None:
         with Browser(address, tmp_path) as browser:

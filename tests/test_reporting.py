@@ -1,0 +1,118 @@
+"""report_to: what is missing is said at once; each tracker gets the metrics and nothing else, on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from tuned import make_base
+
+import orpo_train
+from preference import reporting
+from preference.reporting import TRACKERS, ReportingError, trackers
+
+QUESTION = "What helps against a cold"
+FOLDERS = {"tensorboard": "out/runs", "wandb": "out/wandb", "swanlab": "out/swanlog", "trackio": "trackio"}
+LOCALLY = {"WANDB_MODE": "offline", "SWANLAB_MODE": "local"}
+
+
+def installed(name: str) -> bool:
+    try:
+        return bool(distribution(name))
+    except PackageNotFoundError:
+        return False
+
+
+def test_names() -> None:
+    assert trackers("none") == [] and trackers("tensorboard") == ["tensorboard"]
+    for wrong in ("tensorbord", "none,tensorboard", "all", "tensorboard,"):
+        with pytest.raises(ReportingError, match="is none of tensorboard, wandb"):
+            trackers(wrong)
+
+
+def test_a_missing_package_is_said_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_is_installed(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(reporting, "distribution", none_is_installed)
+    words = ["--model_name_or_path=nowhere", "--train_file_dir=nowhere", f"--output_dir={tmp_path}", "--use_cpu=true"]
+    monkeypatch.setattr(sys, "argv", ["orpo_train.py", *words, "--report_to=wandb"])
+    with pytest.raises(ReportingError, match="report_to=wandb needs its package: pip install wandb"):
+        orpo_train.main()
+
+
+@pytest.mark.skipif(installed("wandb"), reason="wandb is installed")
+def test_a_folder_is_not_taken_for_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()  # as an earlier run leaves it
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ReportingError, match="pip install wandb"):
+        trackers("wandb")
+
+
+def train(folder: Path, name: str, **environment: str) -> subprocess.CompletedProcess:
+    """A run of three steps that reports to `name`, started from an empty folder."""
+    for place in ("cwd", "home"):
+        (folder / place).mkdir()
+    make_base(folder / "base")
+    answers = {"response_chosen": "Rest.", "response_rejected": "Who knows."}
+    rows = [json.dumps({"question": f"{QUESTION}, case {i}?"} | answers) for i in range(8)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    flags = dict(
+        model_name_or_path=folder / "base", train_file_dir=folder / "rows.jsonl", output_dir=folder / "out",
+        template_name="qwen", cache_dir=folder / "cache", max_steps=3, logging_steps=1, use_cpu="true", bf16="false",
+        html_report="false", sample_tokens=4, report_to=name, validation_split_percentage=25,
+    )  # fmt: skip
+    command = [sys.executable, Path(orpo_train.__file__), *(f"--{flag}={value}" for flag, value in flags.items())]
+    homes = {"HOME": str(folder / "home"), "TRACKIO_DIR": str(folder / "trackio")}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "SWANLAB"))}
+    environment = inherited | homes | environment
+    return subprocess.run(command, cwd=folder / "cwd", env=environment, capture_output=True, text=True)
+
+
+def shown_runs(name: str, folder: Path) -> int:
+    if name == "trackio":
+        with sqlite3.connect(next(folder.glob("*.db"))) as database:
+            return database.execute("select count(distinct run_name) from metrics").fetchone()[0]
+    return len([path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()])
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_tracker_gets_the_metrics_and_nothing_leaves(
+    name: str, tmp_path: Path, outside: tuple[socket.socket, dict[str, str]]
+) -> None:
+    if not installed(name):
+        pytest.skip(f"{name} is not installed: pip install {name}")
+    listener, proxy = outside
+    done = train(tmp_path, name, **LOCALLY, **proxy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+    kept = [path.read_bytes() for path in (tmp_path / FOLDERS[name]).rglob("*") if path.is_file()]
+    assert any(b"train/loss" in file for file in kept) and any(b"eval/loss" in file for file in kept)
+    assert QUESTION in done.stdout  # what is printed is not sent
+    assert not any(QUESTION.encode() in file for file in kept)
+    assert not list((tmp_path / "cwd").iterdir())
+    assert shown_runs(name, tmp_path / FOLDERS[name]) == 1
+    if name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(next((tmp_path / "out" / "runs").iterdir()))).Reload()
+        assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+        assert {event.step for event in events.Scalars("eval/loss")} == {0, 3}  # before and after
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_without_a_login_it_says_how_to_stay_here(name: str, tmp_path: Path) -> None:
+    if not installed(name):
+        pytest.skip(f"{name} is not installed: pip install {name}")
+    done = train(tmp_path, name)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(f"To keep it on this machine set {reporting.OFFLINE[name]}")
+    assert "template:" not in done.stdout  # nothing was loaded
