@@ -60,6 +60,22 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's folder."""
+    from tuned import make_base
+
+    return make_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run has left: the folder of an adapter over `base`."""
+    from tuned import make_run
+
+    return make_run(tmp_path_factory.mktemp("outputs") / "run", base)
+
+
+@pytest.fixture(scope="module")
 def outside() -> Iterator[tuple[socket.socket, dict[str, str]]]:
     """Where every request arrives that would leave this machine, and the environment that sends a program's there."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_formats import BAD, CHAT, GOOD, PAIR, PKU, ROWS, SHP, USER, real_samples
-from test_triples import lines, read, triple, write
+from format_rows import BAD, CHAT, GOOD, PAIR, PKU, ROWS, SHP, USER, real_samples
+from reading import lines, read, triple, write
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "datasets"

@@ -10,10 +10,10 @@ import random
 import time
 
 import pytest
+from format_rows import CONTAINERS, ROWS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_formats import CONTAINERS, ROWS
-from test_triples import lines, triple
+from reading import lines, triple
 
 from preference.formats import FORMATS, Options
 from preference.triples import DataError, DataReport, iter_rows

@@ -164,7 +164,7 @@ def test_bad_rows_are_named_and_the_others_train(run, tmp_path):
 
 
 def test_every_family_of_datasets_trains_as_it_is(run, tmp_path):
-    from test_formats import ROWS as FAMILIES
+    from format_rows import ROWS as FAMILIES
 
     folder = tmp_path / "families"
     folder.mkdir()
