@@ -157,8 +157,8 @@ class SegmentAttention(torch.autograd.Function):
             k, v = _take(key, keys), _take(value, keys)
             probs = kept[i] if kept else _probabilities(q, k, bias, ctx.scale)
             _put(d_value, keys, torch.bmm(probs.transpose(1, 2), g))
-            d_probs = torch.bmm(g, v.transpose(1, 2)).to(wide)
-            d_scores = torch._softmax_backward_data(d_probs, probs.to(wide), -1, wide).to(dtype)
+            d_probs = torch.bmm(g, v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_probs, probs, -1, dtype)  # 16 bits are widened inside
             d_query[:, rows] = torch.bmm(d_scores, k).view(len(query), -1, key.shape[2])
             _put(d_key, keys, torch.bmm(d_scores.transpose(1, 2), q))
         return d_query.mul_(ctx.scale), d_key.mul_(ctx.scale).to(dtype), d_value.to(dtype), None, None
