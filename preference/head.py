@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -42,6 +43,9 @@ def _score(head: nn.Module, hidden_TD: Tensor, ids_T: Tensor, config: Any) -> Te
     scale, cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
     # An exact nn.Linear; not one with an adapter, in 8 bits, or replaced by PEFT: those are called as they are.
     if type(head).forward is nn.Linear.forward and "forward" not in vars(head) and head.weight.is_floating_point():
+        if isinstance(head, FSDPModule):  # in one group with the last norm, which torch < 2.13 leaves open else
+            with torch.no_grad():
+                head(hidden_TD[:0])
         weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
         return token_logps(hidden_TD.to(weight.device), weight, bias, ids_T.to(weight.device), scale, cap)
 

@@ -62,7 +62,7 @@ def test_shared_out_weights_train_as_whole_ones_do(folder, tmp_path, use_peft): 
 def test_a_sharded_run_is_stopped_and_goes_on(folder, tmp_path):  # noqa: F811
     """Losses of the steps after the stop are those of an undisturbed run; Adam's state was gathered and dealt again."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = ["--max_steps", "12", "--optim", "adamw_torch"]
+    words = ["--max_steps", "24", "--optim", "adamw_torch"]
     done(launch(folder, whole, *words, strategy="fsdp"), whole)
     process = launch(folder, parts, *words, "--save_steps", "4", strategy="fsdp")
     wait_for_step(parts, process, 5)

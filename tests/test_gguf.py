@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from exported import export, logits
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -200,6 +201,7 @@ def test_a_sentencepiece_tokenizer_survives(tmp_path: Path) -> None:
     assert value["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 6]
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.17."), reason="its GGUF reader wants a BOS token")
 def test_a_byte_level_tokenizer_survives(tmp_path: Path) -> None:
     gguf_of(tiny_model(), tmp_path)
     found, expected = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf"), tiny_tokenizer()
