@@ -10,7 +10,9 @@ import torch
 from launched import launch, wait_for_step
 from safetensors.torch import load_file
 from test_signals import EXIT_STOPPED, folder  # noqa: F401  a fixture
+from transformers import PretrainedConfig
 
+from preference import head
 from preference.checkpoints import checkpoint_folders, fault
 from preference.sharding import StrategyError, strategy_options
 
@@ -73,6 +75,23 @@ def test_a_sharded_run_is_stopped_and_goes_on(folder, tmp_path):  # noqa: F811
     done(launch(folder, parts, *words, "--save_steps", "4", strategy="fsdp"), parts)
     assert "resuming from" in parts.with_suffix(".log").read_text()
     assert losses(parts) == losses(whole)
+
+
+def test_the_head_is_called_where_it_closes_a_group(monkeypatch):
+    """torch before 2.13 ends a group of modules with the forward of its last one; the packed head reads the weight."""
+
+    class Sharded(torch.nn.Linear):
+        pass
+
+    monkeypatch.setattr(head, "FSDPModule", Sharded)
+    shapes, found = [], []
+    for kind in (torch.nn.Linear, Sharded):
+        layer = kind(4, 7, bias=False)
+        torch.nn.init.eye_(layer.weight)
+        layer.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
+        head._score(layer, torch.eye(4, 4)[:3], torch.tensor([0, 5, 2]), PretrainedConfig()).sum().backward()
+        found.append(layer.weight.grad)
+    assert shapes == [(0, 7)] and torch.equal(*found)
 
 
 def test_what_cannot_be_had_is_refused():
