@@ -22,6 +22,7 @@ from preference.loading import stop_ids
 from preference.rendering import Renderer
 
 Within = Callable[[], AbstractContextManager[Any]]
+CUT_CHARACTER = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ class Chat:
         return [self.decode(answer.tolist()) for answer in out[:, width:]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer up to its first stop token."""
+        """The text of an answer up to its first stop token, or to the last whole character where it was cut."""
         end = next((i for i, token in enumerate(ids) if token in self.stops), len(ids))
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=False).strip()
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=False).rstrip(CUT_CHARACTER).strip()
 
 
 class _Pieces(BaseStreamer):
@@ -170,8 +171,8 @@ class _Pieces(BaseStreamer):
         ids = self.ids or []
         before = self.tokenizer.decode(ids[self.start : self.shown], skip_special_tokens=False)
         text = self.tokenizer.decode(ids[self.start :], skip_special_tokens=False)
-        if len(text) > len(before) and (final or not text.endswith("\ufffd")):
-            self.queue.put(text[len(before) :])
+        if len(text) > len(before) and (final or not text.endswith(CUT_CHARACTER)):
+            self.queue.put(text[len(before) :].rstrip(CUT_CHARACTER))
             self.start, self.shown = self.shown, len(ids)
 
     def __iter__(self) -> Iterator[str]:

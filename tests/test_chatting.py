@@ -120,6 +120,17 @@ def test_characters_are_streamed_whole() -> None:
     assert not any("\ufffd" in piece for piece in given)
 
 
+def test_an_answer_that_is_cut_within_a_character_ends_before_it(run: Path) -> None:
+    talk = chat_with(run)
+    ids = tiny_tokenizer().encode("Well 龘")[:-1]
+    assert tiny_tokenizer().decode(ids).endswith("\ufffd")
+    pieces = _Pieces(talk.tokenizer, [2])
+    for token in ([1, 2, 3], *ids):
+        pieces.put(torch.tensor(token))
+    pieces.end()
+    assert "".join(pieces).strip() == talk.decode(ids) == "Well"
+
+
 def test_closing_the_stream_stops_the_model(run: Path) -> None:
     talk = chat_with(run, Sampling(temperature=1, max_new_tokens=1500), GenerationConfig(eos_token_id=511))
     talk.stops[:] = []
