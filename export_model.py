@@ -198,15 +198,16 @@ def write_gguf_files(
 ) -> str:
     """The GGUF file and its Modelfile; returns the file's name."""
     from preference.gguf_export import write_gguf
-    from preference.ollama import family_of, modelfile, writes_bos
+    from preference.ollama import family_of, modelfile, prompts_of, writes_bos
 
     name = Path(args.output).resolve().name
     file = f"{name}-{args.gguf}.gguf"
     bos = writes_bos(template, tokenizer)
-    share = write_gguf(
-        folder / file, model, tokenizer, quantization=args.gguf, stop_ids=stops, writes_bos=bos, name=name
-    )
+    options = dict(stop_ids=stops, writes_bos=bos, name=name, prompts=prompts_of(template))
+    share, note = write_gguf(folder / file, model, tokenizer, quantization=args.gguf, **options)
     print(f"{file}: read back, every tensor as written (largest error {share:.2f} of what {args.gguf} allows)")
+    if note:
+        print(f"note: {note}")
     conv = family_of(template, tokenizer)
     text = modelfile(file, conv, [tokenizer.decode([token]) for token in stops], tokenizer.bos_token if bos else "")
     (folder / "Modelfile").write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,13 @@ def write_gguf(
     stop_ids: list[int],
     writes_bos: bool,
     name: str,
-) -> float:
+    prompts: Sequence[str] = (),
+) -> tuple[float, str]:
     """Write `model` (float32 weights, on the CPU) to `path` and read it back; it appears there whole or not at all.
 
     `quantization` is one of TYPES and concerns matrices; vectors stay float32, as llama.cpp wants them. `stop_ids` end
-    an answer; `writes_bos` says whether the chat template writes a BOS. Returns the largest error found by `compare`.
+    an answer; `writes_bos` says whether the chat template writes a BOS; `prompts` are some that it writes. Returns the
+    largest error found by `compare`, and what there is to say of how prompts are cut.
 
     Raises:
         GGUFError: the architecture, the rotary embedding or the tokenizer cannot be written.
@@ -105,7 +107,7 @@ def write_gguf(
         writer.add_file_type(TYPES[quantization][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _write_hyperparameters(writer, model.config)
-        vocab = vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+        vocab = vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], prompts)
         write_tokenizer(writer, tokenizer, vocab, stop_ids, writes_bos)
         for tensor_name, tensor in tensors(model):
             kind = _type_of(tensor, quantization)
@@ -124,7 +126,7 @@ def write_gguf(
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
-    return error
+    return error, vocab.note
 
 
 def _write_hyperparameters(writer: GGUFWriter, config: Any) -> None:

@@ -7,10 +7,13 @@ another way would give other tokens there without a word, so it is refused.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
+from tokenizers import Tokenizer
 
 
 class GGUFError(ValueError):
@@ -40,10 +43,13 @@ class Vocabulary:
     merges: list[str]
     scores: list[float]
     space_prefix: bool
+    note: str = ""  # where llama.cpp will cut prompts in another way
 
 
-def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
+def vocabulary(tokenizer: Any, rows: int, prompts: Sequence[str] = ()) -> Vocabulary:
     """The vocabulary of `tokenizer` for an embedding of `rows` rows; ids without a token are padded as unused.
+
+    `prompts`, as the chat template writes them, are what a SentencePiece vocabulary has to cut as in training.
 
     Raises:
         GGUFError: it is no BPE tokenizer, or cuts text as none of PRE_TOKENIZERS does.
@@ -60,7 +66,8 @@ def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     types = _types(tokens, state["added_tokens"], model.get("unk_token"), bytes_spelled=model["byte_fallback"])
     names = [token if token is not None else f"[PAD{i}]" for i, token in enumerate(tokens)]
     if model["byte_fallback"]:
-        return Vocabulary("llama", "default", names, types, [], _scores(tokens, merges), _space_prefix(state))
+        space = _space(tokenizer, state, prompts)
+        return Vocabulary("llama", "default", names, types, [], _scores(tokens, merges), *space)
     pre = PRE_TOKENIZERS.get(_cut(state))
     if pre is None:
         raise GGUFError(
@@ -103,10 +110,29 @@ def _scores(tokens: list[str | None], merges: list[list[str]]) -> list[float]:
     return [-float(rank[t]) if t in rank else below if t and len(t) == 1 else _LONGEST_FIRST + below for t in tokens]
 
 
-def _space_prefix(state: dict) -> bool:
-    """Whether a space is put before the first word."""
-    parts = [*_parts(state["normalizer"], "normalizers"), *_parts(state["pre_tokenizer"], "pretokenizers")]
-    return any(p["type"] == "Prepend" or p.get("prepend_scheme", "never") != "never" for p in parts)
+def _space(tokenizer: Any, state: dict, prompts: Sequence[str]) -> tuple[bool, str]:
+    """Whether a space is put before a text and behind every control token in it: llama.cpp does both or neither.
+
+    Tokenizers know more ways, such as before the very first word alone, which is behind no control token as a rule. So
+    the way is taken that cuts more of the prompts as the tokenizer does; the second value tells of the others.
+    """
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    state = state | {"normalizer": space, "pre_tokenizer": None, "post_processor": None}
+    words, control = Tokenizer.from_str(json.dumps(state)), [token["content"] for token in state["added_tokens"]]
+    pattern = "|".join(re.escape(text) for text in sorted(control, key=len, reverse=True))
+
+    def differs(prompt: str, prefix: str) -> bool:
+        parts = [part for part in re.split(f"({pattern})", prompt) if part]
+        texts = [part if part in control else prefix + part for part in parts]
+        ids = [i for text in texts for i in words.encode(text, add_special_tokens=False).ids]
+        return ids != tokenizer.encode(prompt, add_special_tokens=False)
+
+    wrong, without = min((sum(differs(prompt, " " * put) for prompt in prompts), not put) for put in (True, False))
+    note = (
+        f"llama.cpp and Ollama will cut {wrong} of {len(prompts)} prompts (one turn, with a system text, two turns) "
+        "not quite as in training: they put a space behind every control token or behind none"
+    )
+    return not without, note if wrong else ""
 
 
 def _parts(step: dict | None, name: str) -> list[dict]:

@@ -7,10 +7,11 @@ left out where the GGUF file says that the runtime adds it. https://docs.ollama.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from conversation import FAMILIES, Conversation, fold_system_text
+from conversation import FAMILIES, Conversation, ConversationError, fold_system_text
 from preference.templates import first_difference, missing_tokens
 
 
@@ -36,6 +37,15 @@ def writes_bos(template: Any, tokenizer: Any) -> bool:
     bos, question = tokenizer.bos_token, "Qz0"
     prompt = template.get_prompt(question)
     return bool(bos) and prompt.startswith(bos) and bos not in prompt[prompt.rfind(question) :]
+
+
+def prompts_of(template: Any) -> list[str]:
+    """One turn, one turn with a system text, two turns: as many of them as the template writes."""
+    found = []
+    for options in ({}, {"system": "Be brief."}, {"history": [["Hi.", "Hello."]]}):
+        with contextlib.suppress(ConversationError):
+            found.append(template.get_prompt("How are you?", **options))
+    return found
 
 
 def missing_parts(conv: Conversation) -> list[str]:

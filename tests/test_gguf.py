@@ -183,6 +183,19 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def test_a_space_goes_where_most_prompts_have_one() -> None:
+    tokenizer = sentencepiece_tokenizer()
+    for prompts, space, differ in (
+        (["What? "], True, 0),
+        (["<s>What? "], False, 0),
+        (["What? </s>", "What? </s>Rest."], True, 1),
+        (["<s>What? </s>Rest.", "What? </s>Rest."], False, 1),
+    ):
+        vocab = vocabulary(tokenizer, 512, prompts)
+        assert vocab.space_prefix == space
+        assert (f"cut {differ} of 2 prompts" in vocab.note) if differ else vocab.note == ""
+
+
 TEXTS = ["Name three fresh juices.</s>", "感冒 2024, naïve 🙂?", "see a doctor  if it lasts", "x\n\ty"]
 
 

@@ -1,0 +1,141 @@
+"""What llama.cpp itself makes of an exported file: the tokens, the prompts and the probabilities of training."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import export
+from test_gguf import gguf_of, sentencepiece_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from conversation import get_conv_template
+from preference.ollama import prompts_of, writes_bos
+from tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(not find_spec("xllamacpp"), reason="no llama.cpp: pip install -r requirements-dev.txt")
+SERVER = """
+import os, sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.port = sys.argv[1], 1024, 1, 0
+params.cpuparams.n_threads, params.use_jinja, params.warmup, params.verbosity = 1, True, False, -1
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+ALPHABETS = ((32, 127), (0xC0, 0x180), (0x410, 0x450), (0x4E00, 0x4E80), (0x3040, 0x3090), (0x1F600, 0x1F640))
+
+
+@contextlib.contextmanager
+def served(file: Path) -> Iterator[Callable[..., Any]]:
+    """llama.cpp's server over a GGUF file: `call(path, key=value, ...)` gives its answer."""
+    command = [sys.executable, "-c", SERVER, str(file)]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True) as process:
+        address = next((line.strip() for line in process.stdout if line.startswith("http")), None)
+        assert address, f"llama.cpp did not load {file}"
+
+        def call(path: str, **values: Any) -> Any:
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"{address}/{path}", json.dumps(values).encode(), headers)
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return json.load(answer)
+
+        yield call
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    lines = (root / "data" / "eval").glob("*.jsonl")
+    return [json.loads(line) for path in sorted(lines) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def conversations(root: Path) -> Iterator[list[dict[str, str]]]:
+    """Of the sample data, up to a question; its answers as questions; random characters of several scripts."""
+    draw = random.Random(0)
+    characters = [chr(code) for ends in ALPHABETS for code in range(*ends)] + ["\n", "\n\n", "  ", "\t", " 2026", "'ll"]
+    mixed = ["".join(draw.choices(characters, k=draw.randint(1, 30))) for _ in range(100)]
+    for row in [*rows(root), *({"question": text} for text in mixed)]:
+        found = [("system", row["system"])] if row.get("system") else []
+        for user, assistant in row.get("history") or ():
+            found += [("user", user), ("assistant", assistant)]
+        for text in {row["question"], row.get("response_chosen", row["question"])}:
+            yield [{"role": role, "content": content} for role, content in [*found, ("user", text)]]
+
+
+def check_prompts(call: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, root: Path) -> None:
+    """Written by llama.cpp from the model's chat template and cut by it."""
+    for messages in conversations(root):
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = call("apply-template", messages=messages)["prompt"]
+        assert prompt == expected or tokenizer.bos_token + prompt == expected  # BOS is left to what comes next
+        ids = tokenizer.encode(expected, add_special_tokens=False)
+        assert call("tokenize", content=prompt, add_special=True, parse_special=True)["tokens"] == ids, prompt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantization", "bound"), [("f16", 0.05), ("q8_0", 0.5)])
+def test_the_starter_model_answers_there_as_here(
+    starter_model: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, bound: float
+) -> None:
+    """Each token that llama.cpp writes has here the log-probability that it has there, and next to none is likelier."""
+    out = tmp_path / "smol"
+    export(monkeypatch, starter_model, "--output", out, "--gguf", quantization, "--dtype", "float32")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    questions = ["Name two summer drinks.", "What is a noun?", "How do I boil an egg?"]
+    with served(out / f"smol-{quantization}.gguf") as call:
+        check_prompts(call, tokenizer, root)
+        for question in questions:
+            prompt = call("apply-template", messages=[{"role": "user", "content": question}])["prompt"]
+            ids = tokenizer.encode(prompt, add_special_tokens=False)
+            answer = call("completion", prompt=ids, n_predict=24, temperature=0, n_probs=1, cache_prompt=False)
+            written = [(token["id"], token["logprob"]) for token in answer["completion_probabilities"]]
+            assert len(written) > 5
+            full = torch.tensor([ids + [token for token, _ in written]])
+            with torch.no_grad():
+                logps = model(full).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            for row, (token, there) in zip(logps, written, strict=True):
+                assert abs(row[token].item() - there) < bound and row.max() - row[token] < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arch", "template"),
+    [
+        ("qwen2", "qwen2", "qwen2_5"),
+        ("llama3", "llama", "llama3"),
+        ("llama2", "llama", "llama2"),
+        ("phi3", "llama", "phi3"),
+    ],
+)
+def test_real_tokenizers_cut_there_as_here(
+    shared: Path, root: Path, tmp_path: Path, name: str, arch: str, template: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+    conv = get_conv_template(template)
+    tokenizer.chat_template = conv.jinja()
+    options = dict(stop_ids=[tokenizer.convert_tokens_to_ids(conv.stop_str)], writes_bos=writes_bos(conv, tokenizer))
+    model = tiny_model(arch, vocab_size=len(tokenizer))
+    with served(gguf_of(model, tmp_path, tokenizer, prompts=prompts_of(conv), **options)) as call:
+        check_prompts(call, tokenizer, root)
+
+
+def test_a_sentencepiece_tokenizer_cuts_there_as_here(root: Path, tmp_path: Path) -> None:
+    """One that puts a space before the very first word alone: its prompts begin with a control token."""
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.chat_template = get_conv_template("llama2").jinja()
+    prompts = prompts_of(get_conv_template("llama2"))
+    with served(gguf_of(tiny_model(), tmp_path, tokenizer, writes_bos=True, prompts=prompts)) as call:
+        for prompt in prompts:
+            expected = tokenizer.encode(prompt, add_special_tokens=False)
+            assert call("tokenize", content=prompt, add_special=False, parse_special=True)["tokens"] == expected
