@@ -62,7 +62,7 @@ def main() -> None:
     say(f"device: {hardware}; computing in {'bfloat16' if training.bf16 else 'float32'}")
     with on_every_rank():
         if RANK == 0 and not args.run.dry_run:
-            begin_reporting(training.report_to, output_dir, training.run_name)
+            begin_reporting(training.report_to, output_dir, training.run_name, os.environ)
         source = find_model(args)
         tokenizer = load_tokenizer(args.model.tokenizer_name_or_path or source, args.model)
         conversation = load_template(args, tokenizer)

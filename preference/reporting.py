@@ -7,8 +7,7 @@ lie in output_dir; and what a run prints (rows of the data, answers) stays here.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -37,8 +36,12 @@ def trackers(report_to: str) -> list[str]:
     return names
 
 
-def begin_reporting(names: Sequence[str], output_dir: Path, run_name: str) -> None:
-    """Begin the run with each tracker; call it on the first rank alone. The trackers' own variables have precedence.
+def begin_reporting(
+    names: Sequence[str], output_dir: Path, run_name: str, environment: MutableMapping[str, str]
+) -> None:
+    """Begin the run with each tracker; call it on the first rank alone.
+
+    Their settings go to `environment`, os.environ, where those that are there already have precedence.
 
     Raises:
         ReportingError: a tracker refuses, for instance because nobody is logged in.
@@ -50,22 +53,22 @@ def begin_reporting(names: Sequence[str], output_dir: Path, run_name: str) -> No
     }
     for name in names:
         for variable, value in places.get(name, {}).items():
-            os.environ.setdefault(variable, str(value))
+            environment.setdefault(variable, str(value))
         try:
-            _begin(name, run_name)
+            _begin(name, run_name, environment)
         except Exception as error:  # of packages that may not be imported here
             raise ReportingError(
                 f"report_to={name}: {error} To keep it on this machine set {OFFLINE.get(name, 'report_to=none')}"
             ) from error
 
 
-def _begin(name: str, run_name: str) -> None:
+def _begin(name: str, run_name: str, environment: Mapping[str, str]) -> None:
     """transformers begins those two with the first metrics, and goes on with a run that is there."""
     if name == "wandb":
         import wandb
 
-        wandb.init(project=os.environ.get("WANDB_PROJECT", "huggingface"), name=run_name)
+        wandb.init(project=environment.get("WANDB_PROJECT", "huggingface"), name=run_name)
     if name == "swanlab":
         import swanlab
 
-        swanlab.init(project=os.environ.get("SWANLAB_PROJECT"), experiment_name=run_name)
+        swanlab.init(project=environment.get("SWANLAB_PROJECT"), experiment_name=run_name)
