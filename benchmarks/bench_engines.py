@@ -122,7 +122,7 @@ def make_trainer(engine: str, args: argparse.Namespace, callback: Any, folder: s
         disable_tqdm=True,
         bf16=args.dtype == "bf16",
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=args.gradient_checkpointing,
+        **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),  # newer versions warn of the name
     )
     common = dict(
         objective=Objective(loss=args.loss), train_dataset=dataset, processing_class=tokenizer, callbacks=[callback]
