@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 import orpo_train
+from preference import reporting
 from preference.arguments import ArgumentError, parse_arguments
 from preference.dry_run import Setup, advice, dry_run
 from preference.estimate import (
@@ -340,6 +341,7 @@ def test_the_text_names_engines_strategies_and_marks_what_was_given():
 
 
 def test_a_dry_run_needs_no_weights_and_leaves_the_output_folder_as_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reporting, "begin_reporting", lambda *_: pytest.fail("a tracker was begun"))
     folder, out = tmp_path / "model", tmp_path / "out"
     tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tuned import make_base
 
 from conversation import get_conv_template
-from preference import merging
+from preference import gguf_export, merging
 from preference.gguf_export import compare, interleave, tensors, write_gguf
 from preference.gguf_tokenizer import GGUFError, vocabulary
 from preference.loading import find_source, load_template, load_tokenizer
@@ -221,6 +221,22 @@ def test_a_byte_level_tokenizer_survives(tmp_path: Path) -> None:
     for text in [*TEXTS, "<|im_start|>user\nHi.<|im_end|>\n"]:
         assert found.encode(text) == expected.encode(text)
     assert found.chat_template == get_conv_template("qwen").jinja()
+
+
+def test_prompts_that_are_cut_otherwise_are_said(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked = []
+
+    def write(path: Path, *_: object, prompts: list[str], **__: object) -> tuple[float, str]:
+        asked.append(prompts)
+        path.touch()
+        return 0.5, "two of them"
+
+    monkeypatch.setattr(gguf_export, "write_gguf", write)
+    export(monkeypatch, run, "--output", tmp_path / "out", "--gguf", "f16")
+    assert "\nnote: two of them\n" in capsys.readouterr().out
+    assert len(asked[0]) == 3
 
 
 @pytest.mark.slow

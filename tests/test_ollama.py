@@ -7,9 +7,9 @@ import types
 import pytest
 from gotemplate import render
 
-from conversation import FAMILIES, ConversationError, fold_system_text
+from conversation import FAMILIES, ConversationError, fold_system_text, get_conv_template
 from preference.loading import load_template
-from preference.ollama import family_of, go_template, modelfile, writes_bos
+from preference.ollama import family_of, go_template, modelfile, prompts_of, writes_bos
 from tiny import tiny_tokenizer
 
 CONVERSATIONS = [
@@ -85,3 +85,11 @@ def test_a_bos_that_opens_every_turn_is_none() -> None:
     assert not writes_bos(FAMILIES["vicuna"], tokenizer("<s>"))
     assert writes_bos(FAMILIES["llama3"], tokenizer("<|begin_of_text|>"))
     assert writes_bos(FAMILIES["llama2"], tokenizer("<s>"))
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("qwen2_5", 3), ("gemma", 2), ("alpaca", 1)])
+def test_prompts_are_of_every_kind_that_a_template_writes(name: str, kinds: int) -> None:
+    prompts = prompts_of(get_conv_template(name))
+    assert len(prompts) == kinds and all("How are you?" in prompt for prompt in prompts)
+    assert sum("Be brief." in prompt for prompt in prompts) == (kinds == 3)
+    assert sum("Hello." in prompt for prompt in prompts) == (kinds > 1)
