@@ -18,9 +18,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from preference.files import JsonLines, evaluation_sets
 from preference.hints import hints
 from preference.outcome import greedy_answers
-from preference.run_files import JsonLines, evaluation_sets
 from preference.sharding import takes_all_ranks
 from preference.speed import SpeedMeter, compute_dtype, flops_per_token, matmul_rate, peak_memory
 from preference.trainer import PairTrainer

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from preference.run_files import evaluation_sets, read_lines
+from preference.files import evaluation_sets, read_lines
 
 # file, what the page lacks without it
 INPUTS = {
