@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from preference.arguments import Arguments, parse_arguments
-from preference.heartbeat import tell_of_failure, watch_machines
+from preference.launch.heartbeat import tell_of_failure, watch_machines
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -37,9 +37,10 @@ def main() -> None:
     stay_private()
     watch_machines(os.environ, args.run.lost_after)
 
-    from preference.agreement import on_every_rank
     from preference.evaluation import Evaluation
     from preference.hardware import detect
+    from preference.launch.agreement import on_every_rank
+    from preference.launch.signals import StoppedBySignal, StopSignals, StopTogether
     from preference.model import load_tokenizer, untuned
     from preference.progress import attach_progress
     from preference.reporting import begin_reporting
@@ -48,7 +49,6 @@ def main() -> None:
     from preference.run_data import load_data
     from preference.samples import Samples
     from preference.sharding import join_deepspeed
-    from preference.signals import StoppedBySignal, StopSignals, StopTogether
 
     leave_if_stopped()
     output_dir = Path(args.run.output_dir)
@@ -129,7 +129,7 @@ def leave_after_signal() -> None:
 
     torchrun takes any code but 0 for a failure, and would start the processes anew; its launcher gives the code.
     """
-    from preference.signals import EXIT_STOPPED
+    from preference.launch.signals import EXIT_STOPPED
 
     if ELASTIC and not STOP_FILE.exists():  # torchrun's own SIGTERM: another machine has come
         say("torchrun starts the processes anew; they go on from the checkpoint")
@@ -167,7 +167,7 @@ def end_process() -> None:
 
 def compare_settings(args: Arguments) -> None:
     """Before any other exchange between processes: are they the same program with the same settings?"""
-    from preference.agreement import code_fingerprint, compare_ranks
+    from preference.launch.agreement import code_fingerprint, compare_ranks
 
     groups = (args.model, args.data, args.objective, args.run)
     flags = {name: value for group in groups for name, value in vars(group).items() if name != "cache_dir"}
@@ -175,7 +175,7 @@ def compare_settings(args: Arguments) -> None:
 
 
 def compare_data(train_set: Any, eval_set: Any) -> None:
-    from preference.agreement import compare_ranks
+    from preference.launch.agreement import compare_ranks
     from preference.reference import data_fingerprint
 
     sets = {"training data": train_set, "evaluation data": eval_set}

@@ -29,11 +29,11 @@ from preference.batching import Cut, EvaluationPlan, PackSteps, TrainingPlan, pl
 from preference.checkpoints import Checkpoints
 from preference.gradients import clip, exact_norm
 from preference.head import causal_lm, pair_logps, prepare_model
+from preference.launch.signals import Interruptible
 from preference.lora import hold_frozen
 from preference.losses import Objective, PairLogps, Totals, objective_share
 from preference.reference import References, reference_model
 from preference.sharding import Sharded
-from preference.signals import Interruptible
 from preference.watchdog import TrainingError, Watchdog
 
 logger = logging.getLogger(__name__)

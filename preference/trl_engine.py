@@ -34,10 +34,10 @@ from transformers import Trainer, TrainingArguments
 
 from preference.batching import ID_COLUMNS, row_lengths
 from preference.checkpoints import Checkpoints
+from preference.launch.signals import Interruptible
 from preference.losses import Objective, log1mexp
 from preference.reference import is_fresh_adapter
 from preference.sharding import Sharded
-from preference.signals import Interruptible
 from preference.watchdog import Watchdog, name_rows
 
 TESTED = "1.16.0"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from preference.heartbeat import Heartbeat, watch_machines
+from preference.launch.heartbeat import Heartbeat, watch_machines
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "torchrun"))
 import meeting  # noqa: E402

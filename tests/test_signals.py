@@ -15,9 +15,9 @@ from launched import launch, wait_for_log, wait_for_step, workers
 from safetensors.torch import load_file
 from training import make_pairs, make_trainer, same_weights, weights_of
 
-from preference.agreement import AgreementError, compare_ranks, on_every_rank
 from preference.checkpoints import checkpoint_folders, fault
-from preference.signals import EXIT_STOPPED, StoppedBySignal, StopSignals, StopTogether
+from preference.launch.agreement import AgreementError, compare_ranks, on_every_rank
+from preference.launch.signals import EXIT_STOPPED, StoppedBySignal, StopSignals, StopTogether
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,7 +161,7 @@ def test_a_run_with_a_dead_rank_starts_again_by_itself_and_the_second_time_ends(
 
 
 def test_ranks_that_differ_are_named(monkeypatch):
-    from preference import agreement
+    from preference.launch import agreement
 
     def everyone(values):
         [(host, facts)] = values
@@ -177,7 +177,7 @@ def test_ranks_that_differ_are_named(monkeypatch):
 
 
 def test_what_fails_on_one_rank_fails_on_all_by_name(monkeypatch):
-    from preference import agreement
+    from preference.launch import agreement
 
     def everyone(values):
         return [None, *values, ("b", "TripleError: train.jsonl is not there"), None]
@@ -194,10 +194,10 @@ def test_what_fails_on_one_rank_fails_on_all_by_name(monkeypatch):
 
 
 def test_the_codes_fingerprint_follows_the_files(tmp_path, monkeypatch):
-    from preference import agreement
+    from preference.launch import agreement
 
     (tmp_path / "preference").mkdir()
-    monkeypatch.setattr(agreement, "__file__", str(tmp_path / "preference" / "agreement.py"))
+    monkeypatch.setattr(agreement, "__file__", str(tmp_path / "preference" / "launch" / "agreement.py"))
     (tmp_path / "orpo_train.py").write_text("a = 1\n")
     first = agreement.code_fingerprint()
     (tmp_path / "orpo_train.py").write_text("a = 2\n")

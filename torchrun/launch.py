@@ -19,7 +19,7 @@ from typing import Any
 
 from meeting import MeetingError, meet, settings
 
-ECHO = 2.0  # seconds in which another signal is taken for the same one (preference/signals.py)
+ECHO = 2.0  # seconds in which another signal is taken for the same one (preference/launch/signals.py)
 EXIT_STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SIGNALS_OF_TORCHRUN = "SIGHUP,SIGQUIT"

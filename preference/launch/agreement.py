@@ -19,7 +19,7 @@ class AgreementError(RuntimeError):
 
 def code_fingerprint() -> str:
     """A hash of the project's own Python files."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for path in sorted([*root.glob("*.py"), *(root / "preference").rglob("*.py")]):
         digest.update(path.relative_to(root).as_posix().encode())

@@ -1,0 +1,1 @@
+"""One process of several: signals, heartbeat, agreement between ranks."""
