@@ -53,7 +53,7 @@ class Dialogues:
         return self.rows
 
     def __iter__(self) -> Iterator:
-        from preference.triples import Row
+        from preference.data.rows import Row
 
         rng = random.Random(self.seed + 1)
         size = len(self.sentences)
@@ -68,7 +68,7 @@ class Dialogues:
 
 
 def prepare_ours(rows: Iterable, conv, tokenizer, max_length: int, cache_dir: str | None) -> int:
-    from preference.data_report import DataReport
+    from preference.data.report import DataReport
     from preference.tokenization import build_dataset
 
     half = max_length // 2
@@ -148,8 +148,8 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from conversation import get_conv_template
-    from preference.data_report import DataReport
-    from preference.triples import load_rows
+    from preference.data.report import DataReport
+    from preference.data.rows import load_rows
 
     datasets.disable_progress_bars()
     conv = get_conv_template(options.template)

@@ -64,9 +64,9 @@ def load_pairs(args: argparse.Namespace) -> Any:
     """The first usable pairs of the file, tokenized as for training."""
     from transformers import AutoTokenizer
 
+    from preference.data.rows import DataReport, load_rows
     from preference.templates import resolve_template
     from preference.tokenization import build_dataset
-    from preference.triples import DataReport, load_rows
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     conversation = resolve_template("auto", tokenizer)[0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from preference.formats import Options, checked, parse_columns
+from preference.data.formats import Options, checked, parse_columns
 
 LOSSES = ("orpo", "dpo", "robust", "simpo", "ipo", "cpo", "hinge")
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "zero3_offload")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preference.text_stats import script_of
+from preference.data.text_stats import script_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

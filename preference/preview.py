@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from conversation import ConversationError
-from preference.data_report import DataError, DataReport
+from preference.data.report import DataError, DataReport
+from preference.data.rows import Row, load_rows
 from preference.starter import ModelNotFound, StarterModelError, resolve_model
 from preference.templates import resolve_template, stop_token_ids
-from preference.triples import Row, load_rows
 
 SAMPLE = Row(
     question="How much water should I drink a day?",

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from preference.arguments import Arguments
-from preference.data_report import DataReport
-from preference.text_stats import shared_prompts
+from preference.data.report import DataReport
+from preference.data.rows import Row, load_rows
+from preference.data.text_stats import shared_prompts
 from preference.tokenization import build_dataset, split_by_prompt
-from preference.triples import Row, load_rows
 
 
 def load_data(

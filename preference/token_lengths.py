@@ -6,10 +6,10 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from preference.text_stats import length_bias, spread
+from preference.data.text_stats import length_bias, spread
 
 if TYPE_CHECKING:
-    from preference.triples import Row
+    from preference.data.rows import Row
 
 SIDES = ("prompt", "chosen", "rejected")
 ROWS_PER_BATCH = 256

@@ -28,11 +28,11 @@ from datasets import Dataset
 from datasets.table import InMemoryTable, MemoryMappedTable
 
 from preference import prepared
-from preference.data_report import DataError, DataReport
+from preference.data.report import DataError, DataReport
+from preference.data.rows import Row
+from preference.data.splitting import split_by_prompt
 from preference.pair_batches import SCHEMA, SIDES, PairBatcher, decode
 from preference.rendering import Renderer, render
-from preference.splitting import split_by_prompt
-from preference.triples import Row
 
 __all__ = ["build_dataset", "describe_pair", "render", "split_by_prompt"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from preference.triples import DataReport, iter_rows
+from preference.data.rows import DataReport, iter_rows
 
 
 def triple(i: int, **other) -> dict:

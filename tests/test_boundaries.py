@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conversation import get_conv_template
+from preference.data.rows import Row
 from preference.encoding import ControlTokens, Encoder, free_sentinel
 from preference.pair_batches import PairBatcher
 from preference.rendering import Renderer
-from preference.triples import Row
 from tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ import pytest
 from format_rows import BAD, CHAT, CONTAINERS, GOOD, MULTI, PAIR, ROWS, SHP, TRIPLE, USER, a, as_csv, as_parquet, u
 from reading import lines, read, write
 
-from preference.triples import DataError, DataReport, load_rows
+from preference.data.rows import DataError, DataReport, load_rows
 
 # a list of plain strings in a CSV cell is text, so ranked lists have no CSV form
 BOXED = [(name, row, box) for name, row in ROWS for box in CONTAINERS if name != "ranking" or "csv" not in box]
@@ -46,7 +46,7 @@ def test_csv_with_newlines_in_cells_has_true_line_numbers_and_loses_only_broken_
 
 
 def test_too_long_line_of_a_csv_costs_itself_alone(tmp_path, monkeypatch):
-    from preference import json_records
+    from preference.data import json_records
 
     monkeypatch.setattr(json_records, "MAX_RECORD_BYTES", 1000)
     content = b"question,chosen,rejected\nq1,a,b\nq2,a," + b"x" * 2000 + b"\nq3,a,b\n"

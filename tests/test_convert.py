@@ -255,7 +255,7 @@ def test_commands_and_formats_of_the_readme_exist():
     import re
     import shlex
 
-    from preference.formats import FORMATS
+    from preference.data.formats import FORMATS
 
     text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"`(python data/convert\.py [^`]+)`", text)

@@ -6,7 +6,7 @@ import json
 
 from reading import lines, read, triple, write
 
-from preference.triples import DataReport, iter_rows
+from preference.data.rows import DataReport, iter_rows
 
 
 def test_report_dict_save_and_summary(tmp_path):
@@ -57,7 +57,7 @@ def test_text_figures(tmp_path):
 
 
 def test_length_bias():
-    from preference.text_stats import length_bias, spread
+    from preference.data.text_stats import length_bias, spread
 
     assert length_bias(1, 0, 4) == {"chosen_longer": 0.25, "equal": 0.0, "accuracy_of_length_alone": 0.75}
     assert length_bias(0, 4, 4)["accuracy_of_length_alone"] == 0.5 and length_bias(0, 0, 0) == {}
@@ -74,7 +74,7 @@ def test_near_identical_answers(tmp_path):
 
 
 def test_prompts_shared_by_training_and_evaluation(tmp_path):
-    from preference.text_stats import shared_prompts
+    from preference.data.text_stats import shared_prompts
 
     train, _ = read(write(tmp_path, lines(triple(1), triple(2, system="S")), "train.jsonl"))
     evaluation, _ = read(write(tmp_path, lines(triple(1, question="QUESTION 1"), triple(2), triple(3)), "eval.jsonl"))

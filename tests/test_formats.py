@@ -6,8 +6,8 @@ import pytest
 from format_rows import BAD, CHAT, GOOD, HH, MULTI, PAIR, PKU, ROWS, SHP, TRIPLE, USER, a, completion, g, h, s, u
 from reading import lines, read, write
 
-from preference.formats import FORMATS, Options
-from preference.triples import DataError, DataReport, iter_rows, load_rows
+from preference.data.formats import FORMATS, Options
+from preference.data.rows import DataError, DataReport, iter_rows, load_rows
 
 
 @pytest.mark.parametrize("name, row", ROWS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(ROWS)])

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reading import lines, triple
 
-from preference.formats import FORMATS, Options
-from preference.triples import DataError, DataReport, iter_rows
+from preference.data.formats import FORMATS, Options
+from preference.data.rows import DataError, DataReport, iter_rows
 
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 PIECES = [

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import orpo_train
 from conversation import get_conv_template
 from preference.checkpoints import CheckpointError
-from preference.triples import DataError
+from preference.data.rows import DataError
 from tiny import tiny_model, tiny_tokenizer
 
 ROWS = [

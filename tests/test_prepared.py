@@ -15,7 +15,7 @@ from test_tokenization import QWEN, build, row
 
 from conversation import get_conv_template
 from preference import prepared
-from preference.data_report import DataError, DataReport
+from preference.data.report import DataError, DataReport
 from preference.pair_batches import PairBatcher
 from preference.tokenization import build_dataset
 from tiny import tiny_tokenizer

@@ -10,8 +10,8 @@ import pytest
 from format_rows import CONTAINERS, SHARED, real_samples
 from reading import read, write
 
-from preference.formats import Options
-from preference.triples import DataError, DataReport, load_rows
+from preference.data.formats import Options
+from preference.data.rows import DataError, DataReport, load_rows
 
 # file: format, rows read, rows kept, dropped: as measured in ../shared/datasets/SCHEMAS.md
 SAMPLES = {

@@ -9,11 +9,11 @@ import pytest
 
 from conversation import get_conv_template
 from preference import tokenization
-from preference.data_report import DataError, DataReport
+from preference.data.report import DataError, DataReport
+from preference.data.rows import Row
 from preference.pair_batches import PairBatcher
 from preference.rendering import Renderer, render
 from preference.tokenization import build_dataset, describe_pair, split_by_prompt
-from preference.triples import Row
 from tiny import tiny_tokenizer
 
 QWEN = get_conv_template("qwen")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from reading import lines, places, read, triple, write
 
-from preference import json_records
-from preference.triples import DataError, DataReport, iter_rows, load_rows
+from preference.data import json_records
+from preference.data.rows import DataError, DataReport, iter_rows, load_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -335,7 +335,7 @@ def test_unknown_choices_are_errors(tmp_path):
 
 
 def test_importing_the_readers_is_light():
-    code = "import preference.triples, sys; print({'torch', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
+    code = "import preference.data.rows, sys; print({'torch', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

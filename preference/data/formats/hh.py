@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from preference.formats.base import Drop, Format, Options, Pair, RowDict, take
-from preference.formats.messages import Turn, pair_of_context, pair_of_messages
+from preference.data.formats.base import Drop, Format, Options, Pair, RowDict, take
+from preference.data.formats.messages import Turn, pair_of_context, pair_of_messages
 
 _MARK = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _BEGINS = re.compile(r"\s*Human:")

@@ -7,11 +7,22 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
-from preference.formats import axolotl, hh, judged, labelled, llamafactory, ms_swift, orca, others, trl, ultrafeedback
-from preference.formats.base import Drop, Format, Options, Pair, RowDict, shown_keys
-from preference.formats.columns import COLUMNS, parse_columns
-from preference.formats.refused import REFUSED, carried_beyond_text
-from preference.formats.triple import TRIPLE
+from preference.data.formats import (
+    axolotl,
+    hh,
+    judged,
+    labelled,
+    llamafactory,
+    ms_swift,
+    orca,
+    others,
+    trl,
+    ultrafeedback,
+)
+from preference.data.formats.base import Drop, Format, Options, Pair, RowDict, shown_keys
+from preference.data.formats.columns import COLUMNS, parse_columns
+from preference.data.formats.refused import REFUSED, carried_beyond_text
+from preference.data.formats.triple import TRIPLE
 
 __all__ = ["FORMATS", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "checked", "get_format",
            "parse_columns", "read_row", "recognise"]  # fmt: skip

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.formats.base import GAP, Format, Options, Pair, RowDict, take
-from preference.formats.messages import is_messages, turns_of
-from preference.formats.scores import gap_of_any
-from preference.formats.trl import ANSWERS, are_dialogues, pair_of_prompt
+from preference.data.formats.base import GAP, Format, Options, Pair, RowDict, take
+from preference.data.formats.messages import is_messages, turns_of
+from preference.data.formats.scores import gap_of_any
+from preference.data.formats.trl import ANSWERS, are_dialogues, pair_of_prompt
 
 
 def chat_template(row: RowDict, options: Options) -> Iterator[Pair]:

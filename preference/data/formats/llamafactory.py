@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.formats.base import GAP, RANKED, Drop, Format, Options, Pair, RowDict, take
-from preference.formats.messages import is_messages, pair_of_dialogues, pair_of_messages
-from preference.formats.scores import gap_of_any, pick
-from preference.formats.trl import ANSWERS
+from preference.data.formats.base import GAP, RANKED, Drop, Format, Options, Pair, RowDict, take
+from preference.data.formats.messages import is_messages, pair_of_dialogues, pair_of_messages
+from preference.data.formats.scores import gap_of_any, pick
+from preference.data.formats.trl import ANSWERS
 
 
 def sharegpt(row: RowDict, options: Options) -> Iterator[Pair]:

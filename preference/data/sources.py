@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from preference.data_report import DataError
-from preference.json_records import BOM, Fault, Record, json_layout, json_lines, json_values
-from preference.table_records import (
+from preference.data.json_records import BOM, Fault, Record, json_layout, json_lines, json_values
+from preference.data.report import DataError
+from preference.data.table_records import (
     arrow_folder_records,
     csv_delimiter,
     csv_records,

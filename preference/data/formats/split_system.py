@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from preference.formats.base import Pair
-from preference.formats.hh import is_transcript, turns_of_transcript
-from preference.formats.messages import ROLES, Turn, context_of
+from preference.data.formats.base import Pair
+from preference.data.formats.hh import is_transcript, turns_of_transcript
+from preference.data.formats.messages import ROLES, Turn, context_of
 
 _CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\s*|\Z)", re.DOTALL)
 _LLAMA2 = re.compile(r"\s*(?:<s>)?\s*\[INST\]\s*(?:<<SYS>>(.*?)<</SYS>>)?(.*?)\[/INST\]\s*", re.DOTALL)

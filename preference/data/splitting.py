@@ -7,12 +7,12 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from preference.data_report import DataError
+from preference.data.report import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from preference.triples import Row
+    from preference.data.rows import Row
 
 
 def split_by_prompt(rows: Sequence[Row] | Dataset, percentage: float, seed: int) -> tuple[Any, Any]:

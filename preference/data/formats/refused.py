@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from preference.formats.base import RowDict, flag
+from preference.data.formats.base import RowDict, flag
 
 
 class Refused(NamedTuple):

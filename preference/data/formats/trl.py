@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from os.path import commonprefix
 from typing import Any
 
-from preference.formats.base import GAP, Drop, Format, Options, Pair, RowDict, take
-from preference.formats.messages import is_messages, pair_of_dialogues, pair_of_messages, plain_reply, turns_of
-from preference.formats.scores import gap_of_any
+from preference.data.formats.base import GAP, Drop, Format, Options, Pair, RowDict, take
+from preference.data.formats.messages import is_messages, pair_of_dialogues, pair_of_messages, plain_reply, turns_of
+from preference.data.formats.scores import gap_of_any
 
 ANSWERS = frozenset({"chosen", "rejected"})
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from preference.formats.base import RANKED, Drop, Format, Options, Pair, RowDict, number, take
-from preference.formats.hh import is_transcript, turns_of_transcript
-from preference.formats.messages import pair_of_context, pair_of_messages
-from preference.formats.scores import pick
+from preference.data.formats.base import RANKED, Drop, Format, Options, Pair, RowDict, number, take
+from preference.data.formats.hh import is_transcript, turns_of_transcript
+from preference.data.formats.messages import pair_of_context, pair_of_messages
+from preference.data.formats.scores import pick
 
 
 def cvalues(row: RowDict, options: Options) -> Iterator[Pair]:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from preference.data_report import DataReport
-    from preference.triples import Row
+    from preference.data.report import DataReport
+    from preference.data.rows import Row
 
 SCRIPT_SAMPLE = 50  # characters of question and answer each that are looked at to tell the script
 ANSWER_SAMPLE = 1000  # characters of an answer that are compared in detail with the other's

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from preference.formats.base import Format, Options, Pair, RowDict, take
-from preference.formats.messages import pair_of_dialogues
-from preference.formats.trl import pair_of_prompt
+from preference.data.formats.base import Format, Options, Pair, RowDict, take
+from preference.data.formats.messages import pair_of_dialogues
+from preference.data.formats.trl import pair_of_prompt
 
 MEANINGS = ("question", "chosen", "rejected", "system", "history")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.formats.base import Drop, Format, Options, Pair, RowDict, take
-from preference.formats.messages import is_messages, pair_of_context, pair_of_dialogues, reply_of, turns_of
+from preference.data.formats.base import Drop, Format, Options, Pair, RowDict, take
+from preference.data.formats.messages import is_messages, pair_of_context, pair_of_dialogues, reply_of, turns_of
 
 QUESTION = "query|prompt|question|instruction"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from preference.formats.base import GAP, RANKED, Drop, Format, Options, Pair, RowDict, number, take
-from preference.formats.scores import gap_of, pick
-from preference.formats.trl import ANSWERS, pair_of_prompt
+from preference.data.formats.base import GAP, RANKED, Drop, Format, Options, Pair, RowDict, number, take
+from preference.data.formats.scores import gap_of, pick
+from preference.data.formats.trl import ANSWERS, pair_of_prompt
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from preference.data_report import DataError
-from preference.formats.messages import is_message, is_messages
-from preference.json_records import BOM, MAX_RECORD_BYTES, Fault, Record, read_lines
+from preference.data.formats.messages import is_message, is_messages
+from preference.data.json_records import BOM, MAX_RECORD_BYTES, Fault, Record, read_lines
+from preference.data.report import DataError
 
 BATCH_ROWS = 64
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")

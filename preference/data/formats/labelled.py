@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from preference.formats.base import GAP, Drop, Format, Options, Pair, RowDict, flag, index, number, take
-from preference.formats.messages import Turn, is_messages, pair_of_context, pair_of_dialogues
+from preference.data.formats.base import GAP, Drop, Format, Options, Pair, RowDict, flag, index, number, take
+from preference.data.formats.messages import Turn, is_messages, pair_of_context, pair_of_dialogues
 
 # ------------------------------------------------------------------------------------------------------ SHP
 

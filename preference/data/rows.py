@@ -19,13 +19,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from preference.data_report import DataError, DataReport
-from preference.formats import NotRecognised, Options, parse_columns, read_row, recognise
-from preference.formats.base import Drop, Format, Pair
-from preference.formats.split_system import RENDERED, split_system
-from preference.json_records import Fault, Record
-from preference.readers import Position, find_sources, iter_records
-from preference.text_stats import TextStats, pair_key, prompt_key
+from preference.data.formats import NotRecognised, Options, parse_columns, read_row, recognise
+from preference.data.formats.base import Drop, Format, Pair
+from preference.data.formats.split_system import RENDERED, split_system
+from preference.data.json_records import Fault, Record
+from preference.data.report import DataError, DataReport
+from preference.data.sources import Position, find_sources, iter_records
+from preference.data.text_stats import TextStats, pair_key, prompt_key
 
 __all__ = ["DataError", "DataReport", "Row", "iter_rows", "load_rows"]
 

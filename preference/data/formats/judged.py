@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.formats.base import GAP, Format, Options, Pair, RowDict, take
-from preference.formats.messages import pair_of_dialogues
-from preference.formats.scores import gap_of
-from preference.formats.trl import ANSWERS, pair_of_prompt
+from preference.data.formats.base import GAP, Format, Options, Pair, RowDict, take
+from preference.data.formats.messages import pair_of_dialogues
+from preference.data.formats.scores import gap_of
+from preference.data.formats.trl import ANSWERS, pair_of_prompt
 
 
 def ultramix(row: RowDict, options: Options) -> Iterator[Pair]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from preference.formats.base import Drop, Pair
+from preference.data.formats.base import Drop, Pair
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.formats.base import GAP, Drop, Format, Options, Pair, RowDict, number, take
-from preference.formats.scores import check_gap, gap_of_any
-from preference.formats.trl import pair_of_prompt, take_question
+from preference.data.formats.base import GAP, Drop, Format, Options, Pair, RowDict, number, take
+from preference.data.formats.scores import check_gap, gap_of_any
+from preference.data.formats.trl import pair_of_prompt, take_question
 
 
 def orca(row: RowDict, options: Options) -> Iterator[Pair]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.formats.base import Format, Options, Pair, RowDict, take
+from preference.data.formats.base import Format, Options, Pair, RowDict, take
 
 
 def pairs(row: RowDict, options: Options) -> Iterator[Pair]:

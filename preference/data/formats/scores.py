@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
-from preference.formats.base import Drop, Options, RowDict, number
+from preference.data.formats.base import Drop, Options, RowDict, number
 
 # What datasets call the scores of chosen and rejected
 SCORES = (

@@ -1,0 +1,1 @@
+"""Files -> checked rows, each fault with file, line and reason."""
