@@ -163,7 +163,7 @@ def write(
     from preference.export_card import export_card
     from preference.loading import generation_config, stop_ids
     from preference.merging import cast, load_merged, name_of, probes
-    from preference.templates import chat_template_to_save
+    from preference.templates.resolve import chat_template_to_save
 
     questions = probes(template, tokenizer)
     print(f"loading {source.name}" + (f" and its base {source.base}" if source.adapter else "") + " ...")

@@ -269,7 +269,7 @@ def objective_of(args: Arguments) -> Any:
 
 
 def load_template(args: Arguments, tokenizer: Any) -> Any:
-    from preference.templates import resolve_template
+    from preference.templates.resolve import resolve_template
 
     conversation, warnings = resolve_template(args.data.template_name, tokenizer, fold_system=args.data.fold_system)
     say(f"template: {conversation.name}, stop text {conversation.stop_str!r}")
@@ -383,7 +383,7 @@ def train(trainer: Any, start: Any) -> dict[str, float]:
 def save(trainer: Any, conversation: Any) -> None:
     """The adapter or model, with the tokenizer, the template and the stop tokens that it was trained with."""
     from preference.loading import stop_ids
-    from preference.templates import chat_template_to_save
+    from preference.templates.resolve import chat_template_to_save
 
     tokenizer = trainer.processing_class
     tokenizer.chat_template = chat_template_to_save(conversation, tokenizer)

@@ -65,7 +65,7 @@ def load_pairs(args: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
     from preference.data.rows import DataReport, load_rows
-    from preference.templates import resolve_template
+    from preference.templates.resolve import resolve_template
     from preference.tokenization import build_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)

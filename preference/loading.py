@@ -19,7 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from preference.hardware import Hardware
 from preference.starter import ROOT, ModelNotFound, resolve_model
-from preference.templates import resolve_template, stop_token_ids
+from preference.templates.resolve import resolve_template, stop_token_ids
 
 
 class LoadingError(RuntimeError):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from conversation import FAMILIES, Conversation, ConversationError, fold_system_text
-from preference.templates import first_difference, missing_tokens
+from preference.templates.resolve import first_difference, missing_tokens
 
 
 def family_of(template: Any, tokenizer: Any) -> Conversation | None:

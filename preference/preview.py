@@ -12,7 +12,7 @@ from conversation import ConversationError
 from preference.data.report import DataError, DataReport
 from preference.data.rows import Row, load_rows
 from preference.starter import ModelNotFound, StarterModelError, resolve_model
-from preference.templates import resolve_template, stop_token_ids
+from preference.templates.resolve import resolve_template, stop_token_ids
 
 SAMPLE = Row(
     question="How much water should I drink a day?",

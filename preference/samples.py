@@ -9,7 +9,7 @@ from typing import Any
 from preference.arguments import Arguments
 from preference.outcome import greedy_answers
 from preference.sharding import takes_all_ranks
-from preference.templates import stop_token_ids
+from preference.templates.resolve import stop_token_ids
 
 
 class Samples:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conversation import FAMILIES, ConversationError, get_conv_template
 from preference import preview
-from preference.templates import (
+from preference.templates.resolve import (
     auto_template,
     chat_template_to_save,
     first_difference,

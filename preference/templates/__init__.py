@@ -1,0 +1,1 @@
+"""Rows -> text: chat templates and which one a run uses."""
