@@ -46,9 +46,9 @@ def main() -> None:
     from preference.reporting import begin_reporting
     from preference.results import write_results
     from preference.resuming import finish, go_on_after_restart
-    from preference.run_data import load_data
     from preference.samples import Samples
     from preference.sharding import join_deepspeed
+    from preference.tokens.run_data import load_data
 
     leave_if_stopped()
     output_dir = Path(args.run.output_dir)
@@ -279,7 +279,7 @@ def load_template(args: Arguments, tokenizer: Any) -> Any:
 
 
 def show_first_pair(dataset: Any, tokenizer: Any) -> None:
-    from preference.tokenization import describe_pair
+    from preference.tokens.datasets import describe_pair
 
     say(f"\nthe first pair, as the model sees it:\n{describe_pair(dataset[0], tokenizer)}\n")
 

@@ -69,7 +69,7 @@ class Dialogues:
 
 def prepare_ours(rows: Iterable, conv, tokenizer, max_length: int, cache_dir: str | None) -> int:
     from preference.data.report import DataReport
-    from preference.tokenization import build_dataset
+    from preference.tokens.datasets import build_dataset
 
     half = max_length // 2
     lengths = {"max_source_length": half, "max_target_length": max_length - half}
@@ -86,7 +86,7 @@ def prepare_trl(texts: list[dict[str, str]], model, tokenizer, max_length: int) 
 
 
 def compare(rows: list, conv, tokenizer, options: argparse.Namespace) -> None:
-    from preference.rendering import Renderer
+    from preference.tokens.rendering import Renderer
     from tiny import tiny_model
 
     renderer = Renderer(conv)

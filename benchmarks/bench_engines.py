@@ -66,7 +66,7 @@ def load_pairs(args: argparse.Namespace) -> Any:
 
     from preference.data.rows import DataReport, load_rows
     from preference.templates.resolve import resolve_template
-    from preference.tokenization import build_dataset
+    from preference.tokens.datasets import build_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     conversation = resolve_template("auto", tokenizer)[0]

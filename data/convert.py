@@ -25,7 +25,7 @@ from preference.data.formats import FORMATS, Format, Options, checked, parse_col
 from preference.data.report import DataError, DataReport  # noqa: E402
 from preference.data.rows import Repeats, Row, iter_rows  # noqa: E402
 from preference.data.sources import HUB, Position, find_sources  # noqa: E402
-from preference.token_lengths import TokenLengths  # noqa: E402
+from preference.tokens.lengths import TokenLengths  # noqa: E402
 
 EXAMPLES = 20  # places listed for each reason in the report
 STEP = 500  # records between two updates of the progress bar

@@ -1,6 +1,6 @@
 """Answers of a chat model: prompts encoded as in training, text streamed as it is written, batches.
 
-Text that a person types never becomes a control token: it is encoded as training data is (preference/encoding.py).
+Text that a person types never becomes a control token: it is encoded as training data is (preference/tokens/encoding.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from preference.encoding import Encoder, free_sentinel
 from preference.loading import stop_ids
-from preference.rendering import Renderer
+from preference.tokens.encoding import Encoder, free_sentinel
+from preference.tokens.rendering import Renderer
 
 Within = Callable[[], AbstractContextManager[Any]]
 CUT_CHARACTER = "\ufffd"  # what a tokenizer makes of the first bytes of a character

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conversation import get_conv_template
 from preference.data.rows import Row
-from preference.encoding import ControlTokens, Encoder, free_sentinel
-from preference.pair_batches import PairBatcher
-from preference.rendering import Renderer
+from preference.tokens.encoding import ControlTokens, Encoder, free_sentinel
+from preference.tokens.pairs import PairBatcher
+from preference.tokens.rendering import Renderer
 from tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -204,12 +204,12 @@ def test_report_in_a_new_folder_and_of_an_input_that_is_not_there(tmp_path, caps
 
 
 def test_lengths_in_tokens(tmp_path, capsys, monkeypatch):
-    from preference import token_lengths
+    from preference.tokens import lengths
     from tiny import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    monkeypatch.setattr(token_lengths, "ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(lengths, "ROWS_PER_BATCH", 2)
     rows = [triple(i, response_chosen="Rest. " * i, system="Be kind." * (i == 3)) for i in (1, 2, 3)]
     path = write(tmp_path, lines(*rows, triple(4, question="")))
     _, written, report, text = convert(capsys, path, "--tokenizer", tmp_path / "tokenizer")

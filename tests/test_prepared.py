@@ -14,10 +14,10 @@ import pytest
 from test_tokenization import QWEN, build, row
 
 from conversation import get_conv_template
-from preference import prepared
 from preference.data.report import DataError, DataReport
-from preference.pair_batches import PairBatcher
-from preference.tokenization import build_dataset
+from preference.tokens import cache
+from preference.tokens.datasets import build_dataset
+from preference.tokens.pairs import PairBatcher
 from tiny import tiny_tokenizer
 
 
@@ -32,7 +32,7 @@ def test_cached_dataset_and_its_report_are_the_same_again(tmp_path, monkeypatch)
     assert first.to_dict() == again.to_dict() == memory.to_dict()
     assert first.dropped == {"too_long": 1} and len(first.warnings) == 1
     (folder,) = tmp_path.iterdir()  # no lock and no work folder is left
-    assert {path.name for path in folder.iterdir()} == {"pairs.arrow", prepared.DONE}
+    assert {path.name for path in folder.iterdir()} == {"pairs.arrow", cache.DONE}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def slow_make(calls: list[int], seconds: float = 0.3):
         for step in range(3):
             time.sleep(seconds / 3)
             progress(step)
-        (work / prepared.DONE).write_text("done")
+        (work / cache.DONE).write_text("done")
 
     return make
 
@@ -79,7 +79,7 @@ def test_of_many_that_ask_at_once_one_prepares(tmp_path):
     found = []
     ask = threading.Thread
     threads = [
-        ask(target=lambda: found.append(prepared.get_or_prepare(tmp_path, "key", slow_make(calls)))) for _ in range(5)
+        ask(target=lambda: found.append(cache.get_or_prepare(tmp_path, "key", slow_make(calls)))) for _ in range(5)
     ]
     for thread in threads:
         thread.start()
@@ -94,8 +94,8 @@ def test_ranks_in_processes_of_their_own_share_one_preparation(tmp_path):
         "import sys, time; from pathlib import Path; from preference import prepared\n"
         "def make(work, progress):\n"
         f"    open({str(tmp_path / 'calls')!r}, 'a').write('x'); time.sleep(0.5)\n"
-        "    (work / prepared.DONE).write_text('done')\n"
-        f"print(prepared.get_or_prepare({str(tmp_path / 'cache')!r}, 'key', make))\n"
+        "    (work / cache.DONE).write_text('done')\n"
+        f"print(cache.get_or_prepare({str(tmp_path / 'cache')!r}, 'key', make))\n"
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     ranks = [subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE) for _ in range(3)]
@@ -115,18 +115,18 @@ def test_a_lock_whose_holder_died_or_stands_still_is_taken_over(tmp_path, dead):
         threading.Timer(0.5, lambda: (tmp_path / "key.lock").write_text(late)).start()
     calls: list[int] = []
     start = time.monotonic()
-    prepared.get_or_prepare(tmp_path, "key", slow_make(calls), stall_seconds=600 if dead else 1.0)
+    cache.get_or_prepare(tmp_path, "key", slow_make(calls), stall_seconds=600 if dead else 1.0)
     assert len(calls) == 1 and time.monotonic() - start < 30
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
 def test_a_holder_that_makes_progress_is_waited_for(tmp_path):
     calls: list[int] = []
-    holder = threading.Thread(target=prepared.get_or_prepare, args=(tmp_path, "key", slow_make(calls, 3.0)))
+    holder = threading.Thread(target=cache.get_or_prepare, args=(tmp_path, "key", slow_make(calls, 3.0)))
     holder.start()
     while not (tmp_path / "key.lock").exists():
         time.sleep(0.01)
-    prepared.get_or_prepare(tmp_path, "key", slow_make(calls), stall_seconds=2.0)  # each step takes one
+    cache.get_or_prepare(tmp_path, "key", slow_make(calls), stall_seconds=2.0)  # each step takes one
     holder.join()
     assert len(calls) == 1
 
@@ -137,10 +137,10 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
         raise RuntimeError("disk on fire")
 
     with pytest.raises(RuntimeError, match="fire"):
-        prepared.get_or_prepare(tmp_path, "key", fail)
+        cache.get_or_prepare(tmp_path, "key", fail)
     assert not list(tmp_path.iterdir())
     calls: list[int] = []
-    assert prepared.get_or_prepare(tmp_path, "key", slow_make(calls)) == tmp_path / "key"
+    assert cache.get_or_prepare(tmp_path, "key", slow_make(calls)) == tmp_path / "key"
 
 
 def test_a_cached_run_that_keeps_nothing_fails_each_time_alike(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from preference.figures import Curve, Plot, running_mean
 from preference.report import CURVES, main, write_comparison, write_report
 from preference.run_folder import INPUTS, Run
-from preference.token_stats import TokenStats
+from preference.tokens.statistics import TokenStats
 
 VOID = {"meta", "link", "br"}
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from conversation import get_conv_template
-from preference import tokenization
 from preference.data.report import DataError, DataReport
 from preference.data.rows import Row
-from preference.pair_batches import PairBatcher
-from preference.rendering import Renderer, render
-from preference.tokenization import build_dataset, describe_pair, split_by_prompt
+from preference.tokens import datasets
+from preference.tokens.datasets import build_dataset, describe_pair, split_by_prompt
+from preference.tokens.pairs import PairBatcher
+from preference.tokens.rendering import Renderer, render
 from tiny import tiny_tokenizer
 
 QWEN = get_conv_template("qwen")
@@ -222,7 +222,7 @@ def test_order_and_counts_do_not_depend_on_batches(monkeypatch):
     rows = [row(f"Question {i}?", f"Yes {i}<|im_end|>" if i % 3 else f"Yes {i}", "No.", line=i) for i in range(20)]
     reports = DataReport(), DataReport()
     whole = build(rows, reports[0], source=30, target=25).to_list()
-    monkeypatch.setattr(tokenization, "ROWS_PER_BATCH", 3)
+    monkeypatch.setattr(datasets, "ROWS_PER_BATCH", 3)
     assert build(iter(rows), reports[1], source=30, target=25).to_list() == whole
     assert reports[0].to_dict() == reports[1].to_dict()
     assert [pair["source"] for pair in whole] == [f"rows.jsonl:{i}" for i in range(20)]

@@ -27,12 +27,12 @@ import tokenizers
 from datasets import Dataset
 from datasets.table import InMemoryTable, MemoryMappedTable
 
-from preference import prepared
 from preference.data.report import DataError, DataReport
 from preference.data.rows import Row
 from preference.data.splitting import split_by_prompt
-from preference.pair_batches import SCHEMA, SIDES, PairBatcher, decode
-from preference.rendering import Renderer, render
+from preference.tokens import cache
+from preference.tokens.pairs import SCHEMA, SIDES, PairBatcher, decode
+from preference.tokens.rendering import Renderer, render
 
 __all__ = ["build_dataset", "describe_pair", "render", "split_by_prompt"]
 
@@ -79,9 +79,9 @@ def build_dataset(
     else:
         rows = list(rows) if iter(rows) is rows else rows  # it is read twice: for its key, and to be tokenized
         fingerprint = _key(rows, batcher)
-        folder = prepared.get_or_prepare(cache_dir, fingerprint, functools.partial(_write, rows, batcher))
+        folder = cache.get_or_prepare(cache_dir, fingerprint, functools.partial(_write, rows, batcher))
         table = MemoryMappedTable.from_file(str(folder / "pairs.arrow"))
-        outcome = json.loads((folder / prepared.DONE).read_text(encoding="utf-8"))
+        outcome = json.loads((folder / cache.DONE).read_text(encoding="utf-8"))
     for drop in outcome["drops"]:
         report.drop(*drop)
     for warning in outcome["warnings"]:
@@ -138,7 +138,7 @@ def _write(rows: Iterable[Row], batcher: PairBatcher, work: Path, progress: Prog
     """The dataset as an Arrow stream in the work folder, then what happened as JSON."""
     with pa.OSFile(str(work / "pairs.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
         outcome = _prepare(rows, batcher, stream.write_batch, progress)
-    (work / prepared.DONE).write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
+    (work / cache.DONE).write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
 
 
 def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
@@ -147,7 +147,7 @@ def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
     renderer, tokenizer = batcher.renderer, batcher.tokenizer
     conv = renderer.conv
     here = Path(__file__).parent
-    code = [here / f"{name}.py" for name in ("tokenization", "pair_batches", "encoding", "rendering", "token_stats")]
+    code = [here / f"{name}.py" for name in ("datasets", "pairs", "encoding", "rendering", "statistics")]
     code.append(Path(inspect.getfile(type(conv))))
     for path in code:
         digest.update(path.read_bytes())

@@ -11,7 +11,7 @@ from preference.arguments import Arguments
 from preference.data.report import DataReport
 from preference.data.rows import Row, load_rows
 from preference.data.text_stats import shared_prompts
-from preference.tokenization import build_dataset, split_by_prompt
+from preference.tokens.datasets import build_dataset, split_by_prompt
 
 
 def load_data(

@@ -10,9 +10,9 @@ import pyarrow as pa
 
 from conversation import ConversationError
 from preference.data.rows import Row
-from preference.encoding import Encoder, Ids, flatten, free_sentinel
-from preference.rendering import Renderer
-from preference.token_stats import TokenStats
+from preference.tokens.encoding import Encoder, Ids, flatten, free_sentinel
+from preference.tokens.rendering import Renderer
+from preference.tokens.statistics import TokenStats
 
 SIDES = ("prompt", "chosen", "rejected")
 _IDS = pa.list_(pa.int32())

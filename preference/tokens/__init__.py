@@ -1,0 +1,1 @@
+"""Text -> token ids: rendering, encoding, filtering by length, the prepared cache."""
