@@ -48,7 +48,7 @@ def main() -> None:
 
     from conversation import ConversationError
     from preference.loading import LoadingError
-    from preference.starter import ModelNotFound, StarterModelError
+    from preference.models.starter import ModelNotFound, StarterModelError
 
     try:
         models = Models(args)
@@ -118,7 +118,6 @@ class Models:
         from transformers.utils import logging
 
         from preference.chatting import Chat, Sampling
-        from preference.hardware import detect
         from preference.loading import (
             find_source,
             generation_config,
@@ -127,6 +126,7 @@ class Models:
             load_tuned_model,
             pick_dtype,
         )
+        from preference.models.hardware import detect
 
         logging.disable_progress_bar()
         self.modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
@@ -194,7 +194,7 @@ class Terminal:
         """One line; what goes wrong in it is said, and the program goes on."""
         from conversation import ConversationError
         from preference.loading import LoadingError
-        from preference.starter import ModelNotFound
+        from preference.models.starter import ModelNotFound
 
         try:
             self.handle(line)

@@ -37,7 +37,7 @@ def main() -> None:
     from conversation import ConversationError
     from preference.gguf_tokenizer import GGUFError
     from preference.loading import LoadingError
-    from preference.starter import ModelNotFound, StarterModelError
+    from preference.models.starter import ModelNotFound, StarterModelError
 
     try:
         export(args)

@@ -38,10 +38,10 @@ def main() -> None:
     watch_machines(os.environ, args.run.lost_after)
 
     from preference.evaluation import Evaluation
-    from preference.hardware import detect
     from preference.launch.agreement import on_every_rank
     from preference.launch.signals import StoppedBySignal, StopSignals, StopTogether
-    from preference.model import load_tokenizer, untuned
+    from preference.models.hardware import detect
+    from preference.models.loading import load_tokenizer, untuned
     from preference.progress import attach_progress
     from preference.reporting import begin_reporting
     from preference.results import write_results
@@ -195,7 +195,7 @@ def stay_private() -> None:
 
 
 def find_model(args: Arguments) -> str:
-    from preference.starter import resolve_model
+    from preference.models.starter import resolve_model
 
     modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
     name = args.model.model_name_or_path
@@ -207,7 +207,7 @@ def training_arguments(args: Arguments, hardware: Any) -> Any:
     """transformers' TrainingArguments; making them also sets up the process group of a torchrun launch."""
     from transformers import TrainingArguments
 
-    from preference.hardware import batch_plan
+    from preference.models.hardware import batch_plan
     from preference.reporting import trackers
     from preference.sharding import strategy_options
 
@@ -300,7 +300,7 @@ def load_trainer(
 ) -> Any:
     from transformers import set_seed
 
-    from preference.model import add_adapter, count_parameters, load_model
+    from preference.models.loading import add_adapter, count_parameters, load_model
 
     choice = args.objective
     set_seed(args.run.seed)
@@ -329,8 +329,8 @@ def load_trainer(
 
 def describe(args: Arguments, trainer: Any, conversation: Any, train_set: Any) -> dict[str, Any]:
     """What is about to be trained, in numbers; run.json keeps it."""
-    from preference.hardware import detect
-    from preference.model import count_parameters
+    from preference.models.hardware import detect
+    from preference.models.loading import count_parameters
     from preference.outcome import save_json
 
     groups = (args.model, args.data, args.objective, args.run)

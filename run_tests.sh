@@ -13,7 +13,7 @@ PYTHON=$(sh "$here/setup.sh" requirements-dev.txt) || exit 1
 export PYTHON
 cd "$here"
 if [ ! -d models/SmolLM2-135M-Instruct ]; then # without it the tests that need it are skipped by name
-    "$PYTHON" -c 'from preference.starter import ensure_starter_model; ensure_starter_model()' || true
+    "$PYTHON" -c 'from preference.models.starter import ensure_starter_model; ensure_starter_model()' || true
 fi
 
 # The report is tested in a real browser where there is one; a machine of continuous integration gets it.

@@ -100,7 +100,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     )
 
     from preference.losses import Objective
-    from preference.model import add_adapter
+    from preference.models.loading import add_adapter
     from preference.trainer import PairTrainer
     from preference.trl_engine import _orpo_classes, make_trl_trainer
 
@@ -164,8 +164,8 @@ def estimate(case: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from preference.estimate import Estimator, Work, memory_rate
-    from preference.hardware import detect
     from preference.losses import Objective
+    from preference.models.hardware import detect
     from preference.speed import matmul_rate
 
     torch.set_num_threads(case["threads"])

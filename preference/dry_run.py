@@ -13,8 +13,8 @@ import torch
 from preference.arguments import STRATEGIES, Arguments
 from preference.attention import EngineError
 from preference.estimate import ENGINES, Estimator, Memory, Work, changed, memory_rate, plan_work
-from preference.hardware import Hardware
 from preference.losses import Objective
+from preference.models.hardware import Hardware
 from preference.speed import matmul_rate, peak_memory
 from preference.tracing import Trace, TraceError
 

@@ -28,11 +28,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference.arguments import Arguments
 from preference.batching import Cut, TrainingPlan
-from preference.hardware import Hardware
 from preference.head import _score, causal_lm, prepare_model
 from preference.lora import hold_frozen
 from preference.losses import Objective
-from preference.model import add_adapter, count_parameters, weights_dtype
+from preference.models.hardware import Hardware
+from preference.models.loading import add_adapter, count_parameters, weights_dtype
 from preference.packing import pack_pairs
 from preference.tracing import PaperModel, Trace
 

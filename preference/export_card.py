@@ -10,7 +10,7 @@ from typing import Any
 
 from preference.loading import Source
 from preference.merging import Difference
-from preference.starter import ROOT, STARTER_MODEL
+from preference.models.starter import ROOT, STARTER_MODEL
 
 _STARTER_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

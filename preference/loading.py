@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from preference.hardware import Hardware
-from preference.starter import ROOT, ModelNotFound, resolve_model
+from preference.models.hardware import Hardware
+from preference.models.starter import ROOT, ModelNotFound, resolve_model
 from preference.templates.resolve import resolve_template, stop_token_ids
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from conversation import ConversationError
 from preference.data.report import DataError, DataReport
 from preference.data.rows import Row, load_rows
-from preference.starter import ModelNotFound, StarterModelError, resolve_model
+from preference.models.starter import ModelNotFound, StarterModelError, resolve_model
 from preference.templates.resolve import resolve_template, stop_token_ids
 
 SAMPLE = Row(

@@ -24,9 +24,9 @@ from preference.checkpoints import (
     read_manifest,
     recover,
 )
-from preference.hardware import same_step
 from preference.head import causal_lm
 from preference.identity import differences
+from preference.models.hardware import same_step
 from preference.outcome import save_json
 
 RUN_FILE = "run_identity.json"  # in output_dir: the run that it belongs to, and whether that is finished

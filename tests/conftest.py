@@ -42,7 +42,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def starter_model() -> Path:
     """The starter model's folder. run_tests.sh makes it during the set-up; a plain pytest makes it here, once."""
-    from preference.starter import STARTER_MODEL, StarterModelError, ensure_starter_model
+    from preference.models.starter import STARTER_MODEL, StarterModelError, ensure_starter_model
 
     try:
         return ensure_starter_model(ROOT / STARTER_MODEL)

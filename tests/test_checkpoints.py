@@ -23,8 +23,8 @@ from preference.checkpoints import (
     recover,
     write_manifest,
 )
-from preference.hardware import same_step
 from preference.identity import differences, weights_sample
+from preference.models.hardware import same_step
 from preference.resuming import RUN_FILE, begin, finish, go_on_after_restart
 from tiny import tiny_model
 

@@ -24,9 +24,9 @@ from preference.estimate import (
     plan_work,
     stand_ins,
 )
-from preference.hardware import Hardware
 from preference.head import causal_lm, prepare_model
 from preference.losses import Objective
+from preference.models.hardware import Hardware
 from preference.packing import pack_pairs
 from preference.tracing import FEW, PaperModel, Trace
 from tiny import SIZES, tiny_model, tiny_tokenizer

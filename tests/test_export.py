@@ -18,7 +18,7 @@ from conversation import get_conv_template
 from preference import merging
 from preference.export_card import hub_id
 from preference.loading import LoadingError
-from preference.starter import STARTER_MODEL
+from preference.models.starter import STARTER_MODEL
 from tiny import tiny_model
 
 

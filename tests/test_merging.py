@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from tuned import make_run
 
 from preference import merging
-from preference.hardware import Hardware
 from preference.loading import LoadingError, Source, find_source, load_template, load_tokenizer
 from preference.merging import Probes, cast, load_merged, probes
+from preference.models.hardware import Hardware
 from tiny import tiny_model
 
 

@@ -215,14 +215,14 @@ def test_a_template_that_does_not_fit_is_refused(run):
 
 
 def test_four_bits_say_what_is_missing(run):
-    from preference.model import ModelError
+    from preference.models.loading import ModelError
 
     with pytest.raises(ModelError, match="qlora=false"):
         run(qlora="true", use_peft="true")
 
 
 def test_an_unknown_layer_is_refused_with_those_that_there_are(run):
-    from preference.model import ModelError
+    from preference.models.loading import ModelError
 
     with pytest.raises(ModelError, match="no w_pack.*q_proj"):
         run(use_peft="true", target_modules="q_proj,w_pack")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from preference import starter
-from preference.starter import ModelNotFound, StarterModelError, ensure_starter_model, resolve_model
+from preference.models import starter
+from preference.models.starter import ModelNotFound, StarterModelError, ensure_starter_model, resolve_model
 
 
 def quiet(_: str) -> None:

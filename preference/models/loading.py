@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.arguments import Arguments, ModelArguments
-from preference.hardware import Hardware
+from preference.models.hardware import Hardware
 from preference.sharding import full_size
 
 
