@@ -247,7 +247,7 @@ def useful(args: argparse.Namespace) -> tuple[float, float, dict[str, float]]:
     """Per step: tokens that must be computed (what prompts share once), the FLOPs of their matrix products; lengths."""
     import torch
 
-    from preference.packing import pack_pairs
+    from preference.engine.packing import pack_pairs
 
     dataset = load_pairs(args)[0]
     lengths = [(len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in dataset]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from preference.arguments import STRATEGIES, Arguments
-from preference.attention import EngineError
+from preference.engine.attention import EngineError
 from preference.estimate import ENGINES, Estimator, Memory, Work, changed, memory_rate, plan_work
 from preference.losses import Objective
 from preference.models.hardware import Hardware

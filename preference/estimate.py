@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference.arguments import Arguments
-from preference.batching import Cut, TrainingPlan
-from preference.head import _score, causal_lm, prepare_model
-from preference.lora import hold_frozen
+from preference.engine.batching import Cut, TrainingPlan
+from preference.engine.cpu.lora import hold_frozen
+from preference.engine.forward import _score, causal_lm, prepare_model
+from preference.engine.packing import pack_pairs
 from preference.losses import Objective
 from preference.models.hardware import Hardware
 from preference.models.loading import add_adapter, count_parameters, weights_dtype
-from preference.packing import pack_pairs
 from preference.tracing import PaperModel, Trace
 
 ENGINES = ("packed", "trl")

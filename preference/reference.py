@@ -22,7 +22,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from preference.batching import ID_COLUMNS
+from preference.engine.batching import ID_COLUMNS
 from preference.watchdog import TrainingError
 
 FORMAT = 1  # part of the key; raise it when the numbers that a file holds change their meaning

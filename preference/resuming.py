@@ -24,7 +24,7 @@ from preference.checkpoints import (
     read_manifest,
     recover,
 )
-from preference.head import causal_lm
+from preference.engine.forward import causal_lm
 from preference.identity import differences
 from preference.models.hardware import same_step
 from preference.outcome import save_json

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preference.head import causal_lm
+from preference.engine.forward import causal_lm
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from preference.head import causal_lm
+from preference.engine.forward import causal_lm
 
 Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
 FEW = 2  # groups of layers of the smaller model that is run; the larger has twice as many

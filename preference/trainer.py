@@ -1,7 +1,7 @@
 """PairTrainer: the packed engine on transformers.Trainer.
 
 The Trainer's loop, schedules, checkpoints, logging and callbacks are used as they are. What differs: an item of the
-data loader is a whole optimizer step of one rank (preference/batching.py), `training_step` runs its micro-batches,
+data loader is a whole optimizer step of one rank (preference/engine/batching.py), `training_step` runs its micro-batches,
 and each contributes its exact share to the loss of the global batch (preference/losses.py). So loss, gradient and
 logged metrics do not depend on how the global batch is cut into micro-batches, accumulation steps and ranks; and
 evaluation is exact in the same way, the set being one batch.
@@ -25,12 +25,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from preference.batching import Cut, EvaluationPlan, PackSteps, TrainingPlan, plan_loader, row_lengths, shared_prefix
 from preference.checkpoints import Checkpoints
+from preference.engine.batching import (
+    Cut,
+    EvaluationPlan,
+    PackSteps,
+    TrainingPlan,
+    plan_loader,
+    row_lengths,
+    shared_prefix,
+)
+from preference.engine.cpu.lora import hold_frozen
+from preference.engine.forward import causal_lm, pair_logps, prepare_model
 from preference.gradients import clip, exact_norm
-from preference.head import causal_lm, pair_logps, prepare_model
 from preference.launch.signals import Interruptible
-from preference.lora import hold_frozen
 from preference.losses import Objective, PairLogps, Totals, objective_share
 from preference.reference import References, reference_model
 from preference.sharding import Sharded

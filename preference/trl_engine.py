@@ -32,8 +32,8 @@ from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars,
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from preference.batching import ID_COLUMNS, row_lengths
 from preference.checkpoints import Checkpoints
+from preference.engine.batching import ID_COLUMNS, row_lengths
 from preference.launch.signals import Interruptible
 from preference.losses import Objective, log1mexp
 from preference.reference import is_fresh_adapter

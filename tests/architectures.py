@@ -23,9 +23,9 @@ import transformers  # noqa: E402
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-from preference.attention import EngineError  # noqa: E402
-from preference.head import prepare_model  # noqa: E402
-from preference.probe import packed_logps, plain_logps  # noqa: E402
+from preference.engine.attention import EngineError  # noqa: E402
+from preference.engine.forward import prepare_model  # noqa: E402
+from preference.engine.probe import packed_logps, plain_logps  # noqa: E402
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=512)
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -136,7 +136,7 @@ common ones.
 - **refused**: the engine stops with a message that names `engine=trl`. Encoders used as decoders without
   `is_decoder`, and heads that are more than a projection.
 
-The choice is measured again for the model at hand each time one is loaded (`preference/probe.py`): a few tokens
+The choice is measured again for the model at hand each time one is loaded (`preference/engine/probe.py`): a few tokens
 are run both ways. Prompt-tuning adapters run in rows; LoRA and DoRA change nothing. Two things depend on a batch by a
 model's own design and stay so: rotary embeddings that rescale with the longest position (dynamic, longrope), and
 dropout, which in a shared row is drawn once for what is shared.

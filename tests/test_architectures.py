@@ -7,10 +7,10 @@ import torch
 from architectures import ROOT, build, examine
 from test_packing import random_pairs
 
-from preference.attention import EngineError
-from preference.head import prepare_model
-from preference.packing import pack_pairs
-from preference.probe import packed_logps, plain_logps
+from preference.engine.attention import EngineError
+from preference.engine.forward import prepare_model
+from preference.engine.packing import pack_pairs
+from preference.engine.probe import packed_logps, plain_logps
 from tiny import tiny_model
 
 SHARED = "llama qwen2 qwen3 qwen3_moe mistral mixtral gemma gemma2 gemma3_text phi phi3 olmo2 gpt2 gpt_oss".split()
@@ -53,7 +53,7 @@ def test_a_model_that_does_something_else_is_not_run_shared(monkeypatch, broken:
                 seen = sum(part.stop - part.start for part in keys)
                 yield torch.ones(rows.stop - rows.start, seen).tril().bool()
 
-        monkeypatch.setattr("preference.segment_attention._Plan._visible", leaking)
+        monkeypatch.setattr("preference.engine.cpu.attention._Plan._visible", leaking)
         engine = prepare_model(model)
         assert not engine.share_prompt and "log-probabilities differ" in engine.reason
 
@@ -65,7 +65,7 @@ def test_the_scale_of_logits_is_the_models_own(monkeypatch, arch: str, scale: di
         model.get_output_embeddings().weight.mul_(20)  # the logits of a trained model are not near zero
         prepare_model(model)
         assert torch.allclose(packed_logps(model, pairs, True), plain_logps(model, pairs), atol=1e-3)
-    monkeypatch.setattr("preference.head.logit_scale", lambda config: 1.0)
+    monkeypatch.setattr("preference.engine.forward.logit_scale", lambda config: 1.0)
     with pytest.raises(EngineError, match="log-probabilities differ.*engine=trl"):
         again = tiny_model(arch, **scale)
         again.get_output_embeddings().weight.data.mul_(20)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import make_pairs
 
-from preference.batching import (
+from preference.engine.batching import (
     Cut,
     EvaluationPlan,
     PackSteps,
@@ -22,8 +22,8 @@ from preference.batching import (
     row_lengths,
     shared_prefix,
 )
+from preference.engine.packing import pack_pairs, packed_length
 from preference.losses import Objective, Totals
-from preference.packing import pack_pairs, packed_length
 
 ORPO = Objective("orpo")
 lengths_st = st.lists(st.tuples(st.integers(10, 60), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=70)

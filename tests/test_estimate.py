@@ -14,6 +14,8 @@ import orpo_train
 from preference import reporting
 from preference.arguments import ArgumentError, parse_arguments
 from preference.dry_run import Setup, advice, dry_run
+from preference.engine.forward import causal_lm, prepare_model
+from preference.engine.packing import pack_pairs
 from preference.estimate import (
     Estimator,
     _packed_loss,
@@ -24,10 +26,8 @@ from preference.estimate import (
     plan_work,
     stand_ins,
 )
-from preference.head import causal_lm, prepare_model
 from preference.losses import Objective
 from preference.models.hardware import Hardware
-from preference.packing import pack_pairs
 from preference.tracing import FEW, PaperModel, Trace
 from tiny import SIZES, tiny_model, tiny_tokenizer
 

@@ -13,9 +13,9 @@ import torch
 from test_packing import random_pairs
 from training import arguments, pairs_of
 
-from preference.head import pair_logps, prepare_model
+from preference.engine.forward import pair_logps, prepare_model
+from preference.engine.packing import pack_pairs
 from preference.losses import LOSSES, NLL_SCOPES, Objective, Totals, objective_share
-from preference.packing import pack_pairs
 from preference.trl_engine import make_trl_trainer
 from tiny import tiny_model, tiny_tokenizer
 

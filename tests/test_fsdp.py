@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from test_signals import EXIT_STOPPED, folder  # noqa: F401  a fixture
 from transformers import PretrainedConfig
 
-from preference import head
 from preference.checkpoints import checkpoint_folders, fault
+from preference.engine import forward
 from preference.sharding import StrategyError, strategy_options
 
 
@@ -83,13 +83,13 @@ def test_the_head_is_called_where_it_closes_a_group(monkeypatch):
     class Sharded(torch.nn.Linear):
         pass
 
-    monkeypatch.setattr(head, "FSDPModule", Sharded)
+    monkeypatch.setattr(forward, "FSDPModule", Sharded)
     shapes, found = [], []
     for kind in (torch.nn.Linear, Sharded):
         layer = kind(4, 7, bias=False)
         torch.nn.init.eye_(layer.weight)
         layer.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
-        head._score(layer, torch.eye(4, 4)[:3], torch.tensor([0, 5, 2]), PretrainedConfig()).sum().backward()
+        forward._score(layer, torch.eye(4, 4)[:3], torch.tensor([0, 5, 2]), PretrainedConfig()).sum().backward()
         found.append(layer.weight.grad)
     assert shapes == [(0, 7)] and torch.equal(*found)
 

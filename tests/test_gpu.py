@@ -10,11 +10,11 @@ from test_exact import double, gradients, plain_loss, relative, rows
 from test_packing import dense_attention, related_pairs
 from training import logged, lora, make_pairs, make_trainer
 
-from preference import attention
-from preference.attention import PackedMask
-from preference.head import pair_logps, prepare_model
+from preference.engine import attention
+from preference.engine.attention import PackedMask
+from preference.engine.forward import pair_logps, prepare_model
+from preference.engine.packing import pack_pairs
 from preference.losses import Objective, Totals, objective_share
-from preference.packing import pack_pairs
 from tiny import tiny_model
 
 pytestmark = pytest.mark.gpu

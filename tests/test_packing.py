@@ -10,11 +10,12 @@ import random
 import pytest
 import torch
 
-from preference import attention, scoring, segment_attention
-from preference.attention import PackedMask
-from preference.head import pair_logps, prepare_model
-from preference.packing import PackingError, pack_pairs, packed_length
-from preference.probe import packed_logps, plain_logps
+from preference.engine import attention, head
+from preference.engine.attention import PackedMask
+from preference.engine.cpu import attention as segment_attention
+from preference.engine.forward import pair_logps, prepare_model
+from preference.engine.packing import PackingError, pack_pairs, packed_length
+from preference.engine.probe import packed_logps, plain_logps
 from tiny import tiny_model
 
 PAIRS = [
@@ -267,21 +268,21 @@ def varlen_on_cpu(monkeypatch, inputs, mask) -> torch.Tensor:
 @pytest.mark.parametrize("scale, cap, bias", [(1.0, None, False), (0.3, 2.0, True)])
 def test_head_is_log_softmax(monkeypatch, keep_bytes, frozen, scale, cap, bias) -> None:
     """Values and gradients of the head in small blocks, kept or computed again, against log_softmax."""
-    monkeypatch.setattr(scoring, "KEEP_BYTES", keep_bytes)
-    monkeypatch.setattr(scoring, "MATMUL_ROWS", 5)
-    monkeypatch.setattr(scoring, "CACHE_ELEMENTS", 100)
+    monkeypatch.setattr(head, "KEEP_BYTES", keep_bytes)
+    monkeypatch.setattr(head, "MATMUL_ROWS", 5)
+    monkeypatch.setattr(head, "CACHE_ELEMENTS", 100)
     torch.manual_seed(0)
     hidden = torch.randn(17, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=not frozen)
     offset = torch.randn(30, dtype=torch.float64, requires_grad=not frozen) if bias else None
     ids, grad = torch.randint(0, 30, (17,)), torch.randn(17, dtype=torch.float64)
     inputs = [x for x in (hidden, weight, offset) if x is not None and x.requires_grad]
-    got = scoring.token_logps(hidden, weight, offset, ids, scale, cap)
+    got = head.token_logps(hidden, weight, offset, ids, scale, cap)
     logits = torch.nn.functional.linear(hidden, weight, offset) * scale
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     want = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
     assert torch.allclose(got, want, atol=1e-12)
-    assert torch.allclose(scoring.target_logps(logits, ids, 1.0, None), want, atol=1e-12)
+    assert torch.allclose(head.target_logps(logits, ids, 1.0, None), want, atol=1e-12)
     for a, b in zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, inputs, grad), strict=True):
         assert torch.allclose(a, b, atol=1e-12)
 

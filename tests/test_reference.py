@@ -9,8 +9,8 @@ import pytest
 import torch
 from training import logged, lora, make_pairs, make_trainer
 
-from preference.head import pair_logps, prepare_model
-from preference.packing import pack_pairs
+from preference.engine.forward import pair_logps, prepare_model
+from preference.engine.packing import pack_pairs
 from preference.reference import data_fingerprint, is_fresh_adapter, weights_fingerprint
 from preference.watchdog import TrainingError
 from tiny import tiny_model

@@ -10,9 +10,9 @@ import torch
 from training import arguments, logged, lora, make_pairs, make_trainer, pairs_of, same_weights, weights_of
 from transformers import TrainerCallback
 
-from preference.head import pair_logps, prepare_model
+from preference.engine.forward import pair_logps, prepare_model
+from preference.engine.packing import pack_pairs
 from preference.losses import LOSSES, Objective, Totals, objective_share
-from preference.packing import pack_pairs
 from preference.trainer import PairTrainer
 from tiny import tiny_model
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from training import make_pairs, make_trainer, pairs_of, poison, same_weights, weights_of
 
-from preference import batching, stalls, trl_engine
+from preference import stalls, trl_engine
+from preference.engine import batching
 from preference.watchdog import SHOWN, SpikeMeter, TrainingError, name_rows
 from tiny import tiny_model
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from preference.engine.packing import MIN_SHARED, pack_pairs
 from preference.losses import Objective, Totals
-from preference.packing import MIN_SHARED, pack_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +276,7 @@ def _tokens(batch: dict[str, Any], share_prompt: bool) -> int:
 class PackSteps:
     """Collates one `Step`: packs its micro-batches. Runs on the loader's worker processes.
 
-    Makes a dict: micro_batches, a list of packed batches (preference.packing), each with `rows` [B], the numbers of
+    Makes a dict: micro_batches, a list of packed batches (preference.engine.packing), each with `rows` [B], the numbers of
         its rows in
     the dataset, and, with `reference` given, reference [B, 2]; source, for each micro-batch the "file:line" of its
     rows; totals; num_tokens, the tokens that this rank's micro-batches push through the model.

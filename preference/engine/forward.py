@@ -4,7 +4,7 @@
 packed batch and scores the batch's target tokens; without it nothing changes, so that generation and saving go on as
 before. The call goes through the model's own forward, so the hooks of DDP, FSDP2 and ZeRO-3 and the wrappers of PEFT
 and accelerate see it. Whether a model can be run this way is not taken on trust: `prepare_model` compares a few
-tokens with the model's plain forward (preference/probe.py).
+tokens with the model's plain forward (preference/engine/probe.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from preference.attention import EngineError, packed_row
+from preference.engine.attention import EngineError, packed_row
+from preference.engine.head import target_logps, token_logps
 from preference.losses import PairLogps
-from preference.scoring import target_logps, token_logps
 
 HEAD_ROWS = 256  # rows at once through a head that is more than a weight
 
@@ -98,7 +98,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 def prepare_model(model: nn.Module, *, share_prompt: bool = True, device: str | None = None) -> Any:
     """Make `model` ready for `pair_logps`; to be called before it is wrapped for DDP or FSDP. See `probe.prepare`."""
-    from preference.probe import prepare  # it needs this module's functions
+    from preference.engine.probe import prepare  # it needs this module's functions
 
     return prepare(model, share_prompt=share_prompt, device=device)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preference.linear import PLAIN
+from preference.engine.cpu.linear import PLAIN
 
 
 class _RMSNorm(torch.autograd.Function):

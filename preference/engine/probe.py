@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from preference import cpu_memory
-from preference.attention import EngineError, installed
-from preference.gated import lighten_gated_layers
-from preference.head import causal_lm, pair_logps, patch_forward
-from preference.linear import lighten_linear_layers
-from preference.lora import join_adapters
-from preference.norm import lighten_norms
-from preference.packing import MIN_SHARED, pack_pairs
-from preference.scoring import target_logps
+from preference.engine.attention import EngineError, installed
+from preference.engine.cpu import memory
+from preference.engine.cpu.gated import lighten_gated_layers
+from preference.engine.cpu.linear import lighten_linear_layers
+from preference.engine.cpu.lora import join_adapters
+from preference.engine.cpu.norm import lighten_norms
+from preference.engine.forward import causal_lm, pair_logps, patch_forward
+from preference.engine.head import target_logps
+from preference.engine.packing import MIN_SHARED, pack_pairs
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def prepare(model: nn.Module, *, share_prompt: bool = True, device: str | None =
     if not hasattr(lm, "packed_engine") or lm.packed_engine[0] != share_prompt:
         _refuse_by_config(lm)
         if (device or next(lm.parameters()).device.type) == "cpu":
-            cpu_memory.keep_freed_memory()
+            memory.keep_freed_memory()
             if all(p.numel() for p in lm.parameters()):  # not while ZeRO-3 has them dealt out
                 lighten_gated_layers(lm)
                 lighten_linear_layers(lm)

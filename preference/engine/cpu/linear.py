@@ -3,7 +3,7 @@
 Autocast casts the input anew for every layer that reads it (query, key and value; gate and up) and keeps each copy for
 the backward, and it keeps the cast weights until then too. Here layers that read the same tensor share its cast, and a
 trained weight is cast again in the backward: the same products, the same numbers, less memory. An input that can be
-made again (preference/gated.py) is not kept.
+made again (preference/engine/cpu/gated.py) is not kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from preference.gated import make_again, product_step
+from preference.engine.cpu.gated import make_again, product_step
 
 PLAIN = (nn.Parameter, Tensor, FakeTensor)  # types of weights that are what they look like; a dry run's are fake
 
@@ -88,7 +88,7 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
 def lighten_linear_layers(model: PreTrainedModel) -> None:
     """Let the plain linear layers of `model` whose weights are trained run as above.
 
-    The head is left out: it has a function of its own (preference/scoring.py).
+    The head is left out: it has a function of its own (preference/engine/head.py).
     """
     for layer in model.modules():
         plain = type(layer) is nn.Linear and layer.weight.requires_grad and "forward" not in vars(layer)

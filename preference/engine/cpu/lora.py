@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from preference.gated import product_step
-from preference.linear import PLAIN, cast_once, rows_again
+from preference.engine.cpu.gated import product_step
+from preference.engine.cpu.linear import PLAIN, cast_once, rows_again
 
 
 class _Adapted(torch.autograd.Function):

@@ -8,7 +8,7 @@ that the model had before.
 
 Three ways to compute it, one per kind of hardware and kernel:
 - on CUDA in 16 bits, torch's varlen kernel: a query segment per chain, keys gathered, causal from the bottom right;
-- on a CPU, preference/segment_attention.py;
+- on a CPU, preference/engine/cpu/attention.py;
 - elsewhere, and for dropout, capped scores and learned sinks: chain by chain through SDPA or written out.
 """
 
@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from preference.segment_attention import segment_attention
+from preference.engine.cpu.attention import segment_attention
 
 try:
     from torch.nn.attention.varlen import varlen_attn

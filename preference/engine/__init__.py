@@ -1,0 +1,1 @@
+"""Token ids -> log-probabilities of pairs: packing, attention, forward."""

@@ -1,0 +1,1 @@
+"""What the engine adds on a CPU: layers that keep less and products that use its cache."""
