@@ -45,10 +45,10 @@ def main() -> None:
     from preference.progress import attach_progress
     from preference.reporting import begin_reporting
     from preference.results import write_results
-    from preference.resuming import finish, go_on_after_restart
     from preference.samples import Samples
-    from preference.sharding import join_deepspeed
     from preference.tokens.run_data import load_data
+    from preference.train.resuming import finish, go_on_after_restart
+    from preference.train.sharding import join_deepspeed
 
     leave_if_stopped()
     output_dir = Path(args.run.output_dir)
@@ -176,7 +176,7 @@ def compare_settings(args: Arguments) -> None:
 
 def compare_data(train_set: Any, eval_set: Any) -> None:
     from preference.launch.agreement import compare_ranks
-    from preference.reference import data_fingerprint
+    from preference.train.reference import data_fingerprint
 
     sets = {"training data": train_set, "evaluation data": eval_set}
     compare_ranks({name: rows and (len(rows), data_fingerprint(rows)[:16]) for name, rows in sets.items()})
@@ -209,7 +209,7 @@ def training_arguments(args: Arguments, hardware: Any) -> Any:
 
     from preference.models.hardware import batch_plan
     from preference.reporting import trackers
-    from preference.sharding import strategy_options
+    from preference.train.sharding import strategy_options
 
     run = args.run
     # transformers renamed it between the versions that this runs on
@@ -312,10 +312,10 @@ def load_trainer(
         objective=objective_of(args), train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
     )
     if choice.engine == "trl":
-        from preference.trl_engine import make_trl_trainer
+        from preference.train.trl_engine import make_trl_trainer
 
         return make_trl_trainer(model, training, **common)
-    from preference.trainer import PairTrainer
+    from preference.train.trainer import PairTrainer
 
     return PairTrainer(
         model,
@@ -364,8 +364,8 @@ def describe(args: Arguments, trainer: Any, conversation: Any, train_set: Any) -
 
 def find_start(args: Arguments, trainer: Any, conversation: Any, restarted: bool) -> Any:
     """Step 0, or a checkpoint of an unfinished run in output_dir."""
-    from preference.identity import run_identity
-    from preference.resuming import begin
+    from preference.train.identity import run_identity
+    from preference.train.resuming import begin
 
     how = "auto" if restarted else args.resume
     identity = run_identity(args, trainer, conversation)

@@ -128,10 +128,10 @@ def make_trainer(engine: str, args: argparse.Namespace, callback: Any, folder: s
         objective=Objective(loss=args.loss), train_dataset=dataset, processing_class=tokenizer, callbacks=[callback]
     )
     if engine == "trl":
-        from preference.trl_engine import make_trl_trainer
+        from preference.train.trl_engine import make_trl_trainer
 
         return make_trl_trainer(load_model(args), training, **common)
-    from preference.trainer import PairTrainer
+    from preference.train.trainer import PairTrainer
 
     return PairTrainer(load_model(args), training, max_tokens_per_micro_batch=args.max_tokens_per_micro_batch, **common)
 

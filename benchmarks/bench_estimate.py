@@ -101,8 +101,8 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
 
     from preference.losses import Objective
     from preference.models.loading import add_adapter
-    from preference.trainer import PairTrainer
-    from preference.trl_engine import _orpo_classes, make_trl_trainer
+    from preference.train.trainer import PairTrainer
+    from preference.train.trl_engine import _orpo_classes, make_trl_trainer
 
     torch.set_num_threads(case["threads"])
     logging.set_verbosity_error()

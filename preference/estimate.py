@@ -223,7 +223,7 @@ class Estimator:
         model = paper_model(source, args, hardware, bf16, config=config)
         self.share_prompt = False
         self.cast_away = 0  # bytes of the loaded weights that the engine lets go; a process on a CPU keeps most of them
-        if args.objective.engine == "packed":  # as preference/trainer.py does
+        if args.objective.engine == "packed":  # as preference/train/trainer.py does
             engine = prepare_model(model, share_prompt=args.objective.share_prompt, device=hardware.device)
             self.share_prompt = engine.share_prompt
             loaded = _bytes(model)

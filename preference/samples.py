@@ -8,8 +8,8 @@ from typing import Any
 
 from preference.arguments import Arguments
 from preference.outcome import greedy_answers
-from preference.sharding import takes_all_ranks
 from preference.templates.resolve import stop_token_ids
+from preference.train.sharding import takes_all_ranks
 
 
 class Samples:

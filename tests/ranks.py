@@ -13,8 +13,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 import torch.distributed as dist  # noqa: E402
 from training import lora, make_pairs, make_trainer, pairs_of, poison  # noqa: E402
 
-from preference.sharding import strategy_options  # noqa: E402
-from preference.watchdog import TrainingError  # noqa: E402
+from preference.train.sharding import strategy_options  # noqa: E402
+from preference.train.watchdog import TrainingError  # noqa: E402
 from tiny import tiny_model  # noqa: E402
 
 

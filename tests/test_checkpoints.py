@@ -11,8 +11,9 @@ import pytest
 import torch
 from training import make_pairs, make_trainer, same_weights, weights_of
 
-from preference import checkpoints
-from preference.checkpoints import (
+from preference.models.hardware import same_step
+from preference.train import checkpoints
+from preference.train.checkpoints import (
     MANIFEST,
     WRITING,
     CheckpointError,
@@ -23,9 +24,8 @@ from preference.checkpoints import (
     recover,
     write_manifest,
 )
-from preference.identity import differences, weights_sample
-from preference.models.hardware import same_step
-from preference.resuming import RUN_FILE, begin, finish, go_on_after_restart
+from preference.train.identity import differences, weights_sample
+from preference.train.resuming import RUN_FILE, begin, finish, go_on_after_restart
 from tiny import tiny_model
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 6}
@@ -245,7 +245,7 @@ def test_a_full_disk_stops_with_a_message_and_keeps_the_last_good_checkpoint(tmp
 
 
 def test_a_checkpoint_without_weights_is_none(tmp_path, monkeypatch):
-    """transformers 5.23 writes none on machines other than the first (preference/resuming.py sees to it)."""
+    """transformers 5.23 writes none on machines other than the first (preference/train/resuming.py sees to it)."""
     trainer = make(tmp_path)
     begin(trainer, "auto", IDENTITY)
     monkeypatch.setattr(trainer.model, "save_pretrained", lambda *args, **kwargs: None)

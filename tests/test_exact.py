@@ -16,7 +16,7 @@ from training import arguments, pairs_of
 from preference.engine.forward import pair_logps, prepare_model
 from preference.engine.packing import pack_pairs
 from preference.losses import LOSSES, NLL_SCOPES, Objective, Totals, objective_share
-from preference.trl_engine import make_trl_trainer
+from preference.train.trl_engine import make_trl_trainer
 from tiny import tiny_model, tiny_tokenizer
 
 ARCHS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2", "mixtral"]

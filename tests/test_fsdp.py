@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from test_signals import EXIT_STOPPED, folder  # noqa: F401  a fixture
 from transformers import PretrainedConfig
 
-from preference.checkpoints import checkpoint_folders, fault
 from preference.engine import forward
-from preference.sharding import StrategyError, strategy_options
+from preference.train.checkpoints import checkpoint_folders, fault
+from preference.train.sharding import StrategyError, strategy_options
 
 
 def losses(output: Path) -> list[tuple[float, float]]:
@@ -103,8 +103,8 @@ def test_what_cannot_be_had_is_refused():
 
 def test_parameters_that_are_dealt_out_are_counted_whole():
     """As ZeRO-3 leaves them: the learning rate and the disk space depend on the count."""
-    from preference.checkpoints import SMALL_FILES, checkpoint_bytes
     from preference.models.loading import count_parameters
+    from preference.train.checkpoints import SMALL_FILES, checkpoint_bytes
 
     model = torch.nn.Linear(3, 4, bias=False)
     assert count_parameters(model) == (12, 12)
@@ -114,7 +114,7 @@ def test_parameters_that_are_dealt_out_are_counted_whole():
 
 
 def test_deepspeed_is_asked_for_where_it_is_missing(monkeypatch):
-    from preference import sharding
+    from preference.train import sharding
 
     monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StrategyError, match="pip install deepspeed, or strategy=fsdp"):

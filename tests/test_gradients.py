@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from training import make_pairs, make_trainer
 
-from preference.gradients import clip, exact_norm
+from preference.train.gradients import clip, exact_norm
 
 
 def parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
@@ -45,7 +45,7 @@ def test_clipping_is_torchs():
 
 
 def test_the_trainer_logs_and_clips_by_it(tmp_path, monkeypatch):
-    from preference import trainer as module
+    from preference.train import trainer as module
 
     seen = []
     monkeypatch.setattr(module, "clip", lambda parameters, norm, largest: seen.append((norm.item(), largest)))

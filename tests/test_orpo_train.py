@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orpo_train
 from conversation import get_conv_template
-from preference.checkpoints import CheckpointError
 from preference.data.rows import DataError
+from preference.train.checkpoints import CheckpointError
 from tiny import tiny_model, tiny_tokenizer
 
 ROWS = [

@@ -11,8 +11,8 @@ from training import logged, lora, make_pairs, make_trainer
 
 from preference.engine.forward import pair_logps, prepare_model
 from preference.engine.packing import pack_pairs
-from preference.reference import data_fingerprint, is_fresh_adapter, weights_fingerprint
-from preference.watchdog import TrainingError
+from preference.train.reference import data_fingerprint, is_fresh_adapter, weights_fingerprint
+from preference.train.watchdog import TrainingError
 from tiny import tiny_model
 
 
@@ -47,7 +47,7 @@ def test_the_adapter_is_asked_without_dropout_and_left_as_it_was(tmp_path):
     pairs = make_pairs(4)
     trainer = make_trainer("packed", tmp_path, pairs, loss="dpo", model=model, max_steps=1)
     seen = []
-    import preference.trainer as module
+    import preference.train.trainer as module
 
     share = module.objective_share
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from preference.engine.forward import pair_logps, prepare_model
 from preference.engine.packing import pack_pairs
 from preference.losses import LOSSES, Objective, Totals, objective_share
-from preference.trainer import PairTrainer
+from preference.train.trainer import PairTrainer
 from tiny import tiny_model
 
 METRICS = ("nll_loss", "log_odds_ratio", "log_odds_chosen", "rewards/chosen", "rewards/rejected", "rewards/accuracies",

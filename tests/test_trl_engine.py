@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from training import arguments, logged, lora, make_pairs, make_trainer, pairs_of, poison, same_weights, weights_of
 
-from preference import trl_engine
 from preference.losses import Objective
-from preference.trl_engine import TrlError
-from preference.watchdog import TrainingError
+from preference.train import trl_engine
+from preference.train.trl_engine import TrlError
+from preference.train.watchdog import TrainingError
 from tiny import tiny_model, tiny_tokenizer
 
 BOTH = pytest.mark.parametrize("loss", ["orpo", "dpo"])

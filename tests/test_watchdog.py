@@ -11,9 +11,9 @@ import pytest
 import torch
 from training import make_pairs, make_trainer, pairs_of, poison, same_weights, weights_of
 
-from preference import stalls, trl_engine
 from preference.engine import batching
-from preference.watchdog import SHOWN, SpikeMeter, TrainingError, name_rows
+from preference.train import stalls, trl_engine
+from preference.train.watchdog import SHOWN, SpikeMeter, TrainingError, name_rows
 from tiny import tiny_model
 
 ENGINES = pytest.mark.parametrize("engine", ["packed", "trl"])
@@ -132,9 +132,9 @@ def test_a_spike_is_reported_with_its_rows(engine, tmp_path, caplog):
         return step(*args)
 
     trainer.training_step = spoil
-    with caplog.at_level(logging.WARNING, "preference.watchdog"):
+    with caplog.at_level(logging.WARNING, "preference.train.watchdog"):
         trainer.train()
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "preference.watchdog"]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "preference.train.watchdog"]
     assert message.startswith("step 25: the loss is ")
     assert message.count("pairs.jsonl:") == 4
 
@@ -166,7 +166,7 @@ def test_a_data_worker_that_stands_still_is_reported(engine, tmp_path, monkeypat
     finally:
         stalls.logger.removeHandler(watch)
     assert trainer.state.global_step == 2
-    first = next(record.getMessage() for record in caplog.records if record.name == "preference.stalls")
+    first = next(record.getMessage() for record in caplog.records if record.name == "preference.train.stalls")
     words = r"rank 0 has waited 0.2 s for the rows of step 1; its data workers: process \d+ (waiting|computing)"
     assert re.fullmatch(words, first)
 

@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from preference.losses import Objective
-from preference.trainer import PairTrainer
-from preference.trl_engine import make_trl_trainer
+from preference.train.trainer import PairTrainer
+from preference.train.trl_engine import make_trl_trainer
 from tiny import tiny_model, tiny_tokenizer
 
 POISON = 509  # a token id that `poison` turns into NaN

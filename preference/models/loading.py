@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from preference.arguments import Arguments, ModelArguments
 from preference.models.hardware import Hardware
-from preference.sharding import full_size
+from preference.train.sharding import full_size
 
 
 class ModelError(RuntimeError):

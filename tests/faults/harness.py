@@ -102,7 +102,7 @@ class Attempt:
 
 
 def check_folders(folder: Path) -> None:
-    from preference.checkpoints import checkpoint_folders, fault
+    from preference.train.checkpoints import checkpoint_folders, fault
 
     for path in checkpoint_folders(folder):
         assert fault(path) is None, f"{path}: {fault(path)}"

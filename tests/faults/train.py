@@ -27,8 +27,8 @@ def train(folder: Path, say=lambda phase: None) -> str:
     from training import lora, make_pairs, make_trainer
     from transformers import TrainerCallback
 
-    from preference import checkpoints
-    from preference.resuming import begin
+    from preference.train import checkpoints
+    from preference.train.resuming import begin
     from tiny import tiny_model
 
     class Phases(TrainerCallback):

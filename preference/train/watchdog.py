@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from transformers import Trainer
 
-from preference.stalls import waiting_for_rows
+from preference.train.stalls import waiting_for_rows
 
 logger = logging.getLogger(__name__)
 

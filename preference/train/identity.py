@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from preference.reference import data_fingerprint
+from preference.train.reference import data_fingerprint
 
 SAMPLED = 64  # values of each tensor that go into the fingerprint of a model's weights
 

@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from preference.engine.batching import ID_COLUMNS
-from preference.watchdog import TrainingError
+from preference.train.watchdog import TrainingError
 
 FORMAT = 1  # part of the key; raise it when the numbers that a file holds change their meaning
 CHUNK = 1 << 22

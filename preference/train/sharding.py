@@ -13,7 +13,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-CONFIGS = Path(__file__).resolve().parents[1] / "torchrun"
+CONFIGS = Path(__file__).resolve().parents[2] / "torchrun"
 
 
 class StrategyError(ValueError):

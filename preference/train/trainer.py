@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from preference.checkpoints import Checkpoints
 from preference.engine.batching import (
     Cut,
     EvaluationPlan,
@@ -37,12 +36,13 @@ from preference.engine.batching import (
 )
 from preference.engine.cpu.lora import hold_frozen
 from preference.engine.forward import causal_lm, pair_logps, prepare_model
-from preference.gradients import clip, exact_norm
 from preference.launch.signals import Interruptible
 from preference.losses import Objective, PairLogps, Totals, objective_share
-from preference.reference import References, reference_model
-from preference.sharding import Sharded
-from preference.watchdog import TrainingError, Watchdog
+from preference.train.checkpoints import Checkpoints
+from preference.train.gradients import clip, exact_norm
+from preference.train.reference import References, reference_model
+from preference.train.sharding import Sharded
+from preference.train.watchdog import TrainingError, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
             per_device_train_batch_size (and evaluation likewise); 0: by pairs.
         share_prompt: compute a prompt once for both of its answers, and what prompts of a micro-batch begin with alike
             once for all of them, where the model allows it.
-        reference: for losses that need one: "auto", "adapter" or "precompute" (preference/reference.py).
+        reference: for losses that need one: "auto", "adapter" or "precompute" (preference/train/reference.py).
         cache_dir: where precomputed reference log-probabilities are kept.
 
     Raises:

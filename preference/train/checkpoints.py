@@ -21,7 +21,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from preference.sharding import full_size
+from preference.train.sharding import full_size
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"  # folder in output_dir for what is not complete yet, and for what is being deleted
@@ -184,7 +184,7 @@ class Checkpoints:
     """Mixin for `transformers.Trainer` (see the module).
 
     Attributes:
-        run: the run's id, identity and launch facts, written into each checkpoint (preference/resuming.py sets it).
+        run: the run's id, identity and launch facts, written into each checkpoint (preference/train/resuming.py sets it).
     """
 
     run: Mapping[str, Any] = {}

@@ -15,7 +15,10 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from preference.checkpoints import (
+from preference.engine.forward import causal_lm
+from preference.models.hardware import same_step
+from preference.outcome import save_json
+from preference.train.checkpoints import (
     CheckpointError,
     check_disk,
     checkpoint_folders,
@@ -24,10 +27,7 @@ from preference.checkpoints import (
     read_manifest,
     recover,
 )
-from preference.engine.forward import causal_lm
-from preference.identity import differences
-from preference.models.hardware import same_step
-from preference.outcome import save_json
+from preference.train.identity import differences
 
 RUN_FILE = "run_identity.json"  # in output_dir: the run that it belongs to, and whether that is finished
 

@@ -9,7 +9,7 @@ batches. What would harm a run is guarded; tests/test_trl_engine.py has a test f
 - log(1 - exp(x)) is finite in value and gradient for every answer, also one of a single, certain token;
 - dropout stays as asked, and adapter weights keep their dtype;
 - the model is an object: none is loaded by name in bfloat16 or spread over devices behind the caller's back;
-- a non-finite loss is not hidden from the log, and stops the run (preference/watchdog.py);
+- a non-finite loss is not hidden from the log, and stops the run (preference/train/watchdog.py);
 - several evaluation sets and group_by_length work;
 - ORPO's metrics are reduced once per log, not eleven times per micro-batch;
 - TRL's usage ping is not sent unless asked for.
@@ -32,13 +32,13 @@ from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars,
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from preference.checkpoints import Checkpoints
 from preference.engine.batching import ID_COLUMNS, row_lengths
 from preference.launch.signals import Interruptible
 from preference.losses import Objective, log1mexp
-from preference.reference import is_fresh_adapter
-from preference.sharding import Sharded
-from preference.watchdog import Watchdog, name_rows
+from preference.train.checkpoints import Checkpoints
+from preference.train.reference import is_fresh_adapter
+from preference.train.sharding import Sharded
+from preference.train.watchdog import Watchdog, name_rows
 
 TESTED = "1.16.0"
 STAND_IN = {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]} | {name: [[1]] for name in ID_COLUMNS}
