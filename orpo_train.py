@@ -286,8 +286,8 @@ def show_first_pair(dataset: Any, tokenizer: Any) -> None:
 
 def on_paper(args: Arguments, source: str, hardware: Any, training: Any, train_set: Any) -> str:
     """What the run would do, need and take; no weight is loaded."""
-    from preference.dry_run import Setup, dry_run
     from preference.engine.batching import row_lengths, shared_prefix
+    from preference.plan.dry_run import Setup, dry_run
 
     lengths, common = row_lengths(train_set), shared_prefix(train_set)
     setup = Setup(source, hardware, objective_of(args), training.bf16, lengths, common=common)

@@ -163,10 +163,10 @@ def estimate(case: dict[str, Any]) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from preference.estimate import Estimator, Work, memory_rate
     from preference.losses import Objective
     from preference.models.hardware import detect
-    from preference.speed import matmul_rate
+    from preference.plan.estimate import Estimator, Work, memory_rate
+    from preference.plan.speed import matmul_rate
 
     torch.set_num_threads(case["threads"])
     bf16, device = case["precision"] == "bf16", torch.device("cpu")

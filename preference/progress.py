@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from preference.files import JsonLines, evaluation_sets
 from preference.hints import hints
 from preference.outcome import greedy_answers
-from preference.speed import SpeedMeter, compute_dtype, flops_per_token, matmul_rate, peak_memory
+from preference.plan.speed import SpeedMeter, compute_dtype, flops_per_token, matmul_rate, peak_memory
 from preference.train.sharding import takes_all_ranks
 from preference.train.trainer import PairTrainer
 

@@ -13,10 +13,12 @@ from transformers import AutoConfig
 import orpo_train
 from preference import reporting
 from preference.arguments import ArgumentError, parse_arguments
-from preference.dry_run import Setup, advice, dry_run
 from preference.engine.forward import causal_lm, prepare_model
 from preference.engine.packing import pack_pairs
-from preference.estimate import (
+from preference.losses import Objective
+from preference.models.hardware import Hardware
+from preference.plan.dry_run import Setup, advice, dry_run
+from preference.plan.estimate import (
     Estimator,
     _packed_loss,
     _trl_loss,
@@ -26,9 +28,7 @@ from preference.estimate import (
     plan_work,
     stand_ins,
 )
-from preference.losses import Objective
-from preference.models.hardware import Hardware
-from preference.tracing import FEW, PaperModel, Trace
+from preference.plan.tracing import FEW, PaperModel, Trace
 from tiny import SIZES, tiny_model, tiny_tokenizer
 
 CPU = Hardware("cpu", "a CPU", 16 * 2**30, False)
@@ -207,7 +207,7 @@ def test_a_few_layers_give_what_running_all_of_them_gives(arch, layers, values, 
     run = PaperModel._run
     monkeypatch.setattr(PaperModel, "_run", lambda *a: runs.append(len(a[4])) or run(*a))
     few = found.trace(LENGTHS, False)
-    monkeypatch.setattr("preference.tracing.FEW", 1000)
+    monkeypatch.setattr("preference.plan.tracing.FEW", 1000)
     whole = found.trace(LENGTHS, False)
     first = FEW * (2 if pattern else 1)
     assert runs == [first, 2 * first, layers]

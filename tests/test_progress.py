@@ -12,13 +12,13 @@ import torch
 from training import logged, lora, make_pairs, make_trainer, same_weights, weights_of
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from preference import speed
 from preference.files import JsonLines, evaluation_sets, read_lines
 from preference.hints import hints
 from preference.outcome import greedy_answers
+from preference.plan import speed
+from preference.plan.speed import SpeedMeter, flops_per_token, matmul_rate
 from preference.progress import attach_progress, duration, readable
 from preference.report import write_report
-from preference.speed import SpeedMeter, flops_per_token, matmul_rate
 from tiny import tiny_model
 
 PROMPTS = [

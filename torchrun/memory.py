@@ -20,9 +20,9 @@ import numpy as np  # noqa: E402
 from transformers import Qwen2Config  # noqa: E402
 
 from preference.arguments import STRATEGIES, Arguments, parse_arguments  # noqa: E402
-from preference.dry_run import Setup  # noqa: E402
 from preference.losses import Objective  # noqa: E402
 from preference.models.hardware import Hardware  # noqa: E402
+from preference.plan.dry_run import Setup  # noqa: E402
 
 # name: hidden size, layers, heads, key-value heads, intermediate size, tied embeddings
 MODELS = {

@@ -12,11 +12,11 @@ import torch
 
 from preference.arguments import STRATEGIES, Arguments
 from preference.engine.attention import EngineError
-from preference.estimate import ENGINES, Estimator, Memory, Work, changed, memory_rate, plan_work
 from preference.losses import Objective
 from preference.models.hardware import Hardware
-from preference.speed import matmul_rate, peak_memory
-from preference.tracing import Trace, TraceError
+from preference.plan.estimate import ENGINES, Estimator, Memory, Work, changed, memory_rate, plan_work
+from preference.plan.speed import matmul_rate, peak_memory
+from preference.plan.tracing import Trace, TraceError
 
 WORLDS = (1, 2, 4, 8)
 GIB = 2**30

@@ -1,7 +1,7 @@
 """What a run will need: memory of its parts and time of a step, before any weight is loaded.
 
 What is exact: parameters, weights, gradients, optimizer states; the tensors that a step makes and frees, followed
-through the model's own code on the longest micro-batch that the planner makes (preference/tracing.py). What is a model:
+through the model's own code on the longest micro-batch that the planner makes (preference/plan/tracing.py). What is a model:
 - on a CPU, what a process holds over that: holes between blocks (`CPU_SPREAD`) and libraries (`CPU_LIBRARIES`), both
   fitted to runs;
 - on a GPU, an allowance for the CUDA context and the caching allocator; never compared with a GPU;
@@ -34,7 +34,7 @@ from preference.engine.packing import pack_pairs
 from preference.losses import Objective
 from preference.models.hardware import Hardware
 from preference.models.loading import add_adapter, count_parameters, weights_dtype
-from preference.tracing import PaperModel, Trace
+from preference.plan.tracing import PaperModel, Trace
 
 ENGINES = ("packed", "trl")
 SHARDED = ("fsdp", "zero2", "zero3", "zero3_offload")
