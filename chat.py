@@ -251,7 +251,7 @@ class Terminal:
 
     def _compare(self, turn: Turn, seed: int) -> str:
         from preference.chatting import printable
-        from preference.outcome import side_by_side
+        from preference.report.tables import side_by_side
 
         base, within = self.models.base()
         answers = {"base": _whole(base, turn, seed, within), "tuned": _whole(self.models.tuned, turn, seed)}

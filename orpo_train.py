@@ -37,15 +37,15 @@ def main() -> None:
     stay_private()
     watch_machines(os.environ, args.run.lost_after)
 
-    from preference.evaluation import Evaluation
     from preference.launch.agreement import on_every_rank
     from preference.launch.signals import StoppedBySignal, StopSignals, StopTogether
     from preference.models.hardware import detect
     from preference.models.loading import load_tokenizer, untuned
-    from preference.progress import attach_progress
-    from preference.reporting import begin_reporting
-    from preference.results import write_results
-    from preference.samples import Samples
+    from preference.report.answers import Samples
+    from preference.report.evaluation import Evaluation
+    from preference.report.progress import attach_progress
+    from preference.report.results import write_results
+    from preference.report.trackers import begin_reporting
     from preference.tokens.run_data import load_data
     from preference.train.resuming import finish, go_on_after_restart
     from preference.train.sharding import join_deepspeed
@@ -208,7 +208,7 @@ def training_arguments(args: Arguments, hardware: Any) -> Any:
     from transformers import TrainingArguments
 
     from preference.models.hardware import batch_plan
-    from preference.reporting import trackers
+    from preference.report.trackers import trackers
     from preference.train.sharding import strategy_options
 
     run = args.run
@@ -331,7 +331,7 @@ def describe(args: Arguments, trainer: Any, conversation: Any, train_set: Any) -
     """What is about to be trained, in numbers; run.json keeps it."""
     from preference.models.hardware import detect
     from preference.models.loading import count_parameters
-    from preference.outcome import save_json
+    from preference.report.tables import save_json
 
     groups = (args.model, args.data, args.objective, args.run)
     trainable, parameters = count_parameters(trainer.model)

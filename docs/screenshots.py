@@ -90,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     page = options.output_dir / "report.html"
     if not page.is_file():
-        sys.exit(f"{page} is not there; python -m preference.report {options.output_dir} makes it")
+        sys.exit(f"{page} is not there; python -m preference.report.page {options.output_dir} makes it")
     pictures = {
         "light": screenshot(page, (1200, 1600)),
         "dark": screenshot(page, (1200, 1600), dark=True),

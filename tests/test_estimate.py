@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig
 
 import orpo_train
-from preference import reporting
 from preference.arguments import ArgumentError, parse_arguments
 from preference.engine.forward import causal_lm, prepare_model
 from preference.engine.packing import pack_pairs
@@ -29,6 +28,7 @@ from preference.plan.estimate import (
     stand_ins,
 )
 from preference.plan.tracing import FEW, PaperModel, Trace
+from preference.report import trackers
 from tiny import SIZES, tiny_model, tiny_tokenizer
 
 CPU = Hardware("cpu", "a CPU", 16 * 2**30, False)
@@ -341,7 +341,7 @@ def test_the_text_names_engines_strategies_and_marks_what_was_given():
 
 
 def test_a_dry_run_needs_no_weights_and_leaves_the_output_folder_as_it_was(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reporting, "begin_reporting", lambda *_: pytest.fail("a tracker was begun"))
+    monkeypatch.setattr(trackers, "begin_reporting", lambda *_: pytest.fail("a tracker was begun"))
     folder, out = tmp_path / "model", tmp_path / "out"
     tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from preference.evaluation import analyse, mean_margins, summarise, table, wilson, without_length, worst_pairs
+from preference.report.evaluation import analyse, mean_margins, summarise, table, wilson, without_length, worst_pairs
 
 
 def test_margin_is_a_difference_of_token_means():

@@ -13,12 +13,12 @@ from training import logged, lora, make_pairs, make_trainer, same_weights, weigh
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from preference.files import JsonLines, evaluation_sets, read_lines
-from preference.hints import hints
-from preference.outcome import greedy_answers
 from preference.plan import speed
 from preference.plan.speed import SpeedMeter, flops_per_token, matmul_rate
-from preference.progress import attach_progress, duration, readable
-from preference.report import write_report
+from preference.report.hints import hints
+from preference.report.page import write_report
+from preference.report.progress import attach_progress, duration, readable
+from preference.report.tables import greedy_answers
 from tiny import tiny_model
 
 PROMPTS = [
@@ -85,7 +85,7 @@ def test_metrics_file_holds_the_log_with_speed(finished):
 def test_tokens_are_those_of_the_packed_rows(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr("preference.progress.matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("preference.report.progress.matmul_rate", lambda device, dtype: 1e9)
     counted = []
 
     class Tick(TrainerCallback):

@@ -11,9 +11,9 @@ import pytest
 from made_run import CHINESE, HOSTILE, STEPS, figures, log, make_run
 from PIL import Image
 
-from preference.figures import Curve, Plot, running_mean
-from preference.report import CURVES, main, write_comparison, write_report
-from preference.run_folder import INPUTS, Run
+from preference.report.figures import Curve, Plot, running_mean
+from preference.report.page import CURVES, main, write_comparison, write_report
+from preference.report.run_folder import INPUTS, Run
 from preference.tokens.statistics import TokenStats
 
 VOID = {"meta", "link", "br"}

@@ -10,7 +10,7 @@ import pytest
 from made_run import make_run
 
 from docs.screenshots import PHONE, chromium, find_chromium, in_frame, screenshot
-from preference.report import CURVES, write_comparison, write_report
+from preference.report.page import CURVES, write_comparison, write_report
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here: apt-get install chromium")
 

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from preference.engine.forward import causal_lm
 from preference.models.hardware import same_step
-from preference.outcome import save_json
+from preference.report.tables import save_json
 from preference.train.checkpoints import (
     CheckpointError,
     check_disk,

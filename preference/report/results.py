@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from preference.arguments import Arguments
-from preference.evaluation import Evaluation, table
-from preference.outcome import comparison, model_card, save_json, side_by_side
-from preference.report import write_report
-from preference.samples import Samples
+from preference.report.answers import Samples
+from preference.report.evaluation import Evaluation, table
+from preference.report.page import write_report
+from preference.report.tables import comparison, model_card, save_json, side_by_side
 
 
 def write_results(

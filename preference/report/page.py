@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML file that needs no network, and its plots as PNG files beside it.
 
-    python -m preference.report OUTPUT_DIR                  OUTPUT_DIR/report.html again
-    python -m preference.report --compare DIR DIR ...       comparison.html of several runs
+    python -m preference.report.page OUTPUT_DIR                  OUTPUT_DIR/report.html again
+    python -m preference.report.page --compare DIR DIR ...       comparison.html of several runs
 
 It reads what a run leaves in its folder. What is missing or unreadable is said in the page.
 """
@@ -16,10 +16,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from preference.figures import SERIES, Curve, Plot
-from preference.hints import hints
-from preference.outcome import ROWS
-from preference.run_folder import Run
+from preference.report.figures import SERIES, Curve, Plot
+from preference.report.hints import hints
+from preference.report.run_folder import Run
+from preference.report.tables import ROWS
 
 # name, title, how to read it, [(metric, its label)], percent
 CURVES = (
@@ -231,7 +231,7 @@ def _before_after(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any
 
 
 def _groups(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of preference/evaluation.py's figures: one for each group of pairs and model."""
+    """Rows of the table of preference/report/evaluation.py's figures: one for each group of pairs and model."""
     rows = []
     for way, groups in analysis.items():
         for name, models in ({"all": groups} if way == "all" else groups).items():
@@ -319,7 +319,7 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
-    parser = argparse.ArgumentParser(prog="python -m preference.report", description="Write the report of a run.")
+    parser = argparse.ArgumentParser(prog="python -m preference.report.page", description="Write the report of a run.")
     parser.add_argument("output_dir", nargs="?", help="the run's folder; report.html is written into it")
     parser.add_argument("--compare", nargs="+", metavar="DIR", help="folders of several runs, for one page over them")
     parser.add_argument("--output", default="comparison.html", help="the page that --compare writes (%(default)s)")
@@ -334,7 +334,3 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     except (NotADirectoryError, ValueError) as error:
         parser.error(str(error))
     say(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    main()

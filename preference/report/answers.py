@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from preference.arguments import Arguments
-from preference.outcome import greedy_answers
+from preference.report.tables import greedy_answers
 from preference.templates.resolve import stop_token_ids
 from preference.train.sharding import takes_all_ranks
 

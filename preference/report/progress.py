@@ -1,7 +1,7 @@
 """What a user sees while a run trains, and the files that keep it.
 
 `attach_progress` replaces transformers' own printing. The first rank then shows a bar on a terminal, a readable line
-per logging step, an explanation where a pattern is easily misread (preference/hints.py), and writes into the folder
+per logging step, an explanation where a pattern is easily misread (preference/report/hints.py), and writes into the folder
 - metrics.jsonl: one record per training log and evaluation, the Trainer's figures with speed and memory;
 - answers.jsonl: greedy answers to a few fixed prompts at every evaluation.
 A resumed run first cuts both files back to the step that it resumes from.
@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from preference.files import JsonLines, evaluation_sets
-from preference.hints import hints
-from preference.outcome import greedy_answers
 from preference.plan.speed import SpeedMeter, compute_dtype, flops_per_token, matmul_rate, peak_memory
+from preference.report.hints import hints
+from preference.report.tables import greedy_answers
 from preference.train.sharding import takes_all_ranks
 from preference.train.trainer import PairTrainer
 
