@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from preference.chatting import Chat, Turn, Within
-    from preference.loading import Source
+    from preference.serve.generation import Chat, Turn, Within
+    from preference.serve.loading import Source
 
 HELP = """\
 /both             show base and tuned answers side by side, or stop doing so
@@ -47,8 +47,8 @@ def main() -> None:
         os.environ.setdefault(name, "1")
 
     from conversation import ConversationError
-    from preference.loading import LoadingError
     from preference.models.starter import ModelNotFound, StarterModelError
+    from preference.serve.loading import LoadingError
 
     try:
         models = Models(args)
@@ -117,8 +117,9 @@ class Models:
         note(f"loading {args.model} ...")
         from transformers.utils import logging
 
-        from preference.chatting import Chat, Sampling
-        from preference.loading import (
+        from preference.models.hardware import detect
+        from preference.serve.generation import Chat, Sampling
+        from preference.serve.loading import (
             find_source,
             generation_config,
             load_template,
@@ -126,7 +127,6 @@ class Models:
             load_tuned_model,
             pick_dtype,
         )
-        from preference.models.hardware import detect
 
         logging.disable_progress_bar()
         self.modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
@@ -153,8 +153,8 @@ class Models:
         if self.source.adapter:
             return self.tuned, self.tuned.model.disable_adapter
         if self._base is None:
-            from preference.chatting import Chat
-            from preference.loading import load_base_model
+            from preference.serve.generation import Chat
+            from preference.serve.loading import load_base_model
 
             if self.source.base is not None:
                 note(f"loading the base model {self.source.base} ...")
@@ -193,8 +193,8 @@ class Terminal:
     def _guarded(self, line: str) -> None:
         """One line; what goes wrong in it is said, and the program goes on."""
         from conversation import ConversationError
-        from preference.loading import LoadingError
         from preference.models.starter import ModelNotFound
+        from preference.serve.loading import LoadingError
 
         try:
             self.handle(line)
@@ -226,7 +226,7 @@ class Terminal:
 
     def ask(self, question: str, both: bool) -> None:
         """Answer, and remember the answer: of the tuned model where both are asked."""
-        from preference.chatting import Turn
+        from preference.serve.generation import Turn
 
         turn, dropped = self.models.tuned.fit(Turn(question, tuple(self.history), self.system))
         if dropped:
@@ -236,7 +236,7 @@ class Terminal:
         self.history.append((question, answer))
 
     def _stream(self, turn: Turn, seed: int) -> str:
-        from preference.chatting import printable
+        from preference.serve.generation import printable
 
         answer = ""
         with closing(self.models.tuned.stream(turn, seed)) as pieces:
@@ -250,8 +250,8 @@ class Terminal:
         return answer.strip()
 
     def _compare(self, turn: Turn, seed: int) -> str:
-        from preference.chatting import printable
         from preference.report.tables import side_by_side
+        from preference.serve.generation import printable
 
         base, within = self.models.base()
         answers = {"base": _whole(base, turn, seed, within), "tuned": _whole(self.models.tuned, turn, seed)}
@@ -297,7 +297,7 @@ def _row(where: str, line: str) -> dict[str, Any]:
 def to_turn(row: dict[str, Any]) -> Turn:
     """The conversation of a row, read as in training: an empty system means the template's default."""
     from conversation import checked_history
-    from preference.chatting import Turn
+    from preference.serve.generation import Turn
 
     if "question" not in row:
         return Turn("", prompt=row["prompt"])
@@ -382,7 +382,7 @@ def serve(models: Models, args: argparse.Namespace) -> None:
     import gradio
 
     from conversation import ConversationError
-    from preference.chatting import Turn
+    from preference.serve.generation import Turn
 
     seeds = count(args.seed)  # Retry draws anew
 

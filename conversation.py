@@ -421,7 +421,7 @@ def main(arguments: Sequence[str]) -> int:
     if "--list" in arguments:
         print(list_families())
         return 0
-    from preference.preview import main as preview  # needs a tokenizer, so it is slow to import
+    from preference.serve.preview import main as preview  # needs a tokenizer, so it is slow to import
 
     return preview(arguments)
 

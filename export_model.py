@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from preference.loading import Source
+    from preference.serve.loading import Source
 
 SUPPORTED_GGUF = ("q8_0", "f16")
 
@@ -35,9 +35,9 @@ def main() -> None:
         os.environ.setdefault(name, "1")
 
     from conversation import ConversationError
-    from preference.gguf_tokenizer import GGUFError
-    from preference.loading import LoadingError
     from preference.models.starter import ModelNotFound, StarterModelError
+    from preference.serve.gguf_tokenizer import GGUFError
+    from preference.serve.loading import LoadingError
 
     try:
         export(args)
@@ -72,7 +72,7 @@ def export(args: argparse.Namespace) -> None:
     """Make the folder: built beside its place and moved there whole, so that a failed export leaves nothing behind."""
     from transformers.utils import logging
 
-    from preference.loading import find_source, load_template, load_tokenizer, resolve_base
+    from preference.serve.loading import find_source, load_template, load_tokenizer, resolve_base
 
     logging.disable_progress_bar()
     modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
@@ -141,14 +141,14 @@ def load_config(base: str, args: argparse.Namespace) -> Any:
     """The base model's config. Raises GGUFError before anything is loaded if its architecture cannot be written."""
     from transformers import AutoConfig
 
-    from preference.loading import LoadingError
+    from preference.serve.loading import LoadingError
 
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise LoadingError(f"{base} cannot be loaded: {error}") from error
     if args.gguf:
-        from preference.gguf_export import check_supported
+        from preference.serve.gguf import check_supported
 
         check_supported(config)
     return config
@@ -160,9 +160,9 @@ def write(
     """Merge, measure, and write every file of the export into `folder`."""
     import torch
 
-    from preference.export_card import export_card
-    from preference.loading import generation_config, stop_ids
-    from preference.merging import cast, load_merged, name_of, probes
+    from preference.serve.card import export_card
+    from preference.serve.loading import generation_config, stop_ids
+    from preference.serve.merging import cast, load_merged, name_of, probes
     from preference.templates.resolve import chat_template_to_save
 
     questions = probes(template, tokenizer)
@@ -197,8 +197,8 @@ def write_gguf_files(
     args: argparse.Namespace, model: Any, tokenizer: Any, template: Any, stops: list[int], folder: Path
 ) -> str:
     """The GGUF file and its Modelfile; returns the file's name."""
-    from preference.gguf_export import write_gguf
-    from preference.ollama import family_of, modelfile, prompts_of, writes_bos
+    from preference.serve.gguf import write_gguf
+    from preference.serve.ollama import family_of, modelfile, prompts_of, writes_bos
 
     name = Path(args.output).resolve().name
     file = f"{name}-{args.gguf}.gguf"

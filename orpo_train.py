@@ -382,7 +382,7 @@ def train(trainer: Any, start: Any) -> dict[str, float]:
 
 def save(trainer: Any, conversation: Any) -> None:
     """The adapter or model, with the tokenizer, the template and the stop tokens that it was trained with."""
-    from preference.loading import stop_ids
+    from preference.serve.loading import stop_ids
     from preference.templates.resolve import chat_template_to_save
 
     tokenizer = trainer.processing_class

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from preference.chatting import Chat, Sampling
-from preference.loading import find_source, generation_config, load_template, load_tokenizer, load_tuned_model
+from preference.serve.generation import Chat, Sampling
+from preference.serve.loading import find_source, generation_config, load_template, load_tokenizer, load_tuned_model
 
 GREEDY = Sampling(temperature=0, max_new_tokens=24)
 

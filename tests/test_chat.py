@@ -20,7 +20,7 @@ from talk import chat_with
 
 import chat
 from conversation import get_conv_template
-from preference.chatting import Sampling, Turn, printable
+from preference.serve.generation import Sampling, Turn, printable
 
 # ---- the terminal
 

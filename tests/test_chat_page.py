@@ -17,7 +17,7 @@ from tuned import make_base, write_run_files
 
 import chat
 from docs.screenshots import find_chromium
-from preference.chatting import Turn
+from preference.serve.generation import Turn
 from tiny import tiny_model
 
 WORDS = ["--use_cpu", "--temperature", "0", "--max_new_tokens", "300"]

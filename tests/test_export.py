@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tuned import make_base, write_run_files
 
 from conversation import get_conv_template
-from preference import merging
-from preference.export_card import hub_id
-from preference.loading import LoadingError
 from preference.models.starter import STARTER_MODEL
+from preference.serve import merging
+from preference.serve.card import hub_id
+from preference.serve.loading import LoadingError
 from tiny import tiny_model
 
 

@@ -20,7 +20,7 @@ from test_gguf import gguf_of, sentencepiece_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from conversation import get_conv_template
-from preference.ollama import prompts_of, writes_bos
+from preference.serve.ollama import prompts_of, writes_bos
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not find_spec("xllamacpp"), reason="no llama.cpp: pip install -r requirements-dev.txt")

@@ -11,10 +11,10 @@ from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM
 from tuned import make_run
 
-from preference import merging
-from preference.loading import LoadingError, Source, find_source, load_template, load_tokenizer
-from preference.merging import Probes, cast, load_merged, probes
 from preference.models.hardware import Hardware
+from preference.serve import merging
+from preference.serve.loading import LoadingError, Source, find_source, load_template, load_tokenizer
+from preference.serve.merging import Probes, cast, load_merged, probes
 from tiny import tiny_model
 
 

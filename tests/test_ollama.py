@@ -8,8 +8,8 @@ import pytest
 from gotemplate import render
 
 from conversation import FAMILIES, ConversationError, fold_system_text, get_conv_template
-from preference.loading import load_template
-from preference.ollama import family_of, go_template, modelfile, prompts_of, writes_bos
+from preference.serve.loading import load_template
+from preference.serve.ollama import family_of, go_template, modelfile, prompts_of, writes_bos
 from tiny import tiny_tokenizer
 
 CONVERSATIONS = [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from conversation import FAMILIES, ConversationError, get_conv_template
-from preference import preview
+from preference.serve import preview
 from preference.templates.resolve import (
     auto_template,
     chat_template_to_save,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, GGUFWriter
 
-from preference.gguf_tokenizer import GGUFError, vocabulary, write_tokenizer
+from preference.serve.gguf_tokenizer import GGUFError, vocabulary, write_tokenizer
 
 # transformers' model_type: GGUF's architecture, and whether query and key rows are reordered for interleaved rotation
 ARCHITECTURES = {

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from preference.loading import Source
-from preference.merging import Difference
 from preference.models.starter import ROOT, STARTER_MODEL
+from preference.serve.loading import Source
+from preference.serve.merging import Difference
 
 _STARTER_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

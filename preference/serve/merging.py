@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from preference.loading import LoadingError, Source, load_tuned_model
 from preference.models.hardware import detect
+from preference.serve.loading import LoadingError, Source, load_tuned_model
 
 _PROBES = (
     ("What should I do about a mild fever and a sore throat?", "Rest, drink plenty of water, and see a doctor if it"),

@@ -1,0 +1,1 @@
+"""Taking a result elsewhere: chat, merging, GGUF, Ollama."""
