@@ -218,8 +218,11 @@ def _jinja_reasoning(c: Conversation) -> str:
     return (
         "{%- set thought = '' -%}{%- set past = content -%}{%- if '</think>' in content -%}"
         "{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]" + clean + " -%}"
-        "{%- set past = content.split('</think>')[-1]" + left + " -%}{%- endif -%}{%- set reply = "
-        + before.get(c.reasoning, r"thought + '\n</think>\n\n' + ") + "past.lstrip('\\n') -%}"
+        "{%- set past = content.split('</think>')[-1]"
+        + left
+        + " -%}{%- endif -%}{%- set reply = "
+        + before.get(c.reasoning, r"thought + '\n</think>\n\n' + ")
+        + "past.lstrip('\\n') -%}"
     )
 
 

@@ -17,7 +17,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tuned import make_base
 
 from conversation import get_conv_template
-from preference.serve import gguf, merging
+from preference.serve import gguf as gguf_export
+from preference.serve import merging
 from preference.serve.gguf import compare, interleave, tensors, write_gguf
 from preference.serve.gguf_tokenizer import GGUFError, vocabulary
 from preference.serve.loading import find_source, load_template, load_tokenizer
@@ -233,7 +234,7 @@ def test_prompts_that_are_cut_otherwise_are_said(
         path.touch()
         return 0.5, "two of them"
 
-    monkeypatch.setattr(gguf, "write_gguf", write)
+    monkeypatch.setattr(gguf_export, "write_gguf", write)
     export(monkeypatch, run, "--output", tmp_path / "out", "--gguf", "f16")
     assert "\nnote: two of them\n" in capsys.readouterr().out
     assert len(asked[0]) == 3

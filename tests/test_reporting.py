@@ -16,7 +16,7 @@ import pytest
 from tuned import make_base
 
 import orpo_train
-from preference.report import trackers
+from preference.report import trackers as reporting
 from preference.report.trackers import TRACKERS, ReportingError, trackers
 
 QUESTION = "What helps against a cold"
@@ -42,7 +42,7 @@ def test_a_missing_package_is_said_before_anything_is_loaded(tmp_path: Path, mon
     def none_is_installed(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(trackers, "distribution", none_is_installed)
+    monkeypatch.setattr(reporting, "distribution", none_is_installed)
     words = ["--model_name_or_path=nowhere", "--train_file_dir=nowhere", f"--output_dir={tmp_path}", "--use_cpu=true"]
     monkeypatch.setattr(sys, "argv", ["orpo_train.py", *words, "--report_to=wandb"])
     with pytest.raises(ReportingError, match="report_to=wandb needs its package: pip install wandb"):
@@ -52,7 +52,7 @@ def test_a_missing_package_is_said_before_anything_is_loaded(tmp_path: Path, mon
 def test_a_folder_is_not_taken_for_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tracker").mkdir()  # as an earlier run leaves it
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(trackers, "TRACKERS", ("tracker",))
+    monkeypatch.setattr(reporting, "TRACKERS", ("tracker",))
     assert find_spec("tracker")
     with pytest.raises(ReportingError, match="pip install tracker"):
         trackers("tracker")
@@ -116,5 +116,5 @@ def test_without_a_login_it_says_how_to_stay_here(name: str, tmp_path: Path) -> 
         pytest.skip(f"{name} is not installed: pip install {name}")
     done = train(tmp_path, name)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].endswith(f"To keep it on this machine set {trackers.OFFLINE[name]}")
+    assert done.stderr.splitlines()[-1].endswith(f"To keep it on this machine set {reporting.OFFLINE[name]}")
     assert "template:" not in done.stdout  # nothing was loaded

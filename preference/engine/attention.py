@@ -8,7 +8,7 @@ that the model had before.
 
 Three ways to compute it, one per kind of hardware and kernel:
 - on CUDA in 16 bits, torch's varlen kernel: a query segment per chain, keys gathered, causal from the bottom right;
-- on a CPU, preference/engine/cpu/attention.py;
+- on a CPU, engine/cpu/attention.py;
 - elsewhere, and for dropout, capped scores and learned sinks: chain by chain through SDPA or written out.
 """
 

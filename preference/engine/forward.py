@@ -4,7 +4,7 @@
 packed batch and scores the batch's target tokens; without it nothing changes, so that generation and saving go on as
 before. The call goes through the model's own forward, so the hooks of DDP, FSDP2 and ZeRO-3 and the wrappers of PEFT
 and accelerate see it. Whether a model can be run this way is not taken on trust: `prepare_model` compares a few
-tokens with the model's plain forward (preference/engine/probe.py).
+tokens with the model's plain forward (engine/probe.py).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ answers.
 
 The tree lies in the row depth first, as *runs* of tokens. A *chain* is a run with its first child, that one's first
 child and so on: neighbours in the row and an ordinary causal sequence. It sees the runs between the root and its
-first run, and nothing else (preference/engine/attention.py).
+first run, and nothing else (engine/attention.py).
 
 Models that cannot share a prefix get two full sequences per pair as right-padded rows of a batch instead: nothing
 about their forward is changed, and causality keeps the padding out of every result.

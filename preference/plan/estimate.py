@@ -1,7 +1,7 @@
 """What a run will need: memory of its parts and time of a step, before any weight is loaded.
 
 What is exact: parameters, weights, gradients, optimizer states; the tensors that a step makes and frees, followed
-through the model's own code on the longest micro-batch that the planner makes (preference/plan/tracing.py). What is a model:
+through the model's own code on the longest micro-batch that the planner makes (plan/tracing.py). What is a model:
 - on a CPU, what a process holds over that: holes between blocks (`CPU_SPREAD`) and libraries (`CPU_LIBRARIES`), both
   fitted to runs;
 - on a GPU, an allowance for the CUDA context and the caching allocator; never compared with a GPU;
@@ -223,7 +223,7 @@ class Estimator:
         model = paper_model(source, args, hardware, bf16, config=config)
         self.share_prompt = False
         self.cast_away = 0  # bytes of the loaded weights that the engine lets go; a process on a CPU keeps most of them
-        if args.objective.engine == "packed":  # as preference/train/trainer.py does
+        if args.objective.engine == "packed":  # as train/trainer.py does
             engine = prepare_model(model, share_prompt=args.objective.share_prompt, device=hardware.device)
             self.share_prompt = engine.share_prompt
             loaded = _bytes(model)

@@ -231,7 +231,7 @@ def _before_after(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any
 
 
 def _groups(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of preference/report/evaluation.py's figures: one for each group of pairs and model."""
+    """Rows of the table of report/evaluation.py's figures: one for each group of pairs and model."""
     rows = []
     for way, groups in analysis.items():
         for name, models in ({"all": groups} if way == "all" else groups).items():

@@ -1,7 +1,7 @@
 """What a user sees while a run trains, and the files that keep it.
 
 `attach_progress` replaces transformers' own printing. The first rank then shows a bar on a terminal, a readable line
-per logging step, an explanation where a pattern is easily misread (preference/report/hints.py), and writes into the folder
+per logging step, an explanation where a pattern is easily misread (report/hints.py), and writes into the folder
 - metrics.jsonl: one record per training log and evaluation, the Trainer's figures with speed and memory;
 - answers.jsonl: greedy answers to a few fixed prompts at every evaluation.
 A resumed run first cuts both files back to the step that it resumes from.

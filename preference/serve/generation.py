@@ -1,6 +1,6 @@
 """Answers of a chat model: prompts encoded as in training, text streamed as it is written, batches.
 
-Text that a person types never becomes a control token: it is encoded as training data is (preference/tokens/encoding.py).
+Text that a person types never becomes a control token: it is encoded as training data is (tokens/encoding.py).
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ class Checkpoints:
     """Mixin for `transformers.Trainer` (see the module).
 
     Attributes:
-        run: the run's id, identity and launch facts, written into each checkpoint (preference/train/resuming.py sets it).
+        run: the run's id, identity and launch facts, written into each checkpoint (train/resuming.py sets it).
     """
 
     run: Mapping[str, Any] = {}

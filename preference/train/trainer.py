@@ -1,7 +1,7 @@
 """PairTrainer: the packed engine on transformers.Trainer.
 
 The Trainer's loop, schedules, checkpoints, logging and callbacks are used as they are. What differs: an item of the
-data loader is a whole optimizer step of one rank (preference/engine/batching.py), `training_step` runs its micro-batches,
+data loader is a whole optimizer step of one rank (engine/batching.py), `training_step` runs its micro-batches,
 and each contributes its exact share to the loss of the global batch (preference/losses.py). So loss, gradient and
 logged metrics do not depend on how the global batch is cut into micro-batches, accumulation steps and ranks; and
 evaluation is exact in the same way, the set being one batch.
@@ -104,7 +104,7 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
             per_device_train_batch_size (and evaluation likewise); 0: by pairs.
         share_prompt: compute a prompt once for both of its answers, and what prompts of a micro-batch begin with alike
             once for all of them, where the model allows it.
-        reference: for losses that need one: "auto", "adapter" or "precompute" (preference/train/reference.py).
+        reference: for losses that need one: "auto", "adapter" or "precompute" (train/reference.py).
         cache_dir: where precomputed reference log-probabilities are kept.
 
     Raises:

@@ -9,7 +9,7 @@ batches. What would harm a run is guarded; tests/test_trl_engine.py has a test f
 - log(1 - exp(x)) is finite in value and gradient for every answer, also one of a single, certain token;
 - dropout stays as asked, and adapter weights keep their dtype;
 - the model is an object: none is loaded by name in bfloat16 or spread over devices behind the caller's back;
-- a non-finite loss is not hidden from the log, and stops the run (preference/train/watchdog.py);
+- a non-finite loss is not hidden from the log, and stops the run (train/watchdog.py);
 - several evaluation sets and group_by_length work;
 - ORPO's metrics are reduced once per log, not eleven times per micro-batch;
 - TRL's usage ping is not sent unless asked for.

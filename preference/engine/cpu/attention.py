@@ -24,7 +24,7 @@ BLOCK = 128  # queries of a block of a longer chain
 
 
 class _Plan:
-    """The blocks of a packed row (preference/engine/packing.py) with their masks.
+    """The blocks of a packed row (engine/packing.py) with their masks.
 
     Args:
         layout: a packed batch; of it runs, begins and chains are read.
@@ -165,6 +165,6 @@ class SegmentAttention(torch.autograd.Function):
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float) -> Tensor:
-    """Attention of a packed row; `mask` is a `preference.engine.attention.PackedMask`, shapes as in `SegmentAttention`."""
+    """Attention of a packed row; `mask` is an `engine.attention.PackedMask`, shapes as in `SegmentAttention`."""
     plan = mask.once("plan", lambda: _Plan(mask.layout, mask.window, mask.chunk))
     return SegmentAttention.apply(query, key, value, plan, scale)

@@ -3,7 +3,7 @@
 A layer down(act(gate(x)) * up(x)), as Llama, Qwen, Mistral and most others have it (Shazeer 2020, arXiv 2002.05202,
 section 2), keeps gate, act(gate), up and their product. Here gate and up are kept, and the other two are made from
 them again in the backward: the same numbers, a third less memory for a layer's activations. It takes both sides: the
-step that makes the product, and the down projection (preference/engine/cpu/linear.py, lora.py), which keeps a reference to that
+step that makes the product, and the down projection (linear.py, lora.py), which keeps a reference to that
 step in place of its input.
 """
 

@@ -3,7 +3,7 @@
 Autocast casts the input anew for every layer that reads it (query, key and value; gate and up) and keeps each copy for
 the backward, and it keeps the cast weights until then too. Here layers that read the same tensor share its cast, and a
 trained weight is cast again in the backward: the same products, the same numbers, less memory. An input that can be
-made again (preference/engine/cpu/gated.py) is not kept.
+made again (engine/cpu/gated.py) is not kept.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
 def lighten_linear_layers(model: PreTrainedModel) -> None:
     """Let the plain linear layers of `model` whose weights are trained run as above.
 
-    The head is left out: it has a function of its own (preference/engine/head.py).
+    The head is left out: it has a function of its own (engine/head.py).
     """
     for layer in model.modules():
         plain = type(layer) is nn.Linear and layer.weight.requires_grad and "forward" not in vars(layer)
