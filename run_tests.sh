@@ -3,7 +3,7 @@
 #
 #   sh run_tests.sh                         everything
 #   sh run_tests.sh -m "not slow"           the quick ones
-#   sh run_tests.sh tests/test_setup.py -k lock
+#   sh run_tests.sh tests/system/test_setup.py -k lock
 #
 # Extra arguments go to pytest. PYTHON=... names an environment (see setup.sh).
 

@@ -4,7 +4,7 @@
     python docs/screenshots.py outputs/orpo
 
 writes docs/report-light.png, docs/report-dark.png and docs/report-phone.png. It needs Chromium (or Chrome) and Pillow,
-which matplotlib brings along. tests/test_report_browser.py looks at pages through the same functions.
+which matplotlib brings along. tests/report/test_report_browser.py looks at pages through the same functions.
 """
 
 from __future__ import annotations

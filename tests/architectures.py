@@ -124,8 +124,8 @@ INTRO = """# Which architectures the packed engine runs, and how
 
 Made by `python tests/architectures.py` with transformers {version}: a tiny random model of every causal-LM
 architecture that could be built (with an attention window of 6 tokens where there are windows) was run packed, and its
-log-probabilities compared with one plain forward per sequence. `tests/test_architectures.py` does the same for the
-common ones.
+log-probabilities compared with one plain forward per sequence. `tests/engine/test_architectures.py` does the same for
+the common ones.
 
 - **shared**: one packed row, every prompt once, and what the prompts of a micro-batch begin with alike (a system
   prompt) once for all of them. Full, sliding-window and chunked attention, grouped heads, capped scores, learned sinks,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT / "tests", ROOT):
+for folder in (*sorted(path for path in (ROOT / "tests").iterdir() if path.is_dir()), ROOT / "tests", ROOT):
     sys.path.insert(0, str(folder))
 
 # Set before anything imports the hub's libraries, and inherited by the programs that tests start.

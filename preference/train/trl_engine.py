@@ -2,7 +2,7 @@
 
 TRL's own semantics are left as they are where they are a choice: its NLL is a mean per micro-batch, so a step's loss
 and gradient depend on how the global batch is cut (the packed engine's do not), and its evaluation averages over
-batches. What would harm a run is guarded; tests/test_trl_engine.py has a test for each guard:
+batches. What would harm a run is guarded; tests/train/test_trl_engine.py has a test for each guard:
 
 - our ids are used as they are: no second tokenization, no BOS or EOS added, one prompt for both answers, nothing cut;
 - rows with an empty part, or longer than max_length, are refused by name (0/0 there turns all weights into NaN);

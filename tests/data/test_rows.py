@@ -14,7 +14,7 @@ from reading import lines, places, read, triple, write
 from preference.data import json_records
 from preference.data.rows import DataError, DataReport, iter_rows, load_rows
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_triple_with_system_and_history(tmp_path):

@@ -1,6 +1,6 @@
 """Loss curves of ten steps, kept as small files: a change in numerics has to be meant.
 
-`python tests/test_golden.py` writes the files anew. Tolerance 1e-4 relative: on another machine or torch, kernels
+`python tests/train/test_golden.py` writes the files anew. Tolerance 1e-4 relative: on another machine or torch, kernels
 sum in another order, and ten steps of AdamW at a high learning rate enlarge that to some 1e-6; a change of formula
 moves the curves by far more.
 """
@@ -63,7 +63,7 @@ def test_both_engines_learn_the_same(loss, arch):
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     GOLDEN.mkdir(exist_ok=True)
     for names in CURVES:
         with tempfile.TemporaryDirectory() as folder:

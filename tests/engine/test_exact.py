@@ -1,7 +1,7 @@
 """The packed engine against TRL's trainers and against plain double precision, on whole batches.
 
 Loss and gradients of one optimizer step with the whole batch in one micro-batch: TRL's loss depends on how a batch is
-cut, the packed engine's does not (tests/test_invariance.py).
+cut, the packed engine's does not (tests/engine/test_invariance.py).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHELL = shutil.which("dash") or "sh"
 SCRIPTS = [p for pattern in ("*.sh", "torchrun/*.sh", ".ci/run") for p in sorted(ROOT.glob(pattern))]
 

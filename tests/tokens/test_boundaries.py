@@ -22,7 +22,7 @@ from preference.tokens.pairs import PairBatcher
 from preference.tokens.rendering import Renderer
 from tiny import tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "tokenizers"
 STARTER = ROOT / "models" / "SmolLM2-135M-Instruct"
 

@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from conversation import ALIASES, FAMILIES, TEMPLATES, Conversation, ConversationError, get_conv_template
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RENDERINGS = ROOT.parent / "shared" / "templates" / "official_renderings.json"
 GOLDEN = ROOT / "tests" / "golden" / "templates.json"
 HISTORY = [["Is tea wet?", "Yes."]]

@@ -22,7 +22,7 @@ from preference.templates.resolve import (
 )
 from tiny import tiny_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "tokenizers"
 STARTER = ROOT / "models" / "SmolLM2-135M-Instruct"
 

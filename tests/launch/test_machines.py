@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 
 from preference.launch.heartbeat import Heartbeat, watch_machines
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "torchrun"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "torchrun"))
 import meeting  # noqa: E402
 from meeting import MeetingError, meet, settings  # noqa: E402
 

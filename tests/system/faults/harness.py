@@ -1,6 +1,6 @@
 """Kill trainings with SIGKILL at random moments, resume them, and compare the final weights to the bit.
 
-    python tests/faults/harness.py --kills 200 --seed 1
+    python tests/system/faults/harness.py --kills 200 --seed 1
 
 A process imports everything once and forks a child per attempt, so that a kill costs a second rather than ten. Moments
 are drawn in turn from: some time after the start ("loading"), some time after a step, a write, a rename or a deletion
@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults"), str(ROOT)]
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "system" / "faults"), str(ROOT)]
 
 PHASES = ("loading", "step", "writing", "manifest", "renaming", "deleting", "any")
 

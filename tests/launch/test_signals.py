@@ -20,7 +20,7 @@ from preference.launch.signals import EXIT_STOPPED, StoppedBySignal, StopSignals
 from preference.train.checkpoints import checkpoint_folders, fault
 from tiny import tiny_model, tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

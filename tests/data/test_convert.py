@@ -12,7 +12,7 @@ import pytest
 from format_rows import BAD, CHAT, GOOD, PAIR, PKU, ROWS, SHP, USER, real_samples
 from reading import lines, read, triple, write
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "datasets"
 sys.path.insert(0, str(ROOT / "data"))
 

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from test_tokenization import QWEN, build, row
+from test_datasets import QWEN, build, row
 
 from conversation import get_conv_template
 from preference.data.report import DataError, DataReport
@@ -97,7 +97,7 @@ def test_ranks_in_processes_of_their_own_share_one_preparation(tmp_path):
         "    (work / cache.DONE).write_text('done')\n"
         f"print(cache.get_or_prepare({str(tmp_path / 'cache')!r}, 'key', make))\n"
     )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     ranks = [subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE) for _ in range(3)]
     assert {rank.communicate(timeout=60)[0].strip() for rank in ranks} == {str(tmp_path / "cache" / "key").encode()}
     assert (tmp_path / "calls").read_text() == "x"
