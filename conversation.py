@@ -10,9 +10,9 @@
 
 A family is data: how system, user and assistant turns are written. To add one, add an entry to _TABLE and a case to
 tests/templates/test_conversation.py. Prompts hold every character that the official template writes, a BOS included,
-tests/templates/test_conversation.py. Prompts hold every character that the official template writes, a BOS included,
 so they are tokenized with add_special_tokens=False. Facts behind the families, and what becomes of reasoning:
 docs/templates.md.
+"""
 
 from __future__ import annotations
 
