@@ -21,6 +21,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from preference.errors import PreferenceError
+
 if TYPE_CHECKING:
     from preference.serve.generation import Chat, Turn, Within
     from preference.serve.loading import Source
@@ -46,10 +48,6 @@ def main() -> None:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
 
-    from conversation import ConversationError
-    from preference.models.starter import ModelNotFound, StarterModelError
-    from preference.serve.loading import LoadingError
-
     try:
         models = Models(args)
         if args.prompts:
@@ -58,7 +56,7 @@ def main() -> None:
             serve(models, args)
         else:
             Terminal(models, args.system, args.both).run()
-    except (ConversationError, LoadingError, ModelNotFound, StarterModelError) as error:
+    except PreferenceError as error:
         sys.exit(f"chat.py: {error}")
 
 
@@ -192,13 +190,10 @@ class Terminal:
 
     def _guarded(self, line: str) -> None:
         """One line; what goes wrong in it is said, and the program goes on."""
-        from conversation import ConversationError
-        from preference.models.starter import ModelNotFound
-        from preference.serve.loading import LoadingError
 
         try:
             self.handle(line)
-        except (ConversationError, LoadingError, ModelNotFound) as error:
+        except PreferenceError as error:
             note(str(error))
         except KeyboardInterrupt:
             note("\n(stopped)")
@@ -296,8 +291,8 @@ def _row(where: str, line: str) -> dict[str, Any]:
 
 def to_turn(row: dict[str, Any]) -> Turn:
     """The conversation of a row, read as in training: an empty system means the template's default."""
-    from conversation import checked_history
     from preference.serve.generation import Turn
+    from preference.templates.conversation import checked_history
 
     if "question" not in row:
         return Turn("", prompt=row["prompt"])
@@ -307,14 +302,13 @@ def to_turn(row: dict[str, Any]) -> Turn:
 
 def answer_file(models: Models, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Each row with its "answer" (and "base_answer" with --both), in the order of the file."""
-    from conversation import ConversationError
 
     turns = []
     for number, row in enumerate(rows, 1):
         try:
             turns.append(to_turn(row if "prompt" in row or not args.system else {"system": args.system, **row}))
             models.tuned.encode(turns[-1])
-        except ConversationError as error:
+        except PreferenceError as error:
             sys.exit(f"chat.py: --prompts {args.prompts}, prompt {number}: {error}")
     with open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout) as out:
         for done in _batches(models, rows, turns, args):
@@ -381,7 +375,6 @@ def serve(models: Models, args: argparse.Namespace) -> None:
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
     import gradio
 
-    from conversation import ConversationError
     from preference.serve.generation import Turn
 
     seeds = count(args.seed)  # Retry draws anew
@@ -394,7 +387,7 @@ def serve(models: Models, args: argparse.Namespace) -> None:
                 gradio.Info(f"The first {dropped} turns no longer fit the model's context and are left out.")
             speakers = [(UNTUNED, *models.base())] if both else []
             yield from talk([*speakers, (TUNED, models.tuned, nullcontext)], turn)
-        except (ConversationError, RuntimeError) as error:  # of loading, or no memory
+        except (PreferenceError, RuntimeError) as error:  # of loading, or no memory
             note(str(error))
             gradio.Warning(str(error), duration=None)
 

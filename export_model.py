@@ -19,13 +19,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preference.errors import PreferenceError
+
 if TYPE_CHECKING:
     from preference.serve.loading import Source
 
 SUPPORTED_GGUF = ("q8_0", "f16")
 
 
-class ExportError(RuntimeError):
+class ExportError(PreferenceError, RuntimeError):
     """An export that would destroy something or cannot be done; str() says the way out."""
 
 
@@ -34,16 +36,11 @@ def main() -> None:
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
 
-    from conversation import ConversationError
-    from preference.models.starter import ModelNotFound, StarterModelError
-    from preference.serve.gguf_tokenizer import GGUFError
-    from preference.serve.loading import LoadingError
-
     try:
         export(args)
         if args.push_to_hub:
             push(Path(args.output), args.push_to_hub, args.hub)
-    except (ConversationError, ExportError, GGUFError, LoadingError, ModelNotFound, StarterModelError) as error:
+    except PreferenceError as error:
         sys.exit(f"export_model.py: {error}")
 
 

@@ -407,7 +407,8 @@ if __name__ == "__main__":
             leave_after_signal()
         tell_of_failure()
         let_the_cause_speak(error)
-        # The project's own errors are written for the user; a traceback would only hide them. All others are faults.
-        if not type(error).__module__.startswith(("preference", "conversation")):
+        from preference.errors import PreferenceError
+
+        if not isinstance(error, PreferenceError):  # a fault of the program: its traceback is wanted
             raise
         sys.exit(f"orpo_train.py: {type(error).__name__}: {error}")

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from preference.data.formats import Options, checked, parse_columns
+from preference.errors import PreferenceError
 
 LOSSES = ("orpo", "dpo", "robust", "simpo", "ipo", "cpo", "hinge")
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "zero3_offload")
 
 
-class ArgumentError(ValueError):
+class ArgumentError(PreferenceError, ValueError):
     """A flag or a config file that cannot be used; the message says what to write instead."""
 
 

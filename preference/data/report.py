@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from preference.errors import PreferenceError
+
 DETAIL_CHARS = 300  # a detail names the fault; it is no place for the row's text
 
 
-class DataError(ValueError):
+class DataError(PreferenceError, ValueError):
     """Data that cannot be used. `str()` holds file, line and reason; the three are attributes as well."""
 
     def __init__(self, message: str, *, file: str = "", line: int = 0, reason: str = ""):

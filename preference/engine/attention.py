@@ -31,6 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from preference.engine.cpu.attention import segment_attention
+from preference.errors import PreferenceError
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -40,7 +41,7 @@ except ImportError:  # torch < 2.10
 NAME, NAME_OVER_EAGER = "packed_pairs", "packed_pairs_eager"
 
 
-class EngineError(ValueError):
+class EngineError(PreferenceError, ValueError):
     """A model, or one of its settings, that the packed engine cannot compute exactly. The message names engine=trl."""
 
 

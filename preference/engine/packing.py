@@ -31,12 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from preference.errors import PreferenceError
+
 Pair = Mapping[str, Any]
 
 MIN_SHARED = 8  # tokens that prompts must have in common for a run of their own to pay
 
 
-class PackingError(ValueError):
+class PackingError(PreferenceError, ValueError):
     """A pair that has no log-probabilities: an empty prompt or answer."""
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from preference.errors import PreferenceError
 
-class AgreementError(RuntimeError):
+
+class AgreementError(PreferenceError, RuntimeError):
     """The processes of a run differ; the message names those that do, and in what."""
 
 

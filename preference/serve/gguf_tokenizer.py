@@ -15,8 +15,10 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer
 
+from preference.errors import PreferenceError
 
-class GGUFError(ValueError):
+
+class GGUFError(PreferenceError, ValueError):
     """A model that cannot be written as GGUF; str() says what and why."""
 
 

@@ -17,12 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from preference.errors import PreferenceError
 from preference.models.hardware import Hardware
 from preference.models.starter import ROOT, ModelNotFound, resolve_model
 from preference.templates.resolve import resolve_template, stop_token_ids
 
 
-class LoadingError(RuntimeError):
+class LoadingError(PreferenceError, RuntimeError):
     """A model that cannot be loaded as asked; str() says the way out."""
 
 

@@ -11,7 +11,8 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from conversation import FAMILIES, Conversation, ConversationError, fold_system_text
+from preference.templates.conversation import Conversation, ConversationError
+from preference.templates.families import FAMILIES, fold_system_text
 from preference.templates.resolve import first_difference, missing_tokens
 
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from conversation import ConversationError
 from preference.data.report import DataError, DataReport
 from preference.data.rows import Row, load_rows
-from preference.models.starter import ModelNotFound, StarterModelError, resolve_model
+from preference.errors import PreferenceError
+from preference.models.starter import resolve_model
 from preference.templates.resolve import resolve_template, stop_token_ids
 
 SAMPLE = Row(
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         conv, warnings = resolve_template(options.template, tokenizer, fold_system=options.fold_system)
         prompt = row.prompt if row.prompt is not None else conv.get_prompt(row.question, row.history, row.system)
         texts = {"prompt": prompt, "chosen": conv.get_response(row.chosen), "rejected": conv.get_response(row.rejected)}
-    except (ConversationError, DataError, ModelNotFound, StarterModelError) as error:
+    except PreferenceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:

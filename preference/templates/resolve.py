@@ -15,7 +15,8 @@ from os.path import commonprefix
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from conversation import FAMILIES, Conversation, ConversationError, checked_history, get_conv_template
+from preference.templates.conversation import Conversation, ConversationError, checked_history
+from preference.templates.families import FAMILIES, get_conv_template
 
 # Words that no template writes and none changes.
 _QUESTION, _REPLY, _PAST_QUESTION, _PAST_REPLY, _SYSTEM = (f"Qz{i}probe" for i in range(5))

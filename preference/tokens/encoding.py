@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from preference.errors import PreferenceError
+
 Ids = list[int]
 
 # Tags that open and close a model's reasoning are content: data is meant to hold them.
@@ -39,7 +41,7 @@ _TEXT_ANCHORS = ("\n", "x", "7", "!")  # of four classes, so that one of them me
 _PROBES = ("a", "é", "7", "(", "中", "Hello, world", "\n- x")
 
 
-class EncodingError(ValueError):
+class EncodingError(PreferenceError, ValueError):
     """A text cannot be encoded as asked."""
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from conversation import ConversationError
 from preference.data.rows import Row
+from preference.templates.conversation import ConversationError
 from preference.tokens.encoding import Encoder, Ids, flatten, free_sentinel
 from preference.tokens.rendering import Renderer
 from preference.tokens.statistics import TokenStats

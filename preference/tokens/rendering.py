@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from conversation import ConversationError
+from preference.templates.conversation import ConversationError
 
 if TYPE_CHECKING:
     from preference.data.rows import Row

@@ -21,6 +21,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
+from preference.errors import PreferenceError
 from preference.train.sharding import full_size
 
 MANIFEST = "manifest.json"
@@ -30,7 +31,7 @@ CHUNK = 1 << 22
 SMALL_FILES = 64 << 20  # tokenizer, configuration and states beside the weights of a checkpoint, at most
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PreferenceError, RuntimeError):
     """A checkpoint that cannot be written, or that this run cannot continue; the message says what to do."""
 
 

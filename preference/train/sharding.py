@@ -13,10 +13,12 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from preference.errors import PreferenceError
+
 CONFIGS = Path(__file__).resolve().parents[2] / "torchrun"
 
 
-class StrategyError(ValueError):
+class StrategyError(PreferenceError, ValueError):
     """A strategy that cannot be had here; the message says what to install or choose."""
 
 

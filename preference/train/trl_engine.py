@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from preference.engine.batching import ID_COLUMNS, row_lengths
+from preference.errors import PreferenceError
 from preference.launch.signals import Interruptible
 from preference.losses import Objective, log1mexp
 from preference.train.checkpoints import Checkpoints
@@ -44,7 +45,7 @@ TESTED = "1.16.0"
 STAND_IN = {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]} | {name: [[1]] for name in ID_COLUMNS}
 
 
-class TrlError(ValueError):
+class TrlError(PreferenceError, ValueError):
     """What TRL's trainers cannot do; the message names engine=packed where that can."""
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from transformers import Trainer
 
+from preference.errors import PreferenceError
 from preference.train.stalls import waiting_for_rows
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ if missing := [name for name in NEEDED if not hasattr(Trainer, name)]:
     )
 
 
-class TrainingError(RuntimeError):
+class TrainingError(PreferenceError, RuntimeError):
     """Training stopped. The weights are those of the last finished optimizer step.
 
     Attributes:

@@ -17,7 +17,7 @@ from conversation import ALIASES, FAMILIES, TEMPLATES, Conversation, Conversatio
 
 ROOT = Path(__file__).parents[2]
 RENDERINGS = ROOT.parent / "shared" / "templates" / "official_renderings.json"
-GOLDEN = ROOT / "tests" / "golden" / "templates.json"
+GOLDEN = ROOT / "tests" / "templates" / "golden" / "templates.json"
 HISTORY = [["Is tea wet?", "Yes."]]
 QUESTION, REPLY = "And sand?", "No."
 
