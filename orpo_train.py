@@ -46,8 +46,8 @@ def main() -> None:
     from preference.report.progress import attach_progress
     from preference.report.results import write_results
     from preference.report.trackers import begin_reporting
-    from preference.tokens.run_data import load_data
     from preference.train.resuming import finish, go_on_after_restart
+    from preference.train.run_data import load_data
     from preference.train.sharding import join_deepspeed
 
     leave_if_stopped()
@@ -300,7 +300,8 @@ def load_trainer(
 ) -> Any:
     from transformers import set_seed
 
-    from preference.models.loading import add_adapter, count_parameters, load_model
+    from preference.models.loading import add_adapter, load_model
+    from preference.models.parameters import count_parameters
 
     choice = args.objective
     set_seed(args.run.seed)
@@ -330,7 +331,7 @@ def load_trainer(
 def describe(args: Arguments, trainer: Any, conversation: Any, train_set: Any) -> dict[str, Any]:
     """What is about to be trained, in numbers; run.json keeps it."""
     from preference.models.hardware import detect
-    from preference.models.loading import count_parameters
+    from preference.models.parameters import count_parameters
     from preference.report.tables import save_json
 
     groups = (args.model, args.data, args.objective, args.run)

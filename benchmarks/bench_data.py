@@ -53,7 +53,7 @@ class Dialogues:
         return self.rows
 
     def __iter__(self) -> Iterator:
-        from preference.data.rows import Row
+        from preference.data.row import Row
 
         rng = random.Random(self.seed + 1)
         size = len(self.sentences)

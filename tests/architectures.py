@@ -24,8 +24,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 from preference.engine.attention import EngineError  # noqa: E402
-from preference.engine.forward import prepare_model  # noqa: E402
-from preference.engine.probe import packed_logps, plain_logps  # noqa: E402
+from preference.engine.probe import (  # noqa: E402
+    packed_logps,
+    plain_logps,
+    prepare_model,  # noqa: E402
+)
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=512)
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)

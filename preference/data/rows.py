@@ -24,6 +24,7 @@ from preference.data.formats.base import Drop, Format, Pair
 from preference.data.formats.split_system import RENDERED, split_system
 from preference.data.json_records import Fault, Record
 from preference.data.report import DataError, DataReport
+from preference.data.row import Row
 from preference.data.sources import Position, find_sources, iter_records
 from preference.data.text_stats import TextStats, pair_key, prompt_key
 
@@ -32,21 +33,6 @@ __all__ = ["DataError", "DataReport", "Row", "iter_rows", "load_rows"]
 FIRST_ROWS = 64  # of a file, by which its format is recognised
 NOTED = ("both_unsafe", "chosen_unsafe", "incomplete_candidates", "kept_without_scores")  # of Pair.extra, counted
 ASK_ROWS = 1_000_000  # read at most to tell the user what hangs on a choice
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One checked preference pair. Texts are stripped, answers are not empty and differ."""
-
-    question: str
-    chosen: str
-    rejected: str
-    system: str | None = None  # None: the template's default
-    history: tuple[tuple[str, str], ...] = ()  # (user, assistant) turns before the question
-    prompt: str | None = None  # of a {prompt, chosen, rejected} row: stands in for question, verbatim
-    file: str = ""
-    line: int = 0  # 1-based; the row number in a parquet or arrow table
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)  # scores and the like
 
 
 def load_rows(

@@ -12,7 +12,7 @@ from preference.data.report import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from preference.data.rows import Row
+    from preference.data.row import Row
 
 
 def split_by_prompt(rows: Sequence[Row] | Dataset, percentage: float, seed: int) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from preference.data.report import DataReport
-    from preference.data.rows import Row
+    from preference.data.row import Row
 
 SCRIPT_SAMPLE = 50  # characters of question and answer each that are looked at to tell the script
 ANSWER_SAMPLE = 1000  # characters of an answer that are compared in detail with the other's

@@ -96,13 +96,6 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def prepare_model(model: nn.Module, *, share_prompt: bool = True, device: str | None = None) -> Any:
-    """Make `model` ready for `pair_logps`; to be called before it is wrapped for DDP or FSDP. See `probe.prepare`."""
-    from preference.engine.probe import prepare  # it needs this module's functions
-
-    return prepare(model, share_prompt=share_prompt, device=device)
-
-
 def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> PairLogps:
     """Log-probabilities of a batch of `pack_pairs`, whose tensors lie on the model's device.
 

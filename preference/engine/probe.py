@@ -155,7 +155,7 @@ def _choose(model: nn.Module, lm: PreTrainedModel, share_prompt: bool) -> Engine
     return Engine(False, reason)
 
 
-def prepare(model: nn.Module, *, share_prompt: bool = True, device: str | None = None) -> Engine:
+def prepare_model(model: nn.Module, *, share_prompt: bool = True, device: str | None = None) -> Engine:
     """Make `model` (a causal LM, PEFT-wrapped or not) ready for `pair_logps`. Calling it again changes nothing.
 
     Args:

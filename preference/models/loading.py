@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from preference.arguments import Arguments, ModelArguments
 from preference.errors import PreferenceError
 from preference.models.hardware import Hardware
-from preference.train.sharding import full_size
 
 
 class ModelError(PreferenceError, RuntimeError):
@@ -130,11 +129,3 @@ def untuned(model: Any) -> Iterator[bool]:
     finally:
         if loaded:
             model.enable_adapters()
-
-
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; 4-bit weights count as the numbers that they hold."""
-    sizes = [
-        (full_size(p) * (2 if p.__class__.__name__ == "Params4bit" else 1), p.requires_grad) for p in model.parameters()
-    ]
-    return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)

@@ -29,11 +29,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preference.arguments import Arguments
 from preference.engine.batching import Cut, TrainingPlan
 from preference.engine.cpu.lora import hold_frozen
-from preference.engine.forward import _score, causal_lm, prepare_model
+from preference.engine.forward import _score, causal_lm
 from preference.engine.packing import pack_pairs
+from preference.engine.probe import prepare_model
 from preference.losses import Objective
 from preference.models.hardware import Hardware
-from preference.models.loading import add_adapter, count_parameters, weights_dtype
+from preference.models.loading import add_adapter, weights_dtype
+from preference.models.parameters import count_parameters
 from preference.plan.tracing import PaperModel, Trace
 
 ENGINES = ("packed", "trl")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from preference.arguments import Arguments
+from preference.files import save_json
 from preference.report.answers import Samples
 from preference.report.evaluation import Evaluation, table
 from preference.report.page import write_report
-from preference.report.tables import comparison, model_card, save_json, side_by_side
+from preference.report.tables import comparison, model_card, side_by_side
 
 
 def write_results(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -117,15 +116,6 @@ def _wrap(text: str, columns: int) -> list[str]:
             line += char
         lines.append(line)
     return lines
-
-
-def save_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write JSON so that a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def model_card(base_model: str, facts: Mapping[str, Any], results: Mapping[str, float], table: str) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from preference.data.report import DataError, DataReport
-from preference.data.rows import Row, load_rows
+from preference.data.row import Row
+from preference.data.rows import load_rows
 from preference.errors import PreferenceError
 from preference.models.starter import resolve_model
 from preference.templates.resolve import resolve_template, stop_token_ids

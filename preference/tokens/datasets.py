@@ -28,7 +28,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable, MemoryMappedTable
 
 from preference.data.report import DataError, DataReport
-from preference.data.rows import Row
+from preference.data.row import Row
 from preference.data.splitting import split_by_prompt
 from preference.tokens import cache
 from preference.tokens.pairs import SCHEMA, SIDES, PairBatcher, decode

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from preference.data.text_stats import length_bias, spread
 
 if TYPE_CHECKING:
-    from preference.data.rows import Row
+    from preference.data.row import Row
 
 SIDES = ("prompt", "chosen", "rejected")
 ROWS_PER_BATCH = 256

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from preference.data.rows import Row
+from preference.data.row import Row
 from preference.templates.conversation import ConversationError
 from preference.tokens.encoding import Encoder, Ids, flatten, free_sentinel
 from preference.tokens.rendering import Renderer

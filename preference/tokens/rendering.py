@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from preference.templates.conversation import ConversationError
 
 if TYPE_CHECKING:
-    from preference.data.rows import Row
+    from preference.data.row import Row
 
 # Renderings of these differ in their first and last characters, so that what they share is the template's own.
 _PROBE_QUESTIONS = ("Aa1", "9zQ")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from preference.data.rows import Row
+    from preference.data.row import Row
 
 _PLACES = 20  # places listed where rows are counted and not dropped
 _SIDES = ("prompt", "chosen", "rejected")

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from preference.errors import PreferenceError
-from preference.train.sharding import full_size
+from preference.models.parameters import full_size
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"  # folder in output_dir for what is not complete yet, and for what is being deleted

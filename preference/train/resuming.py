@@ -16,8 +16,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, gather_object
 
 from preference.engine.forward import causal_lm
+from preference.files import save_json
 from preference.models.hardware import same_step
-from preference.report.tables import save_json
 from preference.train.checkpoints import (
     CheckpointError,
     check_disk,

@@ -54,11 +54,6 @@ def join_deepspeed(strategy: str) -> None:
             deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
 
 
-def full_size(parameter: torch.nn.Parameter) -> int:
-    """Numbers in a parameter; ZeRO-3 leaves an empty one in a model that it has dealt out."""
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
 def takes_all_ranks(trainer: Any) -> bool:
     """Whether every rank has to take part in every forward pass, generation included."""
     return trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()

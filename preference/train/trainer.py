@@ -35,7 +35,8 @@ from preference.engine.batching import (
     shared_prefix,
 )
 from preference.engine.cpu.lora import hold_frozen
-from preference.engine.forward import causal_lm, pair_logps, prepare_model
+from preference.engine.forward import causal_lm, pair_logps
+from preference.engine.probe import prepare_model
 from preference.launch.signals import Interruptible
 from preference.losses import Objective, PairLogps, Totals, objective_share
 from preference.train.checkpoints import Checkpoints

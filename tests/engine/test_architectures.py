@@ -8,9 +8,8 @@ from architectures import ROOT, build, examine
 from test_packing import random_pairs
 
 from preference.engine.attention import EngineError
-from preference.engine.forward import prepare_model
 from preference.engine.packing import pack_pairs
-from preference.engine.probe import packed_logps, plain_logps
+from preference.engine.probe import packed_logps, plain_logps, prepare_model
 from tiny import tiny_model
 
 SHARED = "llama qwen2 qwen3 qwen3_moe mistral mixtral gemma gemma2 gemma3_text phi phi3 olmo2 gpt2 gpt_oss".split()

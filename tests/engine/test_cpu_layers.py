@@ -13,7 +13,7 @@ from preference.engine.cpu.gated import _Gated, lighten_gated_layers
 from preference.engine.cpu.linear import cast_once, lighten_linear_layers
 from preference.engine.cpu.lora import _Adapted, hold_frozen, join_adapters
 from preference.engine.cpu.norm import _RMSNorm, lighten_norms
-from preference.engine.forward import prepare_model
+from preference.engine.probe import prepare_model
 from tiny import tiny_model
 
 

@@ -13,8 +13,9 @@ import torch
 from test_packing import random_pairs
 from training import arguments, pairs_of
 
-from preference.engine.forward import pair_logps, prepare_model
+from preference.engine.forward import pair_logps
 from preference.engine.packing import pack_pairs
+from preference.engine.probe import prepare_model
 from preference.losses import LOSSES, NLL_SCOPES, Objective, Totals, objective_share
 from preference.train.trl_engine import make_trl_trainer
 from tiny import tiny_model, tiny_tokenizer

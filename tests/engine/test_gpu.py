@@ -12,8 +12,9 @@ from training import logged, lora, make_pairs, make_trainer
 
 from preference.engine import attention
 from preference.engine.attention import PackedMask
-from preference.engine.forward import pair_logps, prepare_model
+from preference.engine.forward import pair_logps
 from preference.engine.packing import pack_pairs
+from preference.engine.probe import prepare_model
 from preference.losses import Objective, Totals, objective_share
 from tiny import tiny_model
 

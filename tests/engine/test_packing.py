@@ -13,9 +13,9 @@ import torch
 from preference.engine import attention, head
 from preference.engine.attention import PackedMask
 from preference.engine.cpu import attention as segment_attention
-from preference.engine.forward import pair_logps, prepare_model
+from preference.engine.forward import pair_logps
 from preference.engine.packing import PackingError, pack_pairs, packed_length
-from preference.engine.probe import packed_logps, plain_logps
+from preference.engine.probe import packed_logps, plain_logps, prepare_model
 from tiny import tiny_model
 
 PAIRS = [

@@ -12,8 +12,9 @@ from transformers import AutoConfig
 
 import orpo_train
 from preference.arguments import ArgumentError, parse_arguments
-from preference.engine.forward import causal_lm, prepare_model
+from preference.engine.forward import causal_lm
 from preference.engine.packing import pack_pairs
+from preference.engine.probe import prepare_model
 from preference.losses import Objective
 from preference.models.hardware import Hardware
 from preference.plan.dry_run import Setup, advice, dry_run

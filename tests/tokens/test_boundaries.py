@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conversation import get_conv_template
-from preference.data.rows import Row
+from preference.data.row import Row
 from preference.tokens.encoding import ControlTokens, Encoder, free_sentinel
 from preference.tokens.pairs import PairBatcher
 from preference.tokens.rendering import Renderer

@@ -9,7 +9,7 @@ import pytest
 
 from conversation import get_conv_template
 from preference.data.report import DataError, DataReport
-from preference.data.rows import Row
+from preference.data.row import Row
 from preference.tokens import datasets
 from preference.tokens.datasets import build_dataset, describe_pair, split_by_prompt
 from preference.tokens.pairs import PairBatcher

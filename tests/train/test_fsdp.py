@@ -103,7 +103,7 @@ def test_what_cannot_be_had_is_refused():
 
 def test_parameters_that_are_dealt_out_are_counted_whole():
     """As ZeRO-3 leaves them: the learning rate and the disk space depend on the count."""
-    from preference.models.loading import count_parameters
+    from preference.models.parameters import count_parameters
     from preference.train.checkpoints import SMALL_FILES, checkpoint_bytes
 
     model = torch.nn.Linear(3, 4, bias=False)

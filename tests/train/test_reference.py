@@ -9,8 +9,9 @@ import pytest
 import torch
 from training import logged, lora, make_pairs, make_trainer
 
-from preference.engine.forward import pair_logps, prepare_model
+from preference.engine.forward import pair_logps
 from preference.engine.packing import pack_pairs
+from preference.engine.probe import prepare_model
 from preference.train.reference import data_fingerprint, is_fresh_adapter, weights_fingerprint
 from preference.train.watchdog import TrainingError
 from tiny import tiny_model

@@ -10,8 +10,9 @@ import torch
 from training import arguments, logged, lora, make_pairs, make_trainer, pairs_of, same_weights, weights_of
 from transformers import TrainerCallback
 
-from preference.engine.forward import pair_logps, prepare_model
+from preference.engine.forward import pair_logps
 from preference.engine.packing import pack_pairs
+from preference.engine.probe import prepare_model
 from preference.losses import LOSSES, Objective, Totals, objective_share
 from preference.train.trainer import PairTrainer
 from tiny import tiny_model

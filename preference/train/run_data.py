@@ -9,7 +9,8 @@ from typing import Any
 
 from preference.arguments import Arguments
 from preference.data.report import DataReport
-from preference.data.rows import Row, load_rows
+from preference.data.row import Row
+from preference.data.rows import load_rows
 from preference.data.text_stats import shared_prompts
 from preference.tokens.datasets import build_dataset, split_by_prompt
 

@@ -1,0 +1,21 @@
+"""One checked preference pair, as every stage after reading knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One checked preference pair. Texts are stripped, answers are not empty and differ."""
+
+    question: str
+    chosen: str
+    rejected: str
+    system: str | None = None  # None: the template's default
+    history: tuple[tuple[str, str], ...] = ()  # (user, assistant) turns before the question
+    prompt: str | None = None  # of a {prompt, chosen, rejected} row: stands in for question, verbatim
+    file: str = ""
+    line: int = 0  # 1-based; the row number in a parquet or arrow table
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)  # scores and the like
