@@ -158,9 +158,9 @@ def write(
     import torch
 
     from preference.serve.card import export_card
-    from preference.serve.loading import generation_config, stop_ids
+    from preference.serve.loading import generation_config
     from preference.serve.merging import cast, load_merged, name_of, probes
-    from preference.templates.resolve import chat_template_to_save
+    from preference.templates.resolve import chat_template_to_save, stop_ids
 
     questions = probes(template, tokenizer)
     print(f"loading {source.name}" + (f" and its base {source.base}" if source.adapter else "") + " ...")

@@ -1,4 +1,4 @@
-"""The house: imports point one way, from a stage of the data's way to those before it, and no two files import each other."""
+"""The house: imports point one way, from a stage of the data's way to those before it, and no two import each other."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-# Each stage may import itself and what stands before it. docs/architecture.md says what each is.
+# Each may import itself and what stands before it; docs/architecture.md says what each is.
 STAGES = (
-    "errors", "files", "losses", "launch", "data", "templates", "tokens", "arguments", "models", "engine", "train", "plan",
-    "report", "serve",
+    "errors", "files", "losses", "launch", "data", "templates", "tokens", "arguments", "models", "engine", "train",
+    "plan", "report", "serve",
 )  # fmt: skip
 KNOW_NOTHING_OF = {  # an exact stage knows tensors alone
     "losses": {"files", "launch", "data", "templates", "tokens", "arguments"},
@@ -20,7 +20,7 @@ KNOW_NOTHING_OF = {  # an exact stage knows tensors alone
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name below preference) of every import of the project in a file, at its top or within a function."""
+    """(line, dotted name) of every import of the project in a file, at its top or within a function."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "preference":
             for alias in node.names:

@@ -7,6 +7,7 @@ import hashlib
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ def code_fingerprint() -> str:
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a run's numbers depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "trl", "datasets", "peft", "accelerate")}
 
 
 def compare_ranks(facts: Mapping[str, Any]) -> None:

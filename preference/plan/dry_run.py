@@ -12,6 +12,7 @@ import torch
 
 from preference.arguments import STRATEGIES, Arguments
 from preference.engine.attention import EngineError
+from preference.engine.batching import row_lengths, shared_prefix
 from preference.losses import Objective
 from preference.models.hardware import Hardware
 from preference.plan.estimate import ENGINES, Estimator, Memory, Work, changed, memory_rate, plan_work
@@ -284,3 +285,13 @@ def _how_far(hardware: Hardware) -> str:
     if hardware.device == "cpu":
         return "(benchmarks/LOG.md says how far such estimates were off; those for several processes are arithmetic)"
     return "(estimates were compared with runs on CPUs only, benchmarks/LOG.md; leave some room on this device)"
+
+
+def on_paper(
+    args: Arguments, source: str, hardware: Hardware, objective: Objective, training: Any, train_set: Any
+) -> str:
+    """What the run would do, need and take; no weight is loaded."""
+    lengths, common = row_lengths(train_set), shared_prefix(train_set)
+    setup = Setup(source, hardware, objective, training.bf16, lengths, common=common)
+    cut = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    return dry_run(args, setup, *cut, training.world_size)

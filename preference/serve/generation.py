@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from preference.serve.loading import stop_ids
+from preference.templates.resolve import stop_ids
 from preference.tokens.encoding import Encoder, free_sentinel
 from preference.tokens.rendering import Renderer
 

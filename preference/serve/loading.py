@@ -20,7 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from preference.errors import PreferenceError
 from preference.models.hardware import Hardware
 from preference.models.starter import ROOT, ModelNotFound, resolve_model
-from preference.templates.resolve import resolve_template, stop_token_ids
+from preference.templates.resolve import resolve_template
 
 
 class LoadingError(PreferenceError, RuntimeError):
@@ -183,10 +183,3 @@ def generation_config(source: Source, model: Any) -> GenerationConfig:
     """The run's generation_config.json, or the model's own."""
     path = source.file("generation_config.json")
     return GenerationConfig.from_pretrained(path.parent) if path else model.generation_config
-
-
-def stop_ids(config: GenerationConfig, template: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: those of the generation config, then the template's stop token and EOS."""
-    ids = config.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return list(dict.fromkeys([*ids, *stop_token_ids(template, tokenizer)]))

@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from typing import Any
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from preference.templates.conversation import Conversation, ConversationError, checked_history
 from preference.templates.families import FAMILIES, get_conv_template
@@ -293,3 +294,10 @@ def stop_token_ids(conv: Conversation | AutoConversation, tokenizer: PreTrainedT
     stop = tokenizer.encode(conv.stop_str, add_special_tokens=False)[-1]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys([stop, *eos]))
+
+
+def stop_ids(config: GenerationConfig, template: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends an answer: those of the generation config, then the template's stop token and EOS."""
+    ids = config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return list(dict.fromkeys([*ids, *stop_token_ids(template, tokenizer)]))

@@ -97,7 +97,7 @@ def test_an_evaluation_is_broken_off(tmp_path, signals):
 
 def test_a_second_signal_stops_at_once_but_an_echo_does_not():
     code = (
-        "import os, signal, time\nfrom preference import signals\nsignals.ECHO = 0.2\n"
+        "import os, signal, time\nfrom preference.launch import signals\nsignals.ECHO = 0.2\n"
         "s = signals.StopSignals().install()\n"
         "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); print('working', flush=True)\n"
         "time.sleep(0.4); os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('still', flush=True)\n"

@@ -91,7 +91,7 @@ def test_of_many_that_ask_at_once_one_prepares(tmp_path):
 
 def test_ranks_in_processes_of_their_own_share_one_preparation(tmp_path):
     program = (
-        "import sys, time; from pathlib import Path; from preference import prepared\n"
+        "import sys, time; from pathlib import Path; from preference.tokens import cache\n"
         "def make(work, progress):\n"
         f"    open({str(tmp_path / 'calls')!r}, 'a').write('x'); time.sleep(0.5)\n"
         "    (work / cache.DONE).write_text('done')\n"

@@ -1,0 +1,105 @@
+"""The life of one process of a run: who it is, what it says, and how it ends when others end or a signal comes.
+
+The only place below the scripts that reads the environment: torchrun's variables, and two of torchrun/launch.py.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from preference.errors import PreferenceError
+from preference.launch.heartbeat import tell_of_failure
+
+RANK = int(os.environ.get("RANK", "0"))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+ELASTIC = "ORPO_ELASTIC" in os.environ  # set by torchrun/launch.py where nodes may come and go
+STOP_FILE = Path(os.environ["ORPO_STOP_FILE"]) if "ORPO_STOP_FILE" in os.environ else None  # of torchrun/launch.py
+LOST_TOUCH = ("onnection closed", "onnection reset", "roken pipe", "NCCL")  # said by a collective that another left
+NO_PINGS = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
+
+
+def run_script(main: Callable[[], None], name: str) -> None:
+    """Run a training script's `main` as one process of a run, and end it with the exit code that its end deserves.
+
+    Exit codes: 0 done as asked, 75 stopped by a signal with a checkpoint, anything else a failure.
+    """
+    try:
+        main()
+        if WORLD_SIZE > 1:
+            end_process()
+    except Exception as error:
+        from preference.launch.signals import StoppedBySignal
+
+        if isinstance(error, StoppedBySignal):
+            leave_after_signal()
+        tell_of_failure()
+        let_the_cause_speak(error, name)
+        if not isinstance(error, PreferenceError):  # a fault of the program: its traceback is wanted
+            raise
+        sys.exit(f"{name}: {type(error).__name__}: {error}")
+
+
+def say(text: str = "") -> None:
+    """Print once, not once per process."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def stay_private() -> None:
+    """No usage pings unless the user has turned them on: the data may be medical."""
+    for name in NO_PINGS:
+        os.environ.setdefault(name, "1")
+
+
+def leave_if_stopped() -> None:
+    """torchrun/launch.py was told to stop while torchrun started its processes anew."""
+    if STOP_FILE is not None and STOP_FILE.exists():
+        sys.exit(0)
+
+
+def leave_after_signal() -> None:
+    """End with the code that says: start it again and it goes on.
+
+    torchrun takes any code but 0 for a failure, and would start the processes anew; its launcher gives the code.
+    """
+    from preference.launch.signals import EXIT_STOPPED
+
+    if ELASTIC and not STOP_FILE.exists():  # torchrun's own SIGTERM: another machine has come
+        say("torchrun starts the processes anew; they go on from the checkpoint")
+        sys.exit(1)
+    say("stopped by a signal; the same command goes on from the checkpoint")
+    if STOP_FILE is not None:
+        STOP_FILE.touch()
+    sys.exit(EXIT_STOPPED if STOP_FILE is None else 0)
+
+
+def let_the_cause_speak(error: Exception, name: str) -> None:
+    """Wait where another process has the same to say, or the reason why this one lost touch with it.
+
+    torchrun ends this process meanwhile, so that the cause is shown once. If it is on another machine a line says so.
+    """
+    if WORLD_SIZE == 1:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if any(words in str(error) for words in LOST_TOUCH):
+        time.sleep(10)
+        reason = str(error).splitlines()[0]
+        sys.exit(f"{name}: rank {RANK} lost touch with another, whose output says why ({reason})")
+    time.sleep(8 if int(os.environ.get("LOCAL_RANK", "0")) else 0)
+
+
+def end_process() -> None:
+    """End one process of several without Python's own last steps, in which a thread of gloo that still wants the
+    interpreter aborts it (seen with FSDP2): torchrun would take the finished run for a failed one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,52 @@
+"""What a run is about to do, in numbers."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from preference.arguments import Arguments
+from preference.files import save_json
+from preference.launch.agreement import versions
+from preference.models.hardware import detect
+from preference.models.parameters import count_parameters
+
+
+def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any]:
+    """What is about to be trained, in numbers; run.json keeps it (the first rank writes it)."""
+    groups = (args.model, args.data, args.objective, args.run)
+    trainable, parameters = count_parameters(trainer.model)
+    pairs = trainer.get_total_train_batch_size(trainer.args)
+    facts = {
+        "arguments": {name: value for group in groups for name, value in vars(group).items()},
+        "beta": args.beta,
+        "learning_rate": trainer.args.learning_rate,
+        "template": conversation.name,
+        "hardware": str(detect(args.run.use_cpu)),
+        "bf16": trainer.args.bf16,
+        "world_size": trainer.args.world_size,
+        "pairs_per_step": pairs,
+        "parameters": parameters,
+        "trainable": trainable,
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    if trainer.is_world_process_zero():
+        save_json(Path(args.run.output_dir) / "run.json", facts)
+    return facts
+
+
+def headline(facts: Mapping[str, Any], train_set: Any) -> str:
+    """The model and the training in a line each."""
+    flags, millions = facts["arguments"], (facts["parameters"] / 1e6, facts["trainable"] / 1e6)
+    lines = [
+        "model: {}, {:,.1f} M parameters, {:,.2f} M of them trained".format(flags["model_name_or_path"], *millions)
+    ]
+    if flags["do_train"]:
+        lines.append(
+            f"training: {len(train_set)} pairs, {facts['pairs_per_step']} per optimizer step, loss={flags['loss']}, "
+            f"engine={flags['engine']}, learning rate {facts['learning_rate']:g}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""From flags to a trainer: transformers' arguments, the objective, the model in its trainer, and where it starts."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+
+from preference.arguments import Arguments
+from preference.launch.agreement import code_fingerprint, compare_ranks, versions
+from preference.losses import Objective
+from preference.models.hardware import Hardware, batch_plan
+from preference.models.loading import add_adapter, load_model
+from preference.models.parameters import count_parameters
+from preference.train.identity import run_identity
+from preference.train.reference import data_fingerprint
+from preference.train.resuming import Start, begin
+from preference.train.sharding import strategy_options
+
+
+def training_arguments(args: Arguments, hardware: Hardware, world_size: int, report_to: list[str]) -> Any:
+    """transformers' TrainingArguments; making them also sets up the process group of a torchrun launch."""
+    run = args.run
+    # transformers renamed it between the versions that this runs on
+    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    options = {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+    checkpointing = options if run.gradient_checkpointing else {}
+    pairs, accumulation = batch_plan(run.per_device_train_batch_size, run.gradient_accumulation_steps, hardware)
+    return TrainingArguments(
+        output_dir=run.output_dir,
+        per_device_train_batch_size=pairs,
+        per_device_eval_batch_size=run.per_device_eval_batch_size or pairs,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=run.num_train_epochs,
+        max_steps=run.max_steps,
+        learning_rate=args.run.learning_rate or 0.0,  # load_trainer fills it in: it depends on the model
+        lr_scheduler_type=run.lr_scheduler_type,
+        warmup_steps=run.warmup_steps,
+        weight_decay=run.weight_decay,
+        optim=run.optim,
+        max_grad_norm=run.max_grad_norm,
+        eval_strategy="steps" if run.do_eval and run.eval_steps else "no",
+        eval_steps=run.eval_steps or None,
+        save_strategy="steps" if run.save_steps else "no",
+        save_steps=run.save_steps or 500,
+        save_total_limit=run.save_total_limit,
+        logging_steps=run.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not finite must be seen
+        bf16=hardware.bf16 if run.bf16 is None else run.bf16,
+        torch_compile=run.torch_compile,
+        dataloader_num_workers=run.dataloader_num_workers,
+        remove_unused_columns=False,
+        report_to=report_to,
+        run_name=run.run_name or f"{Path(run.output_dir).name}-{datetime.datetime.now():%Y-%m-%d-%H-%M-%S}",
+        use_cpu=hardware.device == "cpu",
+        ddp_find_unused_parameters=False,
+        seed=run.seed,
+        do_train=run.do_train,
+        do_eval=run.do_eval,
+        **checkpointing,
+        **({} if run.dry_run else strategy_options(run.strategy, world_size)),
+    )
+
+
+def objective_of(args: Arguments) -> Objective:
+    choice = args.objective
+    return Objective(
+        loss=choice.loss,
+        beta=args.beta,
+        nll_scope=choice.nll_scope,
+        label_smoothing=choice.label_smoothing,
+        simpo_gamma=choice.simpo_gamma,
+        cpo_alpha=choice.cpo_alpha,
+    )
+
+
+def load_trainer(
+    args: Arguments, source: str, hardware: Any, training: Any, tokenizer: Any, train_set: Any, eval_set: Any
+) -> Any:
+    choice = args.objective
+    set_seed(args.run.seed)
+    model = load_model(source, args, hardware, training.bf16)
+    training.learning_rate = args.learning_rate(count_parameters(model)[1])
+    if args.model.use_peft and args.run.do_train:
+        model = add_adapter(model, args.model, args.run.seed)
+    common = dict(
+        objective=objective_of(args), train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
+    )
+    if choice.engine == "trl":
+        from preference.train.trl_engine import make_trl_trainer
+
+        return make_trl_trainer(model, training, **common)
+    from preference.train.trainer import PairTrainer
+
+    return PairTrainer(
+        model,
+        training,
+        max_tokens_per_micro_batch=choice.max_tokens_per_micro_batch,
+        share_prompt=choice.share_prompt,
+        cache_dir=Path(args.model.cache_dir or "cache") / "reference",
+        **common,
+    )
+
+
+def compare_settings(args: Arguments) -> None:
+    """Before any other exchange between processes: are they the same program with the same settings?"""
+    groups = (args.model, args.data, args.objective, args.run)
+    flags = {name: value for group in groups for name, value in vars(group).items() if name != "cache_dir"}
+    compare_ranks({"code": code_fingerprint(), "versions": versions(), **flags})
+
+
+def compare_data(train_set: Any, eval_set: Any) -> None:
+    sets = {"training data": train_set, "evaluation data": eval_set}
+    compare_ranks({name: rows and (len(rows), data_fingerprint(rows)[:16]) for name, rows in sets.items()})
+
+
+def find_start(args: Arguments, trainer: Any, conversation: Any, restarted: bool) -> Start:
+    """Step 0, or a checkpoint of an unfinished run in output_dir."""
+    how = "auto" if restarted else args.resume
+    identity = run_identity(args, trainer, conversation)
+    return begin(trainer, how, identity, strategy=args.run.strategy, anyway=args.run.resume_anyway)
