@@ -64,14 +64,14 @@ def test_a_flag_that_this_run_ignores_is_an_error(words):
         (["--qlora", "true", "--use_peft", "false"], "4-bit"),
         (["--engine", "trl", "--loss", "simpo"], "engine=packed"),
         (["--engine", "trl", "--nll_scope", "answer"], "engine=packed"),
-        (["--max_target_length", "0"], "at least 1"),
+        (["--max_target_length", "0"], "a whole number, at least 1; got '0'"),
         (["--do_train", "false", "--do_eval", "false"], "nothing to do"),
         (["stray"], "belongs to no flag"),
         (["--data_format", "triples"], "did you mean triple"),
         (["--data_format", "columns"], "needs the columns"),
         (["--data_format", "orca", "--columns", "question=a,chosen=b,rejected=c"], "not together"),
         (["--columns", "question=a,chosen=b"], "missing rejected"),
-        (["--min_score_gap", "nan"], "must be a number"),
+        (["--min_score_gap", "nan"], "takes a number, at least 0"),
     ],
 )
 def test_contradictions_are_refused(words, message):

@@ -16,11 +16,10 @@ from preference.models.parameters import count_parameters
 
 def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any]:
     """What is about to be trained, in numbers; run.json keeps it (the first rank writes it)."""
-    groups = (args.model, args.data, args.objective, args.run)
     trainable, parameters = count_parameters(trainer.model)
     pairs = trainer.get_total_train_batch_size(trainer.args)
     facts = {
-        "arguments": {name: value for group in groups for name, value in vars(group).items()},
+        "arguments": args.values(),
         "beta": args.beta,
         "learning_rate": trainer.args.learning_rate,
         "template": conversation.name,

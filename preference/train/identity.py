@@ -12,14 +12,10 @@ from typing import Any
 
 import torch
 
+from preference.arguments import FLAGS, Arguments
 from preference.train.reference import data_fingerprint
 
 SAMPLED = 64  # values of each tensor that go into the fingerprint of a model's weights
-
-DATA = ("max_source_length", "max_target_length", "truncate")
-OBJECTIVE = ("loss", "nll_scope", "label_smoothing", "simpo_gamma", "cpo_alpha", "engine")
-SCHEDULE = ("lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm")
-ADAPTER = ("target_modules", "lora_rank", "lora_alpha", "lora_dropout", "use_dora")
 
 
 @torch.no_grad()
@@ -34,15 +30,14 @@ def weights_sample(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def run_identity(args: Any, trainer: Any, template: Any) -> dict[str, Any]:
+def run_identity(args: Arguments, trainer: Any, template: Any) -> dict[str, Any]:
     """The identity of the run that `args` (preference.arguments) and `trainer` describe.
 
     Called before the model is trained or sharded; `template` is the conversation template.
     """
     run, training = args.run, trainer.args
-    flags = vars(args.data) | vars(args.objective) | vars(run) | vars(args.model)
-    adapter = ADAPTER if args.model.use_peft else ()
-    identity = {name: flags[name] for name in (*DATA, *OBJECTIVE, *SCHEDULE, "use_peft", *adapter, "seed")}
+    values = args.values()
+    identity = {name: values[name] for name, flag in FLAGS.items() if flag.identity and not flag.why_unused(args)}
     pairs = trainer.get_total_train_batch_size(training)
     identity |= {
         "beta": args.beta,
@@ -63,10 +58,10 @@ def run_identity(args: Any, trainer: Any, template: Any) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One "name: was A, is B" for everything that is not the same."""
+    """One "name: was A, is B" for everything that is not the same. A flag that is missing had its default: it had no
+    effect then, or was not there yet.
+    """
+    unset = {name: flag.default for name, flag in FLAGS.items()}
     names = [*before, *(name for name in now if name not in before)]
-    return [
-        f"{name}: was {before.get(name, 'not set')}, is {now.get(name, 'not set')}"
-        for name in names
-        if name not in before or name not in now or before[name] != now[name]
-    ]
+    pairs = {name: [side.get(name, unset.get(name, "not set")) for side in (before, now)] for name in names}
+    return [f"{name}: was {was}, is {value}" for name, (was, value) in pairs.items() if was != value]

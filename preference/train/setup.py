@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
-from preference.arguments import Arguments
+from preference.arguments import FLAGS, Arguments
 from preference.launch.agreement import code_fingerprint, compare_ranks, versions
 from preference.losses import Objective
 from preference.models.hardware import Hardware, batch_plan
@@ -107,8 +107,7 @@ def load_trainer(
 
 def compare_settings(args: Arguments) -> None:
     """Before any other exchange between processes: are they the same program with the same settings?"""
-    groups = (args.model, args.data, args.objective, args.run)
-    flags = {name: value for group in groups for name, value in vars(group).items() if name != "cache_dir"}
+    flags = {name: value for name, value in args.values().items() if not FLAGS[name].local}
     compare_ranks({"code": code_fingerprint(), "versions": versions(), **flags})
 
 

