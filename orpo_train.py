@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from preference.arguments import Arguments, parse_arguments
-from preference.launch.heartbeat import watch_machines
+from preference.launch.heartbeat import watch_nodes
 from preference.launch.process import RANK, RESTARTS, WORLD_SIZE, leave_if_stopped, run_script, say, stay_private
 
 
 def main() -> None:
     args = parse_arguments()
     stay_private()
-    watch_machines(os.environ, args.run.lost_after)
+    watch_nodes(os.environ, args.run.lost_after)
 
     from preference.launch.agreement import on_every_rank
-    from preference.launch.signals import StoppedBySignal, StopSignals, StopTogether
+    from preference.launch.signals import StoppedBySignal, StopSignals
     from preference.models.hardware import detect
     from preference.models.loading import load_tokenizer, untuned
     from preference.plan.dry_run import on_paper
@@ -39,10 +39,11 @@ def main() -> None:
     from preference.report.trackers import begin_reporting, trackers
     from preference.tokens.datasets import describe_pair
     from preference.train import setup
-    from preference.train.resuming import finish, go_on_after_restart
+    from preference.train.resuming import finish, resume_after_restart
     from preference.train.run_data import load_data
     from preference.train.saving import save
     from preference.train.sharding import join_deepspeed
+    from preference.train.stopping import StopTogether
 
     # ---- this process, among those of the run
     leave_if_stopped()
@@ -53,7 +54,7 @@ def main() -> None:
     training = setup.training_arguments(args, hardware, WORLD_SIZE, trackers(args.run.report_to))
     join_deepspeed(args.run.strategy)
     setup.compare_settings(args)
-    restarted = go_on_after_restart(training, RESTARTS)
+    restarted = resume_after_restart(training, RESTARTS)
     say(f"device: {hardware}; computing in {'bfloat16' if training.bf16 else 'float32'}")
 
     # ---- load, check, render, tokenize, filter

@@ -41,7 +41,7 @@ def train_one(output: Path, run: dict) -> dict:
     if before:
         trainer.evaluate()
         if before == "and leave it so":
-            trainer._forget_evaluation = lambda: None
+            trainer.prepare_anew = lambda: None
     try:
         trainer.train()
     except TrainingError as stopped:

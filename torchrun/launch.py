@@ -3,7 +3,7 @@
 torchrun answers SIGTERM by ending its processes after 30 seconds, knows nothing of SIGUSR1, and its exit code does not
 tell a stopped run from a failed one. Here a first SIGTERM, SIGINT or SIGUSR1 is handed on to the processes, which have
 the time that a step and a checkpoint take; a second one ends them. Exit codes: 0 finished, 75 stopped by a signal with
-a checkpoint (start it again and it goes on), anything else a failure. run_orpo.sh calls this.
+a checkpoint (start it again and it resumes), anything else a failure. run_orpo.sh calls this.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Relay:
                 os.kill(process, number)
             except ProcessLookupError:
                 continue
-        if "ORPO_ELASTIC" in os.environ:  # the other machines go on; torchrun would wait five minutes for their end
+        if "ORPO_ELASTIC" in os.environ:  # the other nodes train on; torchrun would wait five minutes for their end
             threading.Thread(target=self._leave, daemon=True).start()
 
     def _leave(self) -> None:
@@ -73,9 +73,9 @@ class Relay:
 
 
 def main() -> int:
-    machines = settings(sys.argv[1:])
+    nodes = settings(sys.argv[1:])
     try:
-        store = machines and meet(machines)  # noqa: F841  torchrun finds it open
+        store = nodes and meet(nodes)  # noqa: F841  torchrun finds it open
     except MeetingError as error:
         print(f"torchrun: {error}", file=sys.stderr)
         return 1

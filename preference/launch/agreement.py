@@ -53,14 +53,14 @@ def compare_ranks(facts: Mapping[str, Any]) -> None:
             faults.append(f"{name}: {who}{more}; {count} of {len(values)} have {common}")
     if faults:
         raise AgreementError(
-            "the processes of this run are not alike, so they would train apart. " + ". ".join(faults)
-            + ". Each machine needs the same checkout, settings, model and data"
+            "the processes of this run are not alike, so they would diverge. " + ". ".join(faults)
+            + ". Each node needs the same checkout, settings, model and data"
         )  # fmt: skip
 
 
 @contextlib.contextmanager
 def on_every_rank() -> Iterator[None]:
-    """What fails within on one rank fails on all of them, by rank and machine, instead of leaving them to wait for it.
+    """What fails within on one rank fails on all of them, by rank and host, instead of leaving them to wait for it.
 
     No collective may be called within; one small one is at the end.
 
@@ -79,4 +79,4 @@ def on_every_rank() -> Iterator[None]:
     if failed:
         rank, host, text = failed[0]
         more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
-        raise AgreementError(f"rank {rank} on {host}{more} cannot go on: {text}")
+        raise AgreementError(f"rank {rank} on {host}{more} failed: {text}")

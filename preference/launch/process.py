@@ -65,16 +65,16 @@ def leave_if_stopped() -> None:
 
 
 def leave_after_signal() -> None:
-    """End with the code that says: start it again and it goes on.
+    """End with the code that says: start it again and it resumes.
 
     torchrun takes any code but 0 for a failure, and would start the processes anew; its launcher gives the code.
     """
     from preference.launch.signals import EXIT_STOPPED
 
-    if ELASTIC and not STOP_FILE.exists():  # torchrun's own SIGTERM: another machine has come
-        say("torchrun starts the processes anew; they go on from the checkpoint")
+    if ELASTIC and not STOP_FILE.exists():  # torchrun's own SIGTERM: another node has come
+        say("torchrun starts the processes anew; they resume from the checkpoint")
         sys.exit(1)
-    say("stopped by a signal; the same command goes on from the checkpoint")
+    say("stopped by a signal; the same command resumes from the checkpoint")
     if STOP_FILE is not None:
         STOP_FILE.touch()
     sys.exit(EXIT_STOPPED if STOP_FILE is None else 0)
@@ -83,7 +83,7 @@ def leave_after_signal() -> None:
 def let_the_cause_speak(error: Exception, name: str) -> None:
     """Wait where another process has the same to say, or the reason why this one lost touch with it.
 
-    torchrun ends this process meanwhile, so that the cause is shown once. If it is on another machine a line says so.
+    torchrun ends this process meanwhile, so that the cause is shown once. If it is on another node a line says so.
     """
     if WORLD_SIZE == 1:
         return

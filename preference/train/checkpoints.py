@@ -3,8 +3,6 @@
 A checkpoint is written to a temporary folder in output_dir, every file is flushed to the disk, a manifest of sizes
 and SHA-256 sums is written last, and only then the folder gets its name. Reading goes by the manifest: a folder
 without one, or that no longer agrees with it, is not a checkpoint.
-
-`Checkpoints` goes before `transformers.Trainer` in a class's bases; both engines use it.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,49 +176,57 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-# ---- the trainer
+# ---- writing
 
 
-class Checkpoints:
-    """Mixin for `transformers.Trainer` (see the module).
+class CheckpointWriter:
+    """Writes the checkpoints of one run into its output_dir, on all ranks together.
+
+    Args:
+        args: TrainingArguments; whether this process writes is asked when a checkpoint is written.
+        accelerator: of the run.
+        gathers: the ranks gather the weights from each other (FSDP, DeepSpeed); where one fails, the others wait in a
+            collective until torchrun ends them.
 
     Attributes:
         run: the run's id, identity and launch facts, written into each checkpoint (train/resuming.py sets it).
     """
 
-    run: Mapping[str, Any] = {}
-    _writing: Path | None = None
+    def __init__(self, args: Any, accelerator: Any, *, gathers: bool = False) -> None:
+        self.args, self.accelerator, self.gathers = args, accelerator, gathers
+        self.run: Mapping[str, Any] = {}
+        self.writing: Path | None = None
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Resumed from the last step's checkpoint, the Trainer would train one step too many."""
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+    def place(self, output_dir: str) -> str:
+        """Where a checkpoint folder is to be put: the temporary place while one is being written."""
+        return output_dir if self.writing is None else str(self.writing)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where the Trainer puts its checkpoint folder: the temporary place while one is being written."""
-        return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
+    def write(self, step: int, save: Callable[[], None]) -> None:
+        """Have `save` write the folder "checkpoint-STEP" into `place`, and give it its name once it is complete.
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        output_dir = Path(super()._get_output_dir(trial))
-        final = output_dir / f"checkpoint-{self.state.global_step}"
+        Raises:
+            CheckpointError: on all ranks; it could not be written. The checkpoints before stand.
+        """
+        output_dir = Path(self.args.output_dir)
+        final = output_dir / f"checkpoint-{step}"
         temporary = output_dir / WRITING / final.name
         if self.args.should_save:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         error: Exception | None = None
-        self._writing = temporary.parent
+        self.writing = temporary.parent
         try:
-            super()._save_checkpoint(model, trial)
+            save()
         except (OSError, RuntimeError, SafetensorError) as caught:  # torch reports a full disk as RuntimeError
             error = caught
         finally:
-            self._writing = None
+            self.writing = None
         self._all_wrote(error, final)
         if self.args.should_save:
             try:
                 if not any(temporary.glob("*.safetensors")):
                     raise OSError(f"the Trainer wrote no weights into {temporary}")
-                write_manifest(temporary, {"step": self.state.global_step, **self.run})
+                write_manifest(temporary, {"step": step, **self.run})
                 publish(temporary, final)
                 prune(output_dir, self.run.get("run"), self.args.save_total_limit)
             except OSError as caught:
@@ -229,8 +235,8 @@ class Checkpoints:
 
     def _all_wrote(self, error: Exception | None, final: Path) -> None:
         """Raises on every rank what went wrong on any."""
-        if error is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            faults = [self._fault(error)]  # the others may be waiting in a collective: torchrun ends them
+        if error is not None and self.gathers:
+            faults = [self._fault(error)]
         else:
             faults = [text for text in gather_object([error and self._fault(error)]) if text]
         if not faults:

@@ -1,7 +1,7 @@
 """Where a run starts: from nothing, or from a checkpoint of its own.
 
-`begin` is called once on every rank, before training. All ranks decide alike; with disks that are not shared between
-machines a checkpoint counts if every machine has a good copy.
+`resolve_start` is called once on every rank, before training. All ranks decide alike; with disks that are not shared
+between nodes a checkpoint counts if every node has a good copy.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _read_run(output_dir: Path) -> dict[str, Any]:
     return run if isinstance(run, dict) else {}
 
 
-def go_on_after_restart(args: Any, restarts: int) -> bool:
+def resume_after_restart(args: Any, restarts: int) -> bool:
     """Whether torchrun has started the processes anew, by the `restarts` that any of them counts.
 
     There may be more or fewer processes than before: `args` (TrainingArguments) are then changed so that a step has as
@@ -74,7 +74,7 @@ def go_on_after_restart(args: Any, restarts: int) -> bool:
     Raises:
         CheckpointError: that many processes cannot share the pairs of a step evenly.
     """
-    if not any(gather_object([restarts > 0])):  # machines that have joined since count none
+    if not any(gather_object([restarts > 0])):  # nodes that have joined since count none
         return False
     run = _ours(lambda: _read_run(Path(args.output_dir)))
     pairs = run.get("identity", {}).get("pairs per optimizer step")
@@ -88,7 +88,7 @@ def go_on_after_restart(args: Any, restarts: int) -> bool:
 
 
 def _see_disks(trainer: Any, output_dir: Path) -> None:
-    """Let one process of each machine write checkpoints where the machines share no disk."""
+    """Let one process of each node write checkpoints where the nodes share no disk."""
     token = f".disk-{uuid.uuid4().hex}"
     token = _ours(lambda: ((output_dir / token).touch(), token)[1])
     shared = all(gather_object([(output_dir / token).exists()]))
@@ -98,7 +98,7 @@ def _see_disks(trainer: Any, output_dir: Path) -> None:
         return
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise CheckpointError(
-            f"the machines do not share {output_dir}, and strategies that share the weights out write one checkpoint "
+            f"the nodes do not share {output_dir}, and strategies that share the weights out write one checkpoint "
             "together: put output_dir on a shared file system, or use strategy=ddp"
         )
     trainer.args.save_on_each_node = True
@@ -141,7 +141,7 @@ def _check(folder: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any
                 f"{launch['world_size']}: start as many as before, or anew with resume=never"
             )
         notes.append(
-            f"note: {was['world_size']} processes wrote {folder.name}, {launch['world_size']} go on: weights, "
+            f"note: {was['world_size']} processes wrote {folder.name}, {launch['world_size']} resume: weights, "
             "optimizer and place in the data carry over exactly; dropout draws other numbers"
         )
     if "identity" not in manifest:
@@ -151,12 +151,14 @@ def _check(folder: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any
     if changed and not anyway:
         raise CheckpointError(
             f"{folder} belongs to another run: {'; '.join(changed)}. Set these back; or start anew with resume=never "
-            "or another output_dir; or go on from it as it is with resume_anyway=true"
+            "or another output_dir; or resume from it as it is with resume_anyway=true"
         )
     notes += [f"warning: resuming although it has changed: {text}" for text in changed]
 
 
-def begin(trainer: Any, how: str, identity: Mapping[str, Any], *, strategy: str = "ddp", anyway: bool = False) -> Start:
+def resolve_start(
+    trainer: Any, how: str, identity: Mapping[str, Any], *, strategy: str = "ddp", anyway: bool = False
+) -> Start:
     """Find where to start, and make the trainer write this run's identity into its checkpoints.
 
     Args:
@@ -196,10 +198,10 @@ def begin(trainer: Any, how: str, identity: Mapping[str, Any], *, strategy: str 
     same_run = checkpoint and how in ("auto", "last")  # from a folder by name the later ones are another branch
     run = manifest.get("run") if same_run else None
     run = run or _ours(lambda: uuid.uuid4().hex)
-    trainer.run = {"run": run, "identity": dict(identity), "launch": launch}
+    trainer.checkpoints.run = {"run": run, "identity": dict(identity), "launch": launch}
     _check_disks(trainer, output_dir)
     if keeper:
-        save_json(output_dir / RUN_FILE, trainer.run | {"finished": False})
+        save_json(output_dir / RUN_FILE, trainer.checkpoints.run | {"finished": False})
     return Start(checkpoint, tuple(notes))
 
 
@@ -224,4 +226,4 @@ def _check_disks(trainer: Any, output_dir: Path) -> None:
 def finish(trainer: Any) -> None:
     """The model is saved: the next run in output_dir is a new one."""
     if trainer.args.should_save:
-        save_json(Path(trainer.args.output_dir) / RUN_FILE, {**trainer.run, "finished": True})
+        save_json(Path(trainer.args.output_dir) / RUN_FILE, {**trainer.checkpoints.run, "finished": True})

@@ -16,7 +16,7 @@ from preference.models.loading import add_adapter, load_model
 from preference.models.parameters import count_parameters
 from preference.train.identity import run_identity
 from preference.train.reference import data_fingerprint
-from preference.train.resuming import Start, begin
+from preference.train.resuming import Start, resolve_start
 from preference.train.sharding import strategy_options
 
 
@@ -120,4 +120,4 @@ def find_start(args: Arguments, trainer: Any, conversation: Any, restarted: bool
     """Step 0, or a checkpoint of an unfinished run in output_dir."""
     how = "auto" if restarted else args.resume
     identity = run_identity(args, trainer, conversation)
-    return begin(trainer, how, identity, strategy=args.run.strategy, anyway=args.run.resume_anyway)
+    return resolve_start(trainer, how, identity, strategy=args.run.strategy, anyway=args.run.resume_anyway)

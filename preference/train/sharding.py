@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -59,69 +60,49 @@ def takes_all_ranks(trainer: Any) -> bool:
     return trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
 
-class Sharded:
-    """Mixin for `transformers.Trainer`: under FSDP2 a model can be evaluated, and can generate, before it is trained.
+def enable_on_cpu(accelerator: Any, plugin_args: dict[str, Any]) -> None:
+    """Turn on FSDP2 on CPU processes: accelerate passes over it there without a word, although gloo carries it."""
+    state = accelerator.state
+    if state.distributed_type != DistributedType.MULTI_CPU:
+        raise StrategyError(f"FSDP was asked for, but accelerate runs as {state.distributed_type.value}")
+    plugin = FullyShardedDataParallelPlugin(**plugin_args)
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    state.fsdp_plugin = plugin
+    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
+    """Shard a model under FSDP2 before its training, so that it can be evaluated and can generate.
 
     accelerate shards a model together with its optimizer only. Sharding it first is the same in-place operation, and
-    `train` then makes the optimizer over the shards.
+    training then makes the optimizer over the shards.
     """
+    model = fsdp2_prepare_model(accelerator, model)
+    accelerator._models.append(model)
+    register_fsdp_forward_method(model, "generate")
+    return model
 
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            self._shard_on_cpu()
 
-    def _shard_on_cpu(self) -> None:
-        """accelerate passes over FSDP on CPU processes without a word, although FSDP2 works there through gloo."""
-        state = self.accelerator.state
-        if state.distributed_type != DistributedType.MULTI_CPU:
-            raise StrategyError(f"FSDP was asked for, but accelerate runs as {state.distributed_type.value}")
-        plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-        if state.mixed_precision != "no":
-            plugin.set_mixed_precision(state.mixed_precision)
-        state.fsdp_plugin = plugin
-        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-        self.is_fsdp_enabled = True
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward pass has left gathered: the last layers."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
-    def shard(self) -> None:
-        """Share the weights out now, where the strategy does so and it has not been done."""
-        if self.is_fsdp_enabled and not self.accelerator._models:
-            self.model = self.model_wrapped = fsdp2_prepare_model(self.accelerator, self.model)
-            self.accelerator._models.append(self.model)
-            register_fsdp_forward_method(self.model, "generate")
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Gathered from its shards, a weight that two layers share comes twice; it is saved once, as by one process."""
-        if state_dict is not None:
-            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
-            state_dict = {name: w for name, w in state_dict.items() if tied.get(name) not in state_dict}
-        super()._save(output_dir, state_dict)
+def without_copies(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
+    """A gathered state dict in which a weight that two layers share is there once, as one process saves it."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: weight for name, weight in state_dict.items() if tied.get(name) not in state_dict}
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """A forward pass leaves the last layers gathered; the optimizer is for the shards."""
-        if self.is_fsdp_enabled:
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-        return super().create_optimizer(*args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The engine that DeepSpeed makes for an evaluation under stage 3 cannot train, and it would be kept."""
-        if self.is_deepspeed_enabled and self.deepspeed is not None:
-            self.deepspeed.destroy()
-            self.deepspeed, self.model_wrapped = None, self.model
-            self.accelerator._models.clear()
-        return super().train(*args, **kwargs)
+def forget_preparation(model: Any) -> None:
+    """Undo what an evaluation before training did to a model.
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.shard()
-        before_training = self.is_deepspeed_enabled and self.deepspeed is None and not is_deepspeed_zero3_enabled()
-        if not before_training:
-            return super().evaluation_loop(*args, **kwargs)
-        # DeepSpeed makes an engine for training or for stage 3 only; until then each rank holds the whole model.
-        self.is_deepspeed_enabled = False
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            self._forget_evaluation()
-            self.is_deepspeed_enabled = True
+    Trainer.evaluate has accelerate prepare the model for evaluation, which marks it as prepared: training would then
+    leave it out of DistributedDataParallel, and the ranks would diverge.
+    """
+    model._is_accelerate_prepared = False
+    if "_original_forward" in vars(model):
+        model.forward = vars(model).pop("_original_forward")

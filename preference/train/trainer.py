@@ -13,7 +13,6 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from preference.engine.batching import (
     Cut,
@@ -37,13 +36,12 @@ from preference.engine.batching import (
 from preference.engine.cpu.lora import hold_frozen
 from preference.engine.forward import causal_lm, pair_logps
 from preference.engine.probe import prepare_model
-from preference.launch.signals import Interruptible
-from preference.losses import Objective, PairLogps, Totals, objective_share
-from preference.train.checkpoints import Checkpoints
+from preference.losses import Objective, Totals, objective_share
 from preference.train.gradients import clip, exact_norm
+from preference.train.guarded import GuardedTrainer
 from preference.train.reference import References, reference_model
-from preference.train.sharding import Sharded
-from preference.train.watchdog import TrainingError, Watchdog
+from preference.train.scores import MetricSums, PairScores
+from preference.train.watchdog import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -70,30 +68,19 @@ REFUSED = (
 )
 
 
-class MetricSums:
-    """Sums of metrics on the device; they reach the host, and other ranks, when they are read."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-        self.steps = 0
-
-    def add(self, values: Mapping[str, Tensor], scale: float) -> None:
-        for name, value in values.items():
-            value = value.float() * scale
-            self.values[name] = self.values[name] + value if name in self.values else value
-
-    def read(self, accelerator: Any) -> dict[str, float]:
-        """Means over steps of what all ranks added, under the names that they were added by; empties the sums."""
-        if not self.values:
-            return {}
-        sums = accelerator.reduce(torch.stack(list(self.values.values())), "sum").tolist()
-        means = {name: value / max(self.steps, 1) for name, value in zip(self.values, sums, strict=True)}
-        self.values, self.steps = {}, 0
-        return means
-
-
-class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
+class PairTrainer(GuardedTrainer):
     """Trains a causal LM on preference pairs.
+
+    Besides what GuardedTrainer does for both engines it overrides, of transformers.Trainer,
+
+    - get_train_dataloader, get_eval_dataloader, get_test_dataloader: an item is a whole optimizer step of this rank;
+    - get_total_train_batch_size: pairs, of which the Trainer sees one "batch" a step;
+    - training_step: runs the step's micro-batches, each with its exact share of the loss;
+    - _clip_grad_norm, _get_grad_norm: on a CPU torch's norm is off by up to 1e-3 (train/gradients.py);
+    - evaluation_loop, prediction_step: metrics are exact sums over the set, and each pair's scores are kept;
+    - train: the reference's log-probabilities are computed before a checkpoint is loaded over its weights;
+    - log: adds the metrics of the steps since the last log;
+    - floating_point_ops, _track_num_input_tokens: count the tokens that are computed, shared prompts once.
 
     Args:
         model: the model, already wrapped in its PEFT adapter if there is one. Its forward is extended
@@ -154,9 +141,9 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
             )
         self.train_metrics = MetricSums()
         self.eval_metrics: MetricSums | None = None  # None: only scores are wanted, not the objective
+        self.collecting: PairScores | None = None  # of the evaluation that is running
         # evaluation set -> [n, 2] (chosen, rejected) sums of log-probabilities, of its last evaluation
         self.scores: dict[str, np.ndarray] = {}
-        self.collected: Tensor | None = None
 
     # ---- data
 
@@ -241,7 +228,7 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 share, metrics = self._share(model, batch, totals)
                 loss = share * self.args.world_size  # gradients are averaged over ranks, and shares are to be summed
-                self.watch(loss, rows)
+                self.watchdog.watch(loss, rows, self.state.global_step + 1)
                 self.accelerator.backward(loss, **options)
             losses.append(loss.detach())
             self.train_metrics.add(metrics, 1 / totals.pairs)
@@ -258,8 +245,8 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
         elif self.references:
             reference = batch["reference"].unbind(1)
         logps = pair_logps(model, batch)
-        if self.collected is not None:
-            self._collect(batch, logps)
+        if self.collecting is not None:
+            self.collecting.add(batch["rows"], logps)
         return objective_share(self.objective, logps, totals, reference)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -306,13 +293,13 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         self.eval_metrics = MetricSums()
-        self.collected = torch.zeros(len(dataloader.dataset), 2, device=self.args.device)
+        self.collecting = PairScores(len(dataloader.dataset), self.args.device)
         try:
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-            self.scores[metric_key_prefix] = self.accelerator.reduce(self.collected, "sum").cpu().numpy()
+            self.scores[metric_key_prefix] = self.collecting.read(self.accelerator)
             means = self.eval_metrics.read(self.accelerator)
         finally:
-            self.collected = self.eval_metrics = None
+            self.collecting = self.eval_metrics = None
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 
@@ -322,26 +309,21 @@ class PairTrainer(Watchdog, Checkpoints, Interruptible, Sharded, Trainer):
             for batch in inputs["micro_batches"]:
                 if self.eval_metrics is None:
                     batch = self._prepare_inputs(batch)
-                    self._collect(batch, pair_logps(model, batch))
+                    self.collecting.add(batch["rows"], pair_logps(model, batch))
                 else:
                     _, metrics = self._share(model, batch, inputs["totals"])
                     self.eval_metrics.add(metrics, 1 / inputs["totals"].pairs)
         return None, None, None
 
-    def _collect(self, batch: dict[str, Any], logps: PairLogps) -> None:
-        values = torch.stack([logps.chosen_B, logps.rejected_B], dim=1).float()
-        kept = logps.weight_B > 0
-        self.collected[batch["rows"][kept]] = values[kept]
-
     def _reference_logps(self, dataset: Dataset) -> np.ndarray:
         """[n, 2] float32: what the model, as it stands, gives the answers of each row. All ranks together."""
         logger.info("Computing the reference log-probabilities of %d pairs, once", len(dataset))
-        self.collected = torch.zeros(len(dataset), 2, device=self.args.device)
+        self.collecting = PairScores(len(dataset), self.args.device)
         try:
             super().evaluation_loop(self._eval_loader(dataset, None), "Reference", True)
-            values = self.accelerator.reduce(self.collected, "sum").cpu().numpy()
+            values = self.collecting.read(self.accelerator)
         finally:
-            self.collected = None
+            self.collecting = None
         if not np.isfinite(values).all():
             raise TrainingError("the model, untrained, gives some answers a log-probability that is not finite")
         return values

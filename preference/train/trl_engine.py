@@ -34,12 +34,10 @@ from transformers import Trainer, TrainingArguments
 
 from preference.engine.batching import ID_COLUMNS, row_lengths
 from preference.errors import PreferenceError
-from preference.launch.signals import Interruptible
 from preference.losses import Objective, log1mexp
-from preference.train.checkpoints import Checkpoints
+from preference.train.guarded import GuardedTrainer
 from preference.train.reference import is_fresh_adapter
-from preference.train.sharding import Sharded
-from preference.train.watchdog import Watchdog, name_rows
+from preference.train.watchdog import name_rows
 
 TESTED = "1.16.0"
 STAND_IN = {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]} | {name: [[1]] for name in ID_COLUMNS}
@@ -87,8 +85,8 @@ class DpoCollator:
         }
 
 
-class _Guards(Watchdog, Checkpoints, Interruptible, Sharded):
-    """What both of TRL's trainers need; goes before them in the bases."""
+class _Guards(GuardedTrainer):
+    """What both of TRL's trainers need besides; goes before them in the bases."""
 
     def __init__(self, *args: Any, send_usage: bool, **kwargs: Any) -> None:
         self.send_usage = send_usage
@@ -98,6 +96,12 @@ class _Guards(Watchdog, Checkpoints, Interruptible, Sharded):
     def _send_telemetry(self) -> None:
         if self.send_usage:
             super()._send_telemetry()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        rows = inputs.pop("source", [])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watchdog.watch(loss, rows, self.state.global_step + 1)
+        return loss
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, {k: v for k, v in inputs.items() if k != "source"}, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""A signal ends a run after its step, on all ranks, with a checkpoint and an exit code; the same command goes on."""
+"""A signal ends a run after its step, on all ranks, with a checkpoint and an exit code; the same command resumes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from training import make_pairs, make_trainer, same_weights, weights_of
 
 from preference.launch.agreement import AgreementError, compare_ranks, on_every_rank
-from preference.launch.signals import EXIT_STOPPED, StoppedBySignal, StopSignals, StopTogether
+from preference.launch.signals import EXIT_STOPPED, StoppedBySignal, StopSignals
 from preference.train.checkpoints import checkpoint_folders, fault
+from preference.train.stopping import StopTogether
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ def test_the_step_is_finished_and_saved(tmp_path, signals, number):
     assert all(torch.equal(saved[name], p) for name, p in weights_of(trainer.model).items() if name in saved)
 
 
-def test_a_stopped_run_goes_on_to_the_weights_of_an_undisturbed_one(tmp_path, signals):
+def test_a_stopped_run_resumes_to_the_weights_of_an_undisturbed_one(tmp_path, signals):
     def make(folder):
         return make_trainer("packed", folder, make_pairs(16), max_steps=6)
 
@@ -124,7 +125,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_one_rank_gets_the_signal_and_all_stop_and_the_same_command_goes_on(folder, tmp_path):
+def test_one_rank_gets_the_signal_and_all_stop_and_the_same_command_resumes(folder, tmp_path):
     output = tmp_path / "out"
     process = launch(folder, output)
     wait_for_step(output, process, 3)
@@ -183,7 +184,7 @@ def test_what_fails_on_one_rank_fails_on_all_by_name(monkeypatch):
         return [None, *values, ("b", "TripleError: train.jsonl is not there"), None]
 
     monkeypatch.setattr(agreement, "gather_object", everyone)
-    words = r"rank 2 on b cannot go on: TripleError: train.jsonl is not there"
+    words = r"rank 2 on b failed: TripleError: train.jsonl is not there"
     with pytest.raises(AgreementError, match=words), on_every_rank():
         pass
     with pytest.raises(ValueError, match="this one's own"), on_every_rank():

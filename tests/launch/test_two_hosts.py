@@ -1,4 +1,4 @@
-"""Two hosts, each a network namespace with an address and a disk of its own: one is cut off, and both go on later."""
+"""Two hosts, each a network namespace with an address and a disk of its own: one is cut off, and both resume later."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_one_host_is_cut_off_and_both_go_on_later(folder, tmp_path, hosts):  # n
     ip("-n", hosts[1][0], "link", "set", hosts[1][1], "down")
     assert [job.wait(120) for job in jobs] == [1, 1]
     for rank, (disk, log) in enumerate(zip(disks, logs, strict=True)):  # each host keeps a copy that is whole
-        assert f"machine {1 - rank} has not been heard of by machine {rank} for 12 s" in log.read_text()
+        assert f"node {1 - rank} has not been heard of by node {rank} for 12 s" in log.read_text()
         checkpoint = checkpoint_folders(disk)[0]
         assert (checkpoint / "model.safetensors").exists() and fault(checkpoint) is None
     ip("-n", hosts[1][0], "link", "set", hosts[1][1], "up")

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or not there, and only the run that wrote one goes on from it."""
+"""Checkpoints are complete or not there, and only the run that wrote one resumes from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from preference.train.checkpoints import (
     write_manifest,
 )
 from preference.train.identity import differences, weights_sample
-from preference.train.resuming import RUN_FILE, begin, finish, go_on_after_restart
+from preference.train.resuming import RUN_FILE, finish, resolve_start, resume_after_restart
 from tiny import tiny_model
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 6}
@@ -39,7 +39,7 @@ def make(folder: Path, **changes):
 def run(folder: Path, how: str = "auto", identity=IDENTITY, stop_at: int | None = None, anyway=False, **changes):
     """A run in `folder`, which dies after writing the checkpoint of step `stop_at` if that is given."""
     trainer = make(folder, **changes)
-    start = begin(trainer, how, identity, anyway=anyway)
+    start = resolve_start(trainer, how, identity, anyway=anyway)
     if stop_at:
 
         class Death(Exception):
@@ -126,12 +126,12 @@ def test_old_checkpoints_go_by_step_and_only_ones_own_and_never_the_last_good(tm
 
 
 @pytest.mark.parametrize("engine", ["packed", "trl"])
-def test_a_run_that_died_goes_on_to_the_same_weights(tmp_path, engine):
+def test_a_run_that_died_resumes_to_the_same_weights(tmp_path, engine):
     pairs = make_pairs(16)
 
     def train(folder, steps_then_die=None):
         trainer = make_trainer(engine, folder, pairs, **SAVING)
-        start = begin(trainer, "auto", IDENTITY)
+        start = resolve_start(trainer, "auto", IDENTITY)
         if steps_then_die:
             trainer.args.max_steps = steps_then_die
         trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
@@ -167,25 +167,25 @@ def test_changed_settings_are_refused_by_name_unless_wanted(tmp_path):
     run(tmp_path, stop_at=4)
     changed = IDENTITY | {"loss": "dpo"}
     with pytest.raises(CheckpointError, match="loss: was orpo, is dpo.*resume_anyway=true"):
-        begin(make(tmp_path), "auto", changed)
-    start = begin(make(tmp_path), "auto", changed, anyway=True)
+        resolve_start(make(tmp_path), "auto", changed)
+    start = resolve_start(make(tmp_path), "auto", changed, anyway=True)
     assert start.step == 4 and any("loss: was orpo" in note for note in start.notes)
-    assert begin(make(tmp_path), "never", changed).step == 0
+    assert resolve_start(make(tmp_path), "never", changed).step == 0
 
 
 def test_another_strategy_is_refused(tmp_path):
     run(tmp_path, stop_at=2)
     with pytest.raises(CheckpointError, match="strategy=ddp.*strategy=fsdp.* cannot read"):
-        begin(make(tmp_path), "auto", IDENTITY, strategy="fsdp", anyway=True)
+        resolve_start(make(tmp_path), "auto", IDENTITY, strategy="fsdp", anyway=True)
 
 
 def test_a_finished_run_begins_anew_and_old_checkpoints_are_not_taken_for_its_own(tmp_path):
     trainer, _ = run(tmp_path)
-    assert begin(make(tmp_path), "auto", IDENTITY).step == 6  # not finished: the model was not saved yet
+    assert resolve_start(make(tmp_path), "auto", IDENTITY).step == 6  # not finished: the model was not saved yet
     finish(trainer)
     _, start = run(tmp_path, identity=IDENTITY | {"loss": "dpo"}, stop_at=2)
     assert start.step == 0 and "finished" in start.notes[0]
-    again = begin(make(tmp_path), "auto", IDENTITY | {"loss": "dpo"})
+    again = resolve_start(make(tmp_path), "auto", IDENTITY | {"loss": "dpo"})
     assert again.step == 2, "checkpoint-6 belongs to the run before"
 
 
@@ -198,17 +198,17 @@ def test_without_checkpoints_every_run_is_a_first_one(tmp_path):
 
 def test_resuming_from_a_folder_begins_a_branch(tmp_path):
     run(tmp_path, stop_at=4)
-    assert begin(make(tmp_path), str(tmp_path / "checkpoint-2"), IDENTITY).step == 2
-    assert begin(make(tmp_path), "auto", IDENTITY).step == 0, "checkpoint-4 is of the run that was left"
+    assert resolve_start(make(tmp_path), str(tmp_path / "checkpoint-2"), IDENTITY).step == 2
+    assert resolve_start(make(tmp_path), "auto", IDENTITY).step == 0, "checkpoint-4 is of the run that was left"
     with pytest.raises(CheckpointError, match="checkpoint-9 cannot be resumed from: it is not there"):
-        begin(make(tmp_path), str(tmp_path / "checkpoint-9"), IDENTITY)
+        resolve_start(make(tmp_path), str(tmp_path / "checkpoint-9"), IDENTITY)
 
 
 def test_after_a_restart_with_other_processes_a_step_has_the_same_pairs(tmp_path):
     trainer = make(tmp_path)
-    begin(trainer, "auto", IDENTITY | {"pairs per optimizer step": 24})
-    assert not go_on_after_restart(trainer.args, 0) and trainer.args.per_device_train_batch_size == 4
-    assert go_on_after_restart(trainer.args, 1)
+    resolve_start(trainer, "auto", IDENTITY | {"pairs per optimizer step": 24})
+    assert not resume_after_restart(trainer.args, 0) and trainer.args.per_device_train_batch_size == 4
+    assert resume_after_restart(trainer.args, 1)
     assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (4, 6)
     assert same_step(24, 5, 2) == (4, 3) and same_step(16, 8, 4) == (4, 1) and same_step(3, 4, 3) == (1, 1)
     with pytest.raises(ValueError, match="16 pairs per optimizer step cannot be dealt evenly to 3 processes"):
@@ -217,7 +217,7 @@ def test_after_a_restart_with_other_processes_a_step_has_the_same_pairs(tmp_path
 
 def test_last_wants_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        begin(make(tmp_path), "last", IDENTITY)
+        resolve_start(make(tmp_path), "last", IDENTITY)
 
 
 # ---- the disk
@@ -226,7 +226,7 @@ def test_last_wants_a_checkpoint(tmp_path):
 def test_a_full_disk_stops_with_a_message_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, whole):
     """The disk is full when the optimizer's state of step 4 is written."""
     trainer = make(tmp_path)
-    begin(trainer, "auto", IDENTITY)
+    resolve_start(trainer, "auto", IDENTITY)
     save = torch.save
 
     def full(value, file, *args, **kwargs):
@@ -245,9 +245,9 @@ def test_a_full_disk_stops_with_a_message_and_keeps_the_last_good_checkpoint(tmp
 
 
 def test_a_checkpoint_without_weights_is_none(tmp_path, monkeypatch):
-    """transformers 5.23 writes none on machines other than the first (preference/train/resuming.py sees to it)."""
+    """transformers 5.23 writes none on nodes other than the first (preference/train/resuming.py sees to it)."""
     trainer = make(tmp_path)
-    begin(trainer, "auto", IDENTITY)
+    resolve_start(trainer, "auto", IDENTITY)
     monkeypatch.setattr(trainer.model, "save_pretrained", lambda *args, **kwargs: None)
     with pytest.raises(CheckpointError, match="checkpoint-2 could not be written: .* the Trainer wrote no weights"):
         trainer.train()
@@ -260,7 +260,7 @@ def test_a_disk_too_small_is_refused_with_the_numbers_before_training(tmp_path, 
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000_000)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="0.10 GB free, and 3 checkpoints of 0.07 GB"):
-        begin(trainer, "auto", IDENTITY)
+        resolve_start(trainer, "auto", IDENTITY)
     check_disk(tmp_path, trainer.model, trainer.args, 0)  # no checkpoints, a small model
 
 
@@ -277,6 +277,6 @@ def test_the_sample_of_weights_tells_models_apart():
 
 
 def test_the_file_of_the_run_says_what_it_is(tmp_path):
-    begin(make(tmp_path), "auto", IDENTITY)
+    resolve_start(make(tmp_path), "auto", IDENTITY)
     record = json.loads((tmp_path / RUN_FILE).read_text())
     assert record["identity"] == IDENTITY and record["finished"] is False and record["launch"]["world_size"] == 1

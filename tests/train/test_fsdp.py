@@ -61,7 +61,7 @@ def test_shared_out_weights_train_as_whole_ones_do(folder, tmp_path, use_peft): 
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_stopped_and_goes_on(folder, tmp_path):  # noqa: F811
+def test_a_sharded_run_is_stopped_and_resumes(folder, tmp_path):  # noqa: F811
     """Losses of the steps after the stop are those of an undisturbed run; Adam's state was gathered and dealt again."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     words = ["--max_steps", "24", "--optim", "adamw_torch"]

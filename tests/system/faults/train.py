@@ -28,7 +28,7 @@ def train(folder: Path, say=lambda phase: None) -> str:
     from transformers import TrainerCallback
 
     from preference.train import checkpoints
-    from preference.train.resuming import begin
+    from preference.train.resuming import resolve_start
     from tiny import tiny_model
 
     class Phases(TrainerCallback):
@@ -63,7 +63,7 @@ def train(folder: Path, say=lambda phase: None) -> str:
         )  # fmt: skip
         save = trainer._save_checkpoint
         trainer._save_checkpoint = lambda *args: (say("writing"), save(*args))
-        start = begin(trainer, "auto", {"test": 1})
+        start = resolve_start(trainer, "auto", {"test": 1})
         for note in start.notes:
             print(note, flush=True)
         trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))

@@ -1,4 +1,4 @@
-"""Several machines: they agree before they start, and one that is cut off is noticed."""
+"""Several nodes: they agree before they start, and one that is cut off is noticed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from preference.launch.heartbeat import Heartbeat, watch_machines
+from preference.launch.heartbeat import Heartbeat, watch_nodes
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "torchrun"))
 import meeting  # noqa: E402
@@ -27,8 +27,8 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def answers_of(*machines: tuple[int, int, int], wait: float = 60) -> list[str]:
-    """What machines of (NODE_RANK, NNODES, NPROC) make of each other: "" or the error, in their order."""
+def answers_of(*nodes: tuple[int, int, int], wait: float = 60) -> list[str]:
+    """What nodes of (NODE_RANK, NNODES, NPROC) make of each other: "" or the error, in their order."""
     port, answers = free_port(), {}
 
     def one(i: int, rank: int, nnodes: int, nproc: int) -> None:
@@ -43,12 +43,12 @@ def answers_of(*machines: tuple[int, int, int], wait: float = 60) -> list[str]:
             answers[i] = str(error)
 
     stores = []
-    threads = [threading.Thread(target=one, args=(i, *machine)) for i, machine in enumerate(machines)]
+    threads = [threading.Thread(target=one, args=(i, *node)) for i, node in enumerate(nodes)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    return [answers[i] for i in range(len(machines))]
+    return [answers[i] for i in range(len(nodes))]
 
 
 @pytest.fixture(autouse=True)
@@ -56,32 +56,32 @@ def a_short_grace(monkeypatch):
     monkeypatch.setattr(meeting, "GRACE", 0.3)
 
 
-def test_machines_that_agree_go_on():
+def test_nodes_that_agree_go_on():
     assert answers_of((0, 2, 4), (1, 2, 4)) == ["", ""]
 
 
-@pytest.mark.parametrize("machines", [[(0, 2, 1), (1, 3, 1)], [(0, 3, 1), (1, 2, 1)]])
-def test_another_number_of_machines_is_named_on_both(machines):
-    for answer in answers_of(*machines):
-        assert "NNODES=2" in answer and "NNODES=3" in answer and "machine 1 has" in answer
+@pytest.mark.parametrize("nodes", [[(0, 2, 1), (1, 3, 1)], [(0, 3, 1), (1, 2, 1)]])
+def test_another_number_of_nodes_is_named_on_both(nodes):
+    for answer in answers_of(*nodes):
+        assert "NNODES=2" in answer and "NNODES=3" in answer and "node 1 has" in answer
 
 
 def test_another_number_of_processes_is_named():
     for answer in answers_of((0, 2, 4), (1, 2, 8)):
-        assert "machine 0 has NPROC=4" in answer and "machine 1 has NPROC=8" in answer
+        assert "node 0 has NPROC=4" in answer and "node 1 has NPROC=8" in answer
 
 
-def test_two_machines_of_one_number():
+def test_two_nodes_of_one_number():
     answers = answers_of((0, 3, 1), (1, 3, 1), (1, 3, 1), wait=2)
-    assert sum("another machine has NODE_RANK=1 as well" in answer for answer in answers) == 1
+    assert sum("another node has NODE_RANK=1 as well" in answer for answer in answers) == 1
 
 
-def test_a_machine_that_does_not_come():
+def test_a_node_that_does_not_come():
     [answer] = answers_of((0, 2, 1), wait=1)
-    assert "not all machines came to 127.0.0.1:" in answer
+    assert "not all nodes came to 127.0.0.1:" in answer
 
 
-def test_only_numbered_machines_meet():
+def test_only_numbered_nodes_meet():
     assert settings(["--standalone", "--nproc_per_node", "2", "orpo_train.py", "--max_steps", "3"]) is None
     assert settings(["--nnodes", "1:2", "--rdzv_backend", "c10d", "orpo_train.py"]) is None
     words = "--nnodes 2 --node_rank 1 --nproc_per_node 4 --master_addr a --master_port 29500 orpo_train.py --seed 1"
@@ -93,7 +93,7 @@ def test_only_numbered_machines_meet():
 
 
 class Network:
-    """A store that two machines reach until they are cut off; then a call never comes back."""
+    """A store that two nodes reach until they are cut off; then a call never comes back."""
 
     def __init__(self) -> None:
         self.store, self.cut = HashStore(), threading.Event()
@@ -105,32 +105,32 @@ class Network:
         return self.store.add(key, amount)
 
 
-def pair(silence: float) -> tuple[list[Heartbeat], list[Network], list[queue.Queue]]:
+def pair(timeout: float) -> tuple[list[Heartbeat], list[Network], list[queue.Queue]]:
     networks, told = [Network(), Network()], [queue.Queue(), queue.Queue()]
     networks[1].store = networks[0].store
-    hearts = [Heartbeat(i, 2, lambda i=i: networks[i], silence, told[i].put).start() for i in (0, 1)]
+    hearts = [Heartbeat(i, 2, lambda i=i: networks[i], timeout, told[i].put).start() for i in (0, 1)]
     return hearts, networks, told
 
 
-def test_a_machine_that_is_cut_off_is_noticed_on_both_sides():
-    hearts, networks, told = pair(silence=0.6)
+def test_a_node_that_is_cut_off_is_noticed_on_both_sides():
+    hearts, networks, told = pair(timeout=0.6)
     while hearts[0].counts[1][0] < 2:
         assert all(sentences.empty() for sentences in told)
     networks[1].cut.set()
-    assert told[0].get(timeout=60) == "machine 1 has not been heard of by machine 0 for 0.6 s"
-    assert told[1].get(timeout=60) == "machine 0 has not been heard of by machine 1 for 0.6 s"
+    assert told[0].get(timeout=60) == "node 1 has not been heard of by node 0 for 0.6 s"
+    assert told[1].get(timeout=60) == "node 0 has not been heard of by node 1 for 0.6 s"
     networks[1].never.set()
 
 
-def test_a_machine_that_fails_says_so():
-    hearts, _, told = pair(silence=0.6)
+def test_a_node_that_fails_says_so():
+    hearts, _, told = pair(timeout=0.6)
     hearts[1].stop(failed=True)
-    assert told[0].get(timeout=60) == "machine 1 has failed, and its output says why"
+    assert told[0].get(timeout=60) == "node 1 has failed, and its output says why"
     hearts[0].stop()
 
 
-def test_machines_need_not_come_at_the_same_time():
-    """The first sign of life may take five silences."""
+def test_nodes_need_not_come_at_the_same_time():
+    """The first heartbeat may take five timeouts."""
     told, store = queue.Queue(), HashStore()
     first = Heartbeat(0, 2, lambda: store, 0.4, told.put).start()
     with pytest.raises(queue.Empty):
@@ -142,11 +142,11 @@ def test_machines_need_not_come_at_the_same_time():
     first.stop()
     assert told.empty()
     Heartbeat(0, 2, HashStore, 0.2, told.put).start()
-    assert told.get(timeout=60) == "machine 1 has not been heard of by machine 0 for 0.2 s"
+    assert told.get(timeout=60) == "node 1 has not been heard of by node 0 for 0.2 s"
 
 
-def test_a_machine_that_is_done_is_not_missed():
-    hearts, _, told = pair(silence=0.6)
+def test_a_node_that_is_done_is_not_missed():
+    hearts, _, told = pair(timeout=0.6)
     hearts[1].stop()
     assert not hearts[1].beating.is_alive()
     with pytest.raises(queue.Empty):
@@ -154,8 +154,8 @@ def test_a_machine_that_is_done_is_not_missed():
     hearts[0].stop()
 
 
-def test_one_process_of_each_machine_of_several_watches():
-    assert watch_machines({}, 60) is None
+def test_one_process_of_each_node_of_several_watches():
+    assert watch_nodes({}, 60) is None
     several = {"GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", "LOCAL_RANK": "1"}
-    assert watch_machines(several, 60) is None
-    assert watch_machines(several | {"LOCAL_RANK": "0"}, 0) is None
+    assert watch_nodes(several, 60) is None
+    assert watch_nodes(several | {"LOCAL_RANK": "0"}, 0) is None

@@ -1,0 +1,51 @@
+"""Numbers that ranks add up on the device and read once: metrics, and what a model gives each pair of a set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from preference.losses import PairLogps
+
+
+class MetricSums:
+    """Sums of metrics on the device; they reach the host, and other ranks, when they are read."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, values: Mapping[str, Tensor], scale: float) -> None:
+        for name, value in values.items():
+            scaled = value.float() * scale
+            self.values[name] = self.values[name] + scaled if name in self.values else scaled
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """Means over steps of what all ranks added, under the names that they were added by; empties the sums."""
+        if not self.values:
+            return {}
+        sums = accelerator.reduce(torch.stack(list(self.values.values())), "sum").tolist()
+        means = {name: value / max(self.steps, 1) for name, value in zip(self.values, sums, strict=True)}
+        self.values, self.steps = {}, 0
+        return means
+
+
+class PairScores:
+    """The summed log-probabilities of both answers of `pairs` pairs, each of which one rank sees."""
+
+    def __init__(self, pairs: int, device: torch.device) -> None:
+        self.sums_N2 = torch.zeros(pairs, 2, device=device)
+
+    def add(self, rows_B: Tensor, logps: PairLogps) -> None:
+        """`rows_B`: each pair's place in the set; pairs of weight 0 only fill up a batch."""
+        values_B2 = torch.stack([logps.chosen_B, logps.rejected_B], dim=1).float()
+        kept_B = logps.weight_B > 0
+        self.sums_N2[rows_B[kept_B]] = values_B2[kept_B]
+
+    def read(self, accelerator: Any) -> np.ndarray:
+        """[N, 2] float32 (chosen, rejected), on every rank."""
+        return accelerator.reduce(self.sums_N2, "sum").cpu().numpy()

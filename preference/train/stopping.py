@@ -1,0 +1,42 @@
+"""A signal that any rank has received ends a run after its step, with a checkpoint, on all ranks.
+
+Before each optimizer step the ranks add up their flags, so that all of them stop after the same one. An evaluation is
+broken off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from preference.launch.signals import StoppedBySignal, StopSignals
+
+
+class StopTogether(TrainerCallback):
+    """Acts on a signal that any rank has received: after the step, on all ranks."""
+
+    def __init__(self, trainer: Any, signals: StopSignals) -> None:
+        self.accelerator, self.signals = trainer.accelerator, signals
+        self.stopping = False
+
+    def _anyone(self) -> bool:
+        flag = self.signals.received is not None
+        if self.accelerator.num_processes == 1:
+            return flag
+        return self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum").item() > 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Here, as the watchdog has just waited for the device: another wait costs next to nothing.
+        self.stopping = self.stopping or self._anyone()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopping:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.signals.phase == "training" and self._anyone():
+            self.stopping = True
+            raise StoppedBySignal
