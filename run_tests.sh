@@ -16,6 +16,16 @@ if [ ! -d models/SmolLM2-135M-Instruct ]; then # without it the tests that need 
     "$PYTHON" -c 'from preference.models.starter import ensure_starter_model; ensure_starter_model()' || true
 fi
 
+if [ $# = 0 ]; then
+    PATH=$(dirname "$PYTHON"):$PATH
+    export PATH
+    echo "ruff, shellcheck, mypy"
+    ruff check --output-format concise .
+    ruff format --check .
+    find . -name '*.sh' -not -path './.venv/*' -exec shellcheck {} +
+    mypy 2>&1 | mypy-baseline filter
+fi
+
 # The report is tested in a real browser where there is one; a machine of continuous integration gets it.
 if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 ||

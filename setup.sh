@@ -96,11 +96,11 @@ for name in python3 python; do
 done
 
 # ---- 3. .venv; a copy of each requirements file is put into it last, and tells that its installation was completed
-complete() {
+is_complete() {
     cmp -s "$here/requirements.txt" "$venv/requirements.txt" && cmp -s "$here/$wanted" "$venv/$wanted" &&
         compare_with_pins "$venv/bin/python" >/dev/null 2>&1
 }
-if complete; then use "$venv/bin/python" .venv; fi
+if is_complete; then use "$venv/bin/python" .venv; fi
 [ -z "${different:-}" ] || say "not taking the active environment: $different. To use it as it is, set PYTHON to it"
 
 find_base() { # the Python to make .venv with; 3.10 is the last choice, because the newest transformers and trl left it behind
@@ -125,7 +125,7 @@ except BlockingIOError:
     print("setup: waiting for another setup.sh in this folder", file=sys.stderr)
     fcntl.flock(9, fcntl.LOCK_EX)
 ' || say "this file system has no locks: do not start two runs at once the first time"
-if complete; then use "$venv/bin/python" ".venv, made by the other setup.sh"; fi
+if is_complete; then use "$venv/bin/python" ".venv, made by the other setup.sh"; fi
 
 
 if usable "$venv/bin/python" 10; then base=$venv/bin/python; fi # asked again: the other setup.sh may have made it meanwhile
@@ -146,8 +146,9 @@ done
 say "installing $wanted into .venv; the first time this takes minutes and up to 6 GB with the CUDA libraries"
 [ -n "${TORCH_INDEX_URL:-}" ] || command -v nvidia-smi >/dev/null ||
     say "no NVIDIA GPU seen: TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu gets a smaller torch, see the top of setup.sh"
-[ -t 2 ] && quiet= || quiet=-q
-PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install $quiet \
+quiet=-q
+[ ! -t 2 ] || quiet=
+PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install ${quiet:+"$quiet"} \
     ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r "$here/$wanted" >&2 ||
     fail "pip could not install $wanted (see above). Run the same command again: it goes on from where it stopped." \
         "Behind a mirror or proxy set PIP_INDEX_URL or HTTPS_PROXY"
@@ -156,5 +157,5 @@ for file in requirements.txt "$wanted"; do
     cp "$here/$file" "$venv/$file.new"
     mv "$venv/$file.new" "$venv/$file"
 done
-complete || fail "the installation went through, but: $(compare_with_pins "$venv/bin/python" 2>&1)"
+is_complete || fail "the installation went through, but: $(compare_with_pins "$venv/bin/python" 2>&1)"
 use "$venv/bin/python" .venv

@@ -21,12 +21,12 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preference.data.formats import FORMATS, Format, Options, checked, parse_columns  # noqa: E402
-from preference.data.report import DataError, DataReport  # noqa: E402
+from preference.data.formats import FORMATS, Format, Options, checked, parse_columns
+from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.rows import Repeats, iter_rows
-from preference.data.sources import HUB, Position, find_sources  # noqa: E402
-from preference.tokens.lengths import TokenLengths  # noqa: E402
+from preference.data.sources import HUB, Position, find_sources
+from preference.tokens.lengths import TokenLengths
 
 EXAMPLES = 20  # places listed for each reason in the report
 STEP = 500  # records between two updates of the progress bar

@@ -27,7 +27,7 @@ from preference.engine.attention import EngineError  # noqa: E402
 from preference.engine.probe import (  # noqa: E402
     packed_logps,
     plain_logps,
-    prepare_model,  # noqa: E402
+    prepare_model,
 )
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=512)
@@ -152,9 +152,8 @@ def write(path: Path) -> None:
     lines = [INTRO.format(version=transformers.__version__)]
     lines.append(", ".join(f"{how}: {sum(f.how == how for f in findings)}" for how in ("shared", "rows", "refused")))
     lines.append("\n| model_type | runs | why |\n|---|---|---|")
-    for f in findings:
-        if f.how != "not built":
-            lines.append(f"| {f.model_type} | {f.how} | {f.detail.replace('|', '/')} |")
+    built = [f for f in findings if f.how != "not built"]
+    lines.extend(f"| {f.model_type} | {f.how} | {f.detail.replace('|', '/')} |" for f in built)
     missing = ", ".join(f.model_type for f in findings if f.how == "not built")
     lines.append(f"\nNot built tiny, so decided when one is loaded: {missing}.\n")
     path.write_text("\n".join(lines), encoding="utf-8")

@@ -104,7 +104,7 @@ def make_run(folder: Path, **changed: Any) -> Path:
             "warnings": [f"a warning with {HOSTILE}"],
             "train": {
                 "pairs": 260,
-                **{side: spread for side in ("prompt", "chosen", "rejected")},
+                **dict.fromkeys(("prompt", "chosen", "rejected"), spread),
                 "histogram": histogram,
                 "length_bias": {"chosen_longer": 0.61, "accuracy_of_length_alone": 0.62},
             },

@@ -42,7 +42,7 @@ def faults(package: Path) -> list[str]:
     modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
     found, graph = [], {name: set() for name in modules}
     for name, path in modules.items():
-        stage = (name.split(".") + [""])[1]
+        stage = [*name.split("."), ""][1]
         for line, target in imports_of(path):
             where = f"{path.relative_to(package.parent)}:{line} imports {target}"
             wanted = target if target in modules else target.rpartition(".")[0]
@@ -50,7 +50,7 @@ def faults(package: Path) -> list[str]:
                 found.append(f"{where}, which is not there or belongs to a script")
                 continue
             graph[name].add(wanted)
-            other = (wanted.split(".") + [""])[1]
+            other = [*wanted.split("."), ""][1]
             if stage and other and other != stage:
                 if STAGES.index(other) > STAGES.index(stage):
                     found.append(f"{where}: {stage} stands before {other}")

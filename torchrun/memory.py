@@ -16,13 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-from transformers import Qwen2Config  # noqa: E402
+import numpy as np
+from transformers import Qwen2Config
 
-from preference.arguments import STRATEGIES, Arguments, parse_arguments  # noqa: E402
-from preference.losses import Objective  # noqa: E402
-from preference.models.hardware import Hardware  # noqa: E402
-from preference.plan.dry_run import Setup  # noqa: E402
+from preference.arguments import STRATEGIES, Arguments, parse_arguments
+from preference.losses import Objective
+from preference.models.hardware import Hardware
+from preference.plan.dry_run import Setup
 
 # name: hidden size, layers, heads, key-value heads, intermediate size, tied embeddings
 MODELS = {
@@ -34,7 +34,7 @@ MODELS = {
     "72 B": (8192, 80, 64, 8, 29568, False),
 }
 PAIRS = np.array([[300, 200, 200]] * 4)
-WORLDS = {strategy: (4, 8) for strategy in STRATEGIES} | {"ddp": (1, 8)}
+WORLDS = dict.fromkeys(STRATEGIES, (4, 8)) | {"ddp": (1, 8)}
 
 
 def config_of(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, tied: bool) -> Qwen2Config:

@@ -176,7 +176,7 @@ def _refused_by_head(head: bytes) -> Fault | None:
 
 def open_bytes(path: str, position: Position | None = None) -> BinaryIO:
     """Open for reading bytes, through gzip where the first two bytes say so."""
-    raw = open(path, "rb")
+    raw = open(path, "rb")  # noqa: SIM115  the caller closes it
     if position is not None:
         position.raw = raw
     if raw.peek(2)[:2] != GZIP:

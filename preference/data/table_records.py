@@ -226,7 +226,7 @@ def splits_of(folder: Path) -> list[str] | None:
 
 def hub_records(source: str) -> Iterator[Record | Fault]:
     """The rows of `hub:owner/name[:config[:split]]`, streamed, numbered from 1. Raises DataError if it is not there."""
-    name, config, split = (source.removeprefix("hub:").split(":") + ["", ""])[:3]
+    name, config, split = [*source.removeprefix("hub:").split(":"), "", ""][:3]
     for number, value in enumerate(_hub_rows(source, name, config or None, split or None), 1):
         yield Record(number, value)
 

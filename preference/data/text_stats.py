@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from array import array
 from collections import Counter
@@ -68,7 +69,7 @@ def nearly_identical(a: str, b: str) -> bool:
     if normalised(a) == normalised(b):
         return True
     a, b = a[:ANSWER_SAMPLE], b[:ANSWER_SAMPLE]
-    ours, theirs = set(zip(a, a[1:], strict=False)), set(zip(b, b[1:], strict=False))
+    ours, theirs = set(itertools.pairwise(a)), set(itertools.pairwise(b))
     return len(ours & theirs) >= 0.8 * len(ours | theirs) > 0
 
 

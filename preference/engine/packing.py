@@ -109,7 +109,8 @@ class _Row:
         """Pairs, each given by its prefix and number, sorted by prefix; `depth` tokens are in the row already."""
         if len(prefixes) == 1:
             number = prefixes[0][1]
-            return self.add_pair(number, pairs[number], depth, path, goes_on)
+            self.add_pair(number, pairs[number], depth, path, goes_on)
+            return
         first, last = prefixes[0][0], prefixes[-1][0]
         common = common_length(first, last)
         if common - depth >= MIN_SHARED:

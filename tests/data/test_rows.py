@@ -330,7 +330,7 @@ def test_utf_16_is_refused_not_misread(tmp_path, codec, why):
 def test_unknown_choices_are_errors(tmp_path):
     path = write(tmp_path, lines(triple(1)))
     for choice in ({"data_check": "lax"}, {"format": "none"}, {"axis": "left"}, {"pairs": "x"}, {"columns": "x=y"}):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="^(data_check must|unknown format|axis must|pairs must|columns must)"):
             load_rows([path], DataReport(), **choice)
 
 

@@ -57,7 +57,7 @@ def test_a_model_that_does_something_else_is_not_run_shared(monkeypatch, broken:
         assert not engine.share_prompt and "log-probabilities differ" in engine.reason
 
 
-@pytest.mark.parametrize(("arch", "scale"), [("granite", {"logits_scaling": 8.0}), ("cohere2", {"logit_scale": 0.3})])
+@pytest.mark.parametrize("arch, scale", [("granite", {"logits_scaling": 8.0}), ("cohere2", {"logit_scale": 0.3})])
 def test_the_scale_of_logits_is_the_models_own(monkeypatch, arch: str, scale: dict[str, float]) -> None:
     model, pairs = tiny_model(arch, **scale), random_pairs(3)
     with torch.no_grad():
@@ -65,9 +65,9 @@ def test_the_scale_of_logits_is_the_models_own(monkeypatch, arch: str, scale: di
         prepare_model(model)
         assert torch.allclose(packed_logps(model, pairs, True), plain_logps(model, pairs), atol=1e-3)
     monkeypatch.setattr("preference.engine.forward.logit_scale", lambda config: 1.0)
+    again = tiny_model(arch, **scale)
+    again.get_output_embeddings().weight.data.mul_(20)
     with pytest.raises(EngineError, match="log-probabilities differ.*engine=trl"):
-        again = tiny_model(arch, **scale)
-        again.get_output_embeddings().weight.data.mul_(20)
         prepare_model(again)
 
 

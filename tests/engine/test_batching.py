@@ -163,7 +163,7 @@ def test_what_all_prompts_begin_with_is_found():
 
     def prefix(prompts: list[list[int]]) -> int:
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        return shared_prefix(Dataset.from_list([dict.fromkeys(names, [1]) | {"prompt_ids": ids} for ids in prompts]))
+        return shared_prefix(Dataset.from_list([{key: [1] for key in names} | {"prompt_ids": ids} for ids in prompts]))
 
     system = list(range(100, 120))
     assert prefix([[*system, 1, 2], [*system, 1, 3], [*system, 4]] * 1000) == 20

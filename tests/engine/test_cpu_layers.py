@@ -189,7 +189,7 @@ def inner_tensors_kept(model, autocast: bool) -> int:
     return len(kept)
 
 
-@pytest.mark.parametrize(("arch", "found"), [("llama", 2), ("qwen3", 2), ("gemma2", 2), ("gpt2", 0), ("phi3", 0)])
+@pytest.mark.parametrize("arch, found", [("llama", 2), ("qwen3", 2), ("gemma2", 2), ("gpt2", 0), ("phi3", 0)])
 def test_other_feed_forward_layers_are_left_alone(arch: str, found: int, monkeypatch) -> None:
     usual, light = tiny_model(arch), tiny_model(arch)
     made = calls(monkeypatch, _Gated)
@@ -215,7 +215,7 @@ def test_the_norm_has_its_formulas_gradient() -> None:
     assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 0.1), (x, weight))
 
 
-@pytest.mark.parametrize(("arch", "found"), [("llama", 5), ("qwen3", 9), ("gemma2", 0), ("gpt2", 0)])
+@pytest.mark.parametrize("arch, found", [("llama", 5), ("qwen3", 9), ("gemma2", 0), ("gpt2", 0)])
 def test_norms_that_do_something_else_are_left_alone(arch: str, found: int, monkeypatch) -> None:
     usual, light = tiny_model(arch), tiny_model(arch)
     made = calls(monkeypatch, _RMSNorm)

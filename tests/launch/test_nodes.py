@@ -15,8 +15,8 @@ from torch.distributed import HashStore
 from preference.launch.heartbeat import Heartbeat, watch_nodes
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "torchrun"))
-import meeting  # noqa: E402
-from meeting import MeetingError, meet, settings  # noqa: E402
+import meeting
+from meeting import MeetingError, meet, settings
 
 # ---- before torchrun
 

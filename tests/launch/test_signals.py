@@ -129,7 +129,7 @@ def test_one_rank_gets_the_signal_and_all_stop_and_the_same_command_resumes(fold
     output = tmp_path / "out"
     process = launch(folder, output)
     wait_for_step(output, process, 3)
-    first, second = workers(process.pid)
+    _first, second = workers(process.pid)
     os.kill(second, signal.SIGUSR1)
     assert process.wait(60) == EXIT_STOPPED, output.with_suffix(".log").read_text()[-3000:]
     [checkpoint] = checkpoint_folders(output)

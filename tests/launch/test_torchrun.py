@@ -64,7 +64,7 @@ def test_machines_that_number_themselves(echo: Path, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "words, message",
     [
         (["NNODES=2", "NODE_RANK=2", "MASTER_ADDR=a"], "NODE_RANK goes from 0 to NNODES-1 = 1"),
         (["NNODES=2", "NODE_RANK=0"], "set MASTER_ADDR"),

@@ -120,7 +120,7 @@ def test_four_bit_weights_are_the_linear_layers_but_the_head():
 
 
 @pytest.mark.parametrize(
-    ("optim", "share"), [("adamw_torch_fused", 2), ("sgd", 0), ("adamw_8bit", 0.5), ("paged_lion_32bit", 1)]
+    "optim, share", [("adamw_torch_fused", 2), ("sgd", 0), ("adamw_8bit", 0.5), ("paged_lion_32bit", 1)]
 )
 def test_optimizer_states(optim, share):
     found = estimator(optim=optim)
@@ -192,7 +192,7 @@ def test_checkpointing_keeps_one_tensor_a_layer():
 
 
 @pytest.mark.parametrize(
-    ("arch", "layers", "values"),
+    "arch, layers, values",
     [
         ("llama", 8, {}),
         ("llama", 8, {"engine": "trl"}),

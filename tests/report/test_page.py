@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from html.parser import HTMLParser
@@ -225,7 +226,7 @@ def test_histogram_of_the_data_report(tmp_path):
         stats.keep(*each)
     section = json.loads(json.dumps(stats.outcome()["section"]))
     bins = section["histogram"]
-    assert all(a["to"] == b["from"] for a, b in zip(bins, bins[1:], strict=False))
+    assert all(a["to"] == b["from"] for a, b in itertools.pairwise(bins))
     for i, side in enumerate(("prompt", "chosen", "rejected")):
         for each in bins:
             assert each[side] == sum(each["from"] <= length[i] < each["to"] for length in lengths)

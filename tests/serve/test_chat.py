@@ -174,7 +174,7 @@ def test_plain_lines_are_questions(
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content, message",
     [("", "holds no prompt"), ('{"question": 3}', ":1: a row needs"), ('{"question": "x"}\n{"q', ":2: not JSON")],
 )
 def test_faults_of_a_prompt_file_show_before_anything_is_loaded(

@@ -39,7 +39,7 @@ def gguf_of(
 
 @pytest.mark.parametrize("quantization", ["f16", "q8_0"])
 @pytest.mark.parametrize(
-    ("arch", "config"),
+    "arch, config",
     [
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
@@ -125,7 +125,7 @@ def test_a_gguf_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "config", "message"),
+    "arch, config, message",
     [
         ("gpt2", {}, "llama, mistral, qwen2, qwen3"),
         ("gemma2", {}, "llama, mistral, qwen2, qwen3"),
@@ -241,7 +241,7 @@ def test_prompts_that_are_cut_otherwise_are_said(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "pre"), [("qwen2", "qwen2"), ("llama3", "llama-bpe"), ("llama2", "default")])
+@pytest.mark.parametrize("name, pre", [("qwen2", "qwen2"), ("llama3", "llama-bpe"), ("llama2", "default")])
 def test_real_tokenizers_are_recognised(shared: Path, tmp_path: Path, name: str, pre: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
     rows = max(tokenizer.get_vocab().values()) + 1

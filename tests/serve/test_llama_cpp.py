@@ -83,7 +83,7 @@ def check_prompts(call: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("quantization", "bound"), [("f16", 0.05), ("q8_0", 0.5)])
+@pytest.mark.parametrize("quantization, bound", [("f16", 0.05), ("q8_0", 0.5)])
 def test_the_starter_model_answers_there_as_here(
     starter_model: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, bound: float
 ) -> None:
@@ -110,7 +110,7 @@ def test_the_starter_model_answers_there_as_here(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "arch", "template"),
+    "name, arch, template",
     [
         ("qwen2", "qwen2", "qwen2_5"),
         ("llama3", "llama", "llama3"),

@@ -87,7 +87,7 @@ def test_a_bos_that_opens_every_turn_is_none() -> None:
     assert writes_bos(FAMILIES["llama2"], tokenizer("<s>"))
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("qwen2_5", 3), ("gemma", 2), ("alpaca", 1)])
+@pytest.mark.parametrize("name, kinds", [("qwen2_5", 3), ("gemma", 2), ("alpaca", 1)])
 def test_prompts_are_of_every_kind_that_a_template_writes(name: str, kinds: int) -> None:
     prompts = prompts_of(get_conv_template(name))
     assert len(prompts) == kinds and all("How are you?" in prompt for prompt in prompts)

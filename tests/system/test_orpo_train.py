@@ -201,7 +201,7 @@ def test_sampled_rows_are_drawn_with_the_seed_and_counted(run, tmp_path):
 
 
 def test_rows_are_split_off_where_there_are_no_evaluation_files(run):
-    out, said = run(validation_file_dir=None, validation_split_percentage=25)
+    out, _said = run(validation_file_dir=None, validation_split_percentage=25)
     assert results(out)["eval_loss"] > 0
     report = json.loads((out / "data_report.json").read_text())
     assert (report["train"]["pairs"], report["evaluation"]["pairs"]) == (9, 3)

@@ -183,7 +183,7 @@ def test_history_and_response_as_the_official_template_writes_them(name: str) ->
     assert response.endswith(conv.stop_str)
 
 
-@pytest.mark.parametrize(("name", "system", "start"), SYSTEM)
+@pytest.mark.parametrize("name, system, start", SYSTEM)
 def test_system_text(name: str, system: str | None, start: str) -> None:
     assert get_conv_template(name).get_prompt(QUESTION, [], system).startswith(start)
 
@@ -214,7 +214,7 @@ def test_gemma_4_shows_no_thought_channel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "user", "reply"),
+    "name, user, reply",
     [
         ("chatml", " x\n", " y\n"),
         ("qwen3", " x\n", " y\n"),
@@ -365,7 +365,7 @@ def official_cases() -> list:
     ] or [pytest.param("", {}, {}, marks=pytest.mark.skip(f"needs {RENDERINGS.name} of ../shared/templates"))]
 
 
-@pytest.mark.parametrize(("name", "facts", "case"), official_cases())
+@pytest.mark.parametrize("name, facts, case", official_cases())
 def test_official_rendering(name: str, facts: dict, case: dict) -> None:
     conv = get_conv_template(name)
     if case["prompt"] is None:

@@ -191,7 +191,7 @@ def test_a_finished_run_begins_anew_and_old_checkpoints_are_not_taken_for_its_ow
 
 def test_without_checkpoints_every_run_is_a_first_one(tmp_path):
     for _ in range(2):
-        trainer, start = run(tmp_path, save_strategy="no")
+        _trainer, start = run(tmp_path, save_strategy="no")
         assert start.step == 0 and not start.notes
         # died before it was finished
 

@@ -44,7 +44,7 @@ def curve(engine: str, loss: str, arch: str, output: Path) -> dict[str, list[flo
     return dict(zip(NAMES, map(list, zip(*logged(trainer, *NAMES), strict=True)), strict=True))
 
 
-@pytest.mark.parametrize(("engine", "loss", "arch"), CURVES)
+@pytest.mark.parametrize("engine, loss, arch", CURVES)
 def test_the_curve_is_the_golden_one(engine, loss, arch, tmp_path):
     expected = json.loads((GOLDEN / f"{loss}_{arch}_{engine}.json").read_text())
     actual = curve(engine, loss, arch, tmp_path)

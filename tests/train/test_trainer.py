@@ -96,7 +96,7 @@ class Order(TrainerCallback):
         return self
 
 
-@pytest.mark.parametrize(("workers", "adapter"), [(0, True), (2, False)])
+@pytest.mark.parametrize("workers, adapter", [(0, True), (2, False)])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(workers, adapter, tmp_path):
     """Dropout, data order, optimizer, schedule: 40 pairs in steps of 16 are 3 steps an epoch; 8 steps, saved at 4."""
 
@@ -146,7 +146,7 @@ def test_every_epoch_takes_every_pair_once(tmp_path):
     order = Order().attach(trainer)
     trainer.train()
     assert [len(rows) for rows in order.rows] == [4, 4, 4, 4, 4, 2] * 2
-    first, second = (sum(order.rows[i : i + 6], []) for i in (0, 6))
+    first, second = ([row for rows in order.rows[i : i + 6] for row in rows] for i in (0, 6))
     assert sorted(first) == sorted(second) == sorted(make_pairs(22)["source"])
     assert first != second
     assert trainer.state.epoch == 2
@@ -275,7 +275,7 @@ def test_arguments_without_effect_are_refused(changes, tmp_path):
 
 def test_a_budget_of_tokens_counts_a_system_prompt_once(tmp_path) -> None:
     system = list(range(100, 140))
-    pairs = pairs_of((system + [n, 9], [n, 4], [n, 5, 6]) for n in range(8))
+    pairs = pairs_of(([*system, n, 9], [n, 4], [n, 5, 6]) for n in range(8))
     trainer = make_trainer(
         "packed", tmp_path, pairs, per_device_train_batch_size=8, max_tokens_per_micro_batch=40 + 8 * 6
     )

@@ -112,11 +112,11 @@ def test_spikes_are_told_from_noise():
     meter = SpikeMeter()
     generator = torch.Generator().manual_seed(0)
     falling = [5 - 0.02 * i + 0.1 * float(torch.randn((), generator=generator)) for i in range(150)]
-    assert not any([meter(value) for value in falling])
+    assert not any(meter(value) for value in falling)
     assert meter(4.5)
     assert meter(4.5)  # it did not become the new normal
     assert not meter(2.1)
-    assert not any([SpikeMeter()(value) for value in (1.0, 50.0, 1.0)])  # too early to tell
+    assert not any(SpikeMeter()(value) for value in (1.0, 50.0, 1.0))  # too early to tell
 
 
 @ENGINES

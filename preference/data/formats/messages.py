@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 from preference.data.formats.base import Drop, Pair
@@ -97,7 +98,7 @@ def context_of(turns: list[Turn]) -> dict[str, Any]:
         system, turns = turns[0].text, turns[1:]
     if not turns:
         raise Drop("empty_prompt", "no user turn before the answer")
-    for before, after in zip(turns, turns[1:], strict=False):
+    for before, after in itertools.pairwise(turns):
         if after.role == "system":
             raise Drop("irregular_turns", "a system turn in the middle of the dialogue")
         if before.role == after.role:

@@ -1,0 +1,77 @@
+"""`pip install .` gives a package that is whole: every module imports, every command runs, far from the checkout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tiny import tiny_model, tiny_tokenizer
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import preference
+names = [m.name for m in pkgutil.walk_packages(preference.__path__, "preference.") if not m.name.endswith("__main__")]
+for name in [*names, "orpo_train", "conversation", "chat", "export_model"]:
+    module = importlib.import_module(name)
+    assert module.__file__.startswith(sys.argv[1]), module.__file__
+print(len(names))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the wheel of this checkout was installed into."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "source"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (root / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((root / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, copy], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
+    with zipfile.ZipFile(wheel) as content:
+        assert not [name for name in content.namelist() if name.startswith(("tests/", "data/", "benchmarks/"))]
+    return folder / "site"
+
+
+def run(installed: Path, cwd: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    environ = os.environ | {"PYTHONPATH": str(installed)}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=environ, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_every_module_of_the_wheel_imports(installed: Path, tmp_path: Path, root: Path) -> None:
+    done = run(installed, tmp_path, "-c", IMPORT_ALL, str(installed))
+    assert done.returncode == 0, done.stderr
+    modules = [path for path in (root / "preference").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    assert int(done.stdout) >= len(modules)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_wheel_run(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in ("preference-train", "preference-chat", "preference-export"):
+        done = run(installed, tmp_path, installed / "bin" / command, "--help")
+        assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+    rows = '{"question": "What %d?", "response_chosen": "Good %d.", "response_rejected": "Bad."}\n'
+    (tmp_path / "rows.jsonl").write_text("".join(rows % (i, i) for i in range(12)), encoding="utf-8")
+    make_model(tmp_path / "model")
+    flags = {
+        "model_name_or_path": "model", "train_file_dir": "rows.jsonl", "output_dir": "out", "dry_run": "true",
+        "use_cpu": "true", "template_name": "qwen",
+    }  # fmt: skip
+    done = run(installed, tmp_path, installed / "bin" / "preference-train", *(f"--{k}={v}" for k, v in flags.items()))
+    assert done.returncode == 0 and "the first pair, as the model sees it" in done.stdout, done.stderr
+
+
+def make_model(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
