@@ -12,52 +12,39 @@ The prompt is written by the template that the model was trained with, and answe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import closing, nullcontext
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
 
 from preference.errors import PreferenceError
-
-if TYPE_CHECKING:
-    from preference.serve.generation import Chat, Turn, Within
-    from preference.serve.loading import Source
-
-HELP = """\
-/both             show base and tuned answers side by side, or stop doing so
-/both QUESTION    do it for this question alone
-/system TEXT      what the model is told about itself; without TEXT the template's default
-/reset            forget the conversation
-/quit             leave (or Ctrl-D); Ctrl-C stops an answer
-//...             a question that begins with a slash"""
-HOST = "127.0.0.1"  # of the page: no other machine can open it
-# An answer is shown as Markdown, and an image in it would be fetched from anywhere.
-POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'self' 'unsafe-inline' data: blob:">"""
-UNTUNED, TUNED = "before tuning", "after tuning"  # the page's headings of two answers to a question
+from preference.launch.process import stay_private
 
 
 def main() -> None:
     args = parse_arguments()
+    stay_private()
+    try:
+        chat(args)
+    except PreferenceError as error:
+        sys.exit(f"chat.py: {error}")
+
+
+def chat(args: argparse.Namespace) -> None:
+    from preference.serve.answer_file import answer_file, read_prompts
+    from preference.serve.models import Models
+    from preference.serve.page import require_page, serve
+    from preference.serve.terminal import Terminal
+
     prompts = read_prompts(args.prompts) if args.prompts else []  # before the model: a mistake shows at once
     if args.web:
         require_page(args.port)
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ.setdefault(name, "1")
-
-    try:
-        models = Models(args)
-        if args.prompts:
-            answer_file(models, prompts, args)
-        elif args.web:
-            serve(models, args)
-        else:
-            Terminal(models, args.system, args.both).run()
-    except PreferenceError as error:
-        sys.exit(f"chat.py: {error}")
+    models = Models(args, os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes"))
+    if args.prompts:
+        answer_file(models, prompts, args)
+    elif args.web:
+        serve(models, args)
+    else:
+        Terminal(models, args.system, args.both).run()
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -103,330 +90,15 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def note(text: str) -> None:
-    """What is said about the answers goes to standard error, so that piped answers stay clean."""
-    print(text, file=sys.stderr, flush=True)
-
-
-class Models:
-    """The tuned model and, once it is asked for, its base: the same weights without the adapter, or a second model."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        note(f"loading {args.model} ...")
-        from transformers.utils import logging
-
-        from preference.models.hardware import detect
-        from preference.serve.generation import Chat, Sampling
-        from preference.serve.loading import (
-            find_source,
-            generation_config,
-            load_template,
-            load_tokenizer,
-            load_tuned_model,
-            pick_dtype,
-        )
-
-        logging.disable_progress_bar()
-        self.modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
-        self.source: Source = find_source(
-            args.model,
-            base=args.base_model,
-            use_modelscope=self.modelscope,
-            trust_remote_code=args.trust_remote_code,
-        )
-        hardware = detect(args.use_cpu)
-        self.device, self.dtype = hardware.device, pick_dtype(args.torch_dtype, hardware)
-        tokenizer = load_tokenizer(self.source)
-        self.template, warnings = load_template(self.source, tokenizer, args.template_name)
-        for warning in warnings:
-            note(f"warning: {warning}")
-        model = load_tuned_model(self.source, self.dtype, self.device, self.modelscope)
-        sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
-        self.tuned = Chat(model, tokenizer, self.template, generation_config(self.source, model), sampling)
-        self._base: Chat | None = None
-        note(f"{args.model} on {hardware.name}, template {self.template.name}")
-
-    def base(self) -> tuple[Chat, Within]:
-        """The model before tuning: who answers, and what must be entered meanwhile."""
-        if self.source.adapter:
-            return self.tuned, self.tuned.model.disable_adapter
-        if self._base is None:
-            from preference.serve.generation import Chat
-            from preference.serve.loading import load_base_model
-
-            if self.source.base is not None:
-                note(f"loading the base model {self.source.base} ...")
-            model = load_base_model(self.source, self.dtype, self.device, self.modelscope)
-            tuned = self.tuned  # the same prompts, stops and sampling, whatever the base says of itself
-            self._base = Chat(model, tuned.tokenizer, self.template, tuned.config, tuned.sampling)
-        return self._base, nullcontext
-
-
-class Terminal:
-    """The conversation in a terminal, or over piped lines."""
-
-    def __init__(self, models: Models, system: str | None, both: bool) -> None:
-        self.models, self.system, self.both = models, system, both
-        self.history: list[tuple[str, str]] = []
-        self.tty = sys.stdin.isatty()
-
-    def run(self) -> None:
-        if self.tty:
-            import readline  # noqa: F401  line editing and recall for input()
-
-            note("/help lists the commands, Ctrl-D leaves.")
-        while True:
-            try:
-                line = input("\n> " if self.tty else "").strip()
-            except EOFError:
-                break
-            except KeyboardInterrupt:
-                note("\n(Ctrl-D or /quit leaves)")
-                continue
-            if line in ("/quit", "/exit"):
-                break
-            if line:
-                self._guarded(line)
-
-    def _guarded(self, line: str) -> None:
-        """One line; what goes wrong in it is said, and the program goes on."""
-
-        try:
-            self.handle(line)
-        except PreferenceError as error:
-            note(str(error))
-        except KeyboardInterrupt:
-            note("\n(stopped)")
-
-    def handle(self, line: str) -> None:
-        command, _, text = line.partition(" ")
-        text = text.strip()
-        if line.startswith("//") or not line.startswith("/"):
-            self.ask(line.removeprefix("/") if line.startswith("//") else line, self.both)
-        elif command == "/both" and text:
-            self.ask(text, both=True)
-        elif command == "/both":
-            self.both = not self.both
-            note("base and tuned answers side by side" if self.both else "tuned answers alone")
-        elif command == "/system":
-            self.system = text or None
-            note("system text set" if text else "the template's default system text")
-        elif command == "/reset":
-            self.history.clear()
-            note("the conversation is forgotten")
-        elif command == "/help":
-            note(HELP)
-        else:
-            note(f"no command is called {command}\n{HELP}")
-
-    def ask(self, question: str, both: bool) -> None:
-        """Answer, and remember the answer: of the tuned model where both are asked."""
-        from preference.serve.generation import Turn
-
-        turn, dropped = self.models.tuned.fit(Turn(question, tuple(self.history), self.system))
-        if dropped:
-            note(f"(the first {dropped} turns no longer fit the model's context and are left out)")
-        seed = self.models.tuned.sampling.seed + len(self.history)
-        answer = self._compare(turn, seed) if both else self._stream(turn, seed)
-        self.history.append((question, answer))
-
-    def _stream(self, turn: Turn, seed: int) -> str:
-        from preference.serve.generation import printable
-
-        answer = ""
-        with closing(self.models.tuned.stream(turn, seed)) as pieces:
-            try:
-                for piece in pieces:
-                    answer += piece
-                    print(printable(piece), end="", flush=True)
-                print()
-            except KeyboardInterrupt:
-                note("\n(stopped)")
-        return answer.strip()
-
-    def _compare(self, turn: Turn, seed: int) -> str:
-        from preference.report.tables import side_by_side
-        from preference.serve.generation import printable
-
-        base, within = self.models.base()
-        answers = {"base": _whole(base, turn, seed, within), "tuned": _whole(self.models.tuned, turn, seed)}
-        print(side_by_side(turn.question, {name: printable(text) for name, text in answers.items()}), flush=True)
-        return answers["tuned"]
-
-
-def _whole(chat: Chat, turn: Turn, seed: int, within: Within = nullcontext) -> str:
-    """A streamed answer at its end: unlike a batch it can be stopped."""
-    with closing(chat.stream(turn, seed, within)) as pieces:
-        return "".join(pieces).strip()
-
-
-# ---- a file of prompts
-
-
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Rows of a jsonl file, or {"question": line} for each line of a file that is not one."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"chat.py: --prompts {path}: {error}")
-    lines_of_json = any(line.lstrip().startswith("{") for line in lines)
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(_row(f"{path}:{number}", line) if lines_of_json else {"question": line.strip()})
-    if not rows:
-        sys.exit(f"chat.py: --prompts {path} holds no prompt")
-    return rows
-
-
-def _row(where: str, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        sys.exit(f"chat.py: {where}: not JSON ({error})")
-    if not isinstance(row, dict) or not isinstance(row.get("question", row.get("prompt")), str):
-        sys.exit(f'chat.py: {where}: a row needs "question" or "prompt", a text')
-    return row
-
-
-def to_turn(row: dict[str, Any]) -> Turn:
-    """The conversation of a row, read as in training: an empty system means the template's default."""
-    from preference.serve.generation import Turn
-    from preference.templates.conversation import checked_history
-
-    if "question" not in row:
-        return Turn("", prompt=row["prompt"])
-    history = tuple((user.strip(), assistant.strip()) for user, assistant in checked_history(row.get("history") or ()))
-    return Turn(row["question"].strip(), history, row.get("system") or None)
-
-
-def answer_file(models: Models, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Each row with its "answer" (and "base_answer" with --both), in the order of the file."""
-
-    turns = []
-    for number, row in enumerate(rows, 1):
-        try:
-            turns.append(to_turn(row if "prompt" in row or not args.system else {"system": args.system, **row}))
-            models.tuned.encode(turns[-1])
-        except PreferenceError as error:
-            sys.exit(f"chat.py: --prompts {args.prompts}, prompt {number}: {error}")
-    with open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout) as out:
-        for done in _batches(models, rows, turns, args):
-            _write(out, done)
-    note(f"{len(rows)} prompts answered")
-
-
-def _batches(models: Models, rows: list, turns: list[Turn], args: argparse.Namespace) -> Iterator[list[dict]]:
-    for start in range(0, len(turns), args.batch_size):
-        part = turns[start : start + args.batch_size]
-        done = [dict(row) for row in rows[start : start + args.batch_size]]
-        if args.both:
-            base, within = models.base()
-            for row, answer in zip(done, base.answers(part, args.seed + start, within), strict=True):
-                row["base_answer"] = answer
-        for row, answer in zip(done, models.tuned.answers(part, args.seed + start), strict=True):
-            row["answer"] = answer
-        yield done
-
-
-def _write(out: TextIO, rows: list[dict]) -> None:
-    out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    out.flush()
-
-
-# ---- the page
-
-
-def require_page(port: int) -> None:
-    """What the page needs, asked before a model is loaded: gradio, and a port that nobody listens on."""
-    import socket
-    from importlib.util import find_spec
-
-    if find_spec("gradio") is None:
-        sys.exit("chat.py: --web needs gradio, which is not installed: pip install gradio")
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except OSError as error:
-            sys.exit(f"chat.py: port {port} cannot be used ({error.strerror}): choose another with --port")
-
-
-def said(messages: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
-    """What was asked and what the tuned model answered, from the page's messages.
-
-    A question that was stopped or failed before its answer is left out.
-    """
-    pairs: list[list[str]] = []
-    for message in messages:
-        content = message["content"]  # a string or a list of parts
-        text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-        if message["role"] == "user":
-            pairs.append([text, ""])
-        elif (message.get("metadata") or {}).get("title") != UNTUNED:
-            pairs[-1][1] = text.strip()
-    return tuple((question, answer) for question, answer in pairs if answer)
-
-
-def serve(models: Models, args: argparse.Namespace) -> None:
-    """The page, for this machine alone: no public link, no statistics, no font or script from elsewhere."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    for name in ("NO_PROXY", "no_proxy"):  # gradio looks at its own page first, which a proxy cannot show
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST)))
-    import gradio
-
-    from preference.serve.generation import Turn
-
-    seeds = count(args.seed)  # Retry draws anew
-
-    def respond(question: str, messages: list[dict], system: str, both: bool) -> Iterator[list[dict]]:
-        """Gradio's own way with errors, to raise them, leaves a page that takes no further question."""
-        try:
-            turn, dropped = models.tuned.fit(Turn(question, said(messages), system or None))
-            if dropped:
-                gradio.Info(f"The first {dropped} turns no longer fit the model's context and are left out.")
-            speakers = [(UNTUNED, *models.base())] if both else []
-            yield from talk([*speakers, (TUNED, models.tuned, nullcontext)], turn)
-        except (PreferenceError, RuntimeError) as error:  # of loading, or no memory
-            note(str(error))
-            gradio.Warning(str(error), duration=None)
-
-    def talk(speakers: list[tuple[str, Chat, Within]], turn: Turn) -> Iterator[list[dict]]:
-        seed, shown = next(seeds), []
-        for title, speaker, within in speakers:
-            shown.append({"role": "assistant", "content": "", "metadata": {"title": title} if speakers[1:] else {}})
-            with closing(speaker.stream(turn, seed, within)) as pieces:
-                for piece in pieces:
-                    shown[-1]["content"] += piece
-                    yield [dict(message) for message in shown]
-
-    page = gradio.ChatInterface(
-        respond,
-        title=args.model,
-        chatbot=gradio.Chatbot(buttons=["copy", "copy_all"], show_label=False, scale=1),  # none that uploads
-        additional_inputs=[
-            gradio.Textbox(args.system or "", label="System text (empty: the template's default)"),
-            gradio.Checkbox(args.both, label="Also show what the model answered before tuning"),
-        ],
-        additional_inputs_accordion=gradio.Accordion("System text, model before tuning", open=True),
-    )
-    page.launch(
-        server_name=HOST,
-        server_port=args.port,
-        share=False,
-        head=POLICY,
-        footer_links=[],
-        quiet=True,
-        prevent_thread_lock=True,
-    )
-    note(f"open http://{HOST}:{args.port} in a browser of this machine; Ctrl-C ends it")
-    page.block_thread()
-
-
-if __name__ == "__main__":
+def command() -> None:
+    """The console script."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    command()

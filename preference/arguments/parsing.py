@@ -104,7 +104,7 @@ def _drop_unused(args: Arguments, given: Given) -> None:
     for name, why in unused.items():
         flag, group = FLAGS[name], getattr(args, FLAGS[name].group)
         changed = getattr(group, name) != flag.default
-        if name in given.texts and getattr(group, name) is not None or changed and not flag.soft:
+        if (name in given.texts and getattr(group, name) is not None) or (changed and not flag.soft):
             raise ArgumentError(f"{given.where.get(name, '')}--{name} has no effect in this run: {why}")
         setattr(group, name, flag.default)
 

@@ -21,6 +21,7 @@ from talk import chat_with
 import chat
 from conversation import get_conv_template
 from preference.serve.generation import Sampling, Turn, printable
+from preference.serve.terminal import Terminal
 
 # ---- the terminal
 
@@ -49,7 +50,7 @@ def iter_closing(pieces: list[str]):
 
 def test_commands(capsys: pytest.CaptureFixture) -> None:
     models = Told()
-    terminal = chat.Terminal(models, None, both=False)
+    terminal = Terminal(models, None, both=False)
     for line in ("Hi.", "//x", "/system Be brief.", "And?", "/bogus", "/reset", "/system", "Hi again."):
         terminal.handle(line)
     asked = [(turn.question, len(turn.history), turn.system) for turn in models.turns]
@@ -61,7 +62,7 @@ def test_commands(capsys: pytest.CaptureFixture) -> None:
 
 def test_both_sides(capsys: pytest.CaptureFixture) -> None:
     models = Told()
-    terminal = chat.Terminal(models, None, both=False)
+    terminal = Terminal(models, None, both=False)
     terminal.handle("/both Which?")
     shown = capsys.readouterr().out
     assert "untuned" in shown and "answer" in shown and "tuned" in shown and "\x1b" not in shown

@@ -18,6 +18,8 @@ from tuned import make_base, write_run_files
 import chat
 from docs.screenshots import find_chromium
 from preference.serve.generation import Turn
+from preference.serve.models import Models
+from preference.serve.page import HOST, TUNED, UNTUNED, said
 from tiny import tiny_model
 
 WORDS = ["--use_cpu", "--temperature", "0", "--max_new_tokens", "300"]
@@ -98,7 +100,7 @@ class TestInABrowser:
     def test_it_answers_as_the_terminal_does(
         self, address: str, outside: tuple[socket.socket, dict[str, str]], run: Path, tmp_path: Path
     ) -> None:
-        models = chat.Models(chat.parse_arguments([str(run), *WORDS]))
+        models = Models(chat.parse_arguments([str(run), *WORDS]))
         tuned, (base, _) = models.tuned, models.base()
         first = tuned.answers([Turn("Hi.")], 0)[0]
         turn = Turn("And juice?", (("Hi.", first),), "Be brief.")
@@ -116,7 +118,7 @@ class TestInABrowser:
             (tmp_path / "base").rename(models.source.base)
             ask(browser, "And juice?")
             answers(browser, [first, *second])
-            assert all(title in browser.evaluate("document.body.innerText") for title in (chat.UNTUNED, chat.TUNED))
+            assert all(title in browser.evaluate("document.body.innerText") for title in (UNTUNED, TUNED))
             browser.evaluate(BOTH)
             ask(browser, "So?")  # of the answers before tuning nothing is sent
             answers(browser, [first, *second, third])
@@ -125,7 +127,7 @@ class TestInABrowser:
             write_system_text(browser, "")
             ask(browser, "Hi.")
             answers(browser, [first])
-            assert not browser.errors and browser.hosts == {chat.HOST}
+            assert not browser.errors and browser.hosts == {HOST}
         with pytest.raises(BlockingIOError):  # nothing left this machine
             outside[0].accept()
 
@@ -134,11 +136,11 @@ class TestInABrowser:
             ask(browser, '![x](http://one.invalid/x.png) <img src="http://two.invalid/x.png">')
             browser.wait("document.querySelectorAll('[data-testid=user] img').length == 2")
             browser.wait(IDLE)
-            assert browser.hosts == {chat.HOST}
+            assert browser.hosts == {HOST}
             assert sum("Content Security Policy" in error for error in browser.errors) == len(browser.errors) == 2
 
     def test_an_answer_can_be_stopped(self, address: str, run: Path, tmp_path: Path) -> None:
-        whole = chat.Models(chat.parse_arguments([str(run), *WORDS])).tuned.answers([Turn("Hi.")], 0)[0]
+        whole = Models(chat.parse_arguments([str(run), *WORDS])).tuned.answers([Turn("Hi.")], 0)[0]
         with Browser(address, tmp_path) as browser:
             ask(browser, "Hi.")
             browser.wait(f"!!document.querySelector('.stop-button') && {SAID}.length")
@@ -148,7 +150,7 @@ class TestInABrowser:
 
     def test_no_other_machine_can_open_it(self, address: str) -> None:
         port = int(address.rpartition(":")[2])
-        socket.create_connection((chat.HOST, port), timeout=5).close()
+        socket.create_connection((HOST, port), timeout=5).close()
         with pytest.raises(
             ConnectionRefusedError
         ):  # another address of this machine, where one that listens on all would answer
@@ -156,7 +158,7 @@ class TestInABrowser:
 
 
 def test_what_is_missing_is_said_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server((chat.HOST, 0)) as taken:
+    with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setattr(sys, "argv", ["chat.py", "nowhere", "--web", "--port", str(port)])
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -176,9 +178,9 @@ def test_the_history_is_what_the_tuned_model_answered() -> None:
         message("assistant", [{"type": "text", "text": " Hel"}, {"type": "text", "text": "lo."}]),
         message("user", "Failed?"),
         message("user", "And juice?"),
-        message("assistant", "Water.", chat.UNTUNED),
-        message("assistant", "Apple.", chat.TUNED),
+        message("assistant", "Water.", UNTUNED),
+        message("assistant", "Apple.", TUNED),
         message("user", "Stopped?"),
-        message("assistant", "Water", chat.UNTUNED),
+        message("assistant", "Water", UNTUNED),
     ]
-    assert chat.said(messages) == (("Hi.", "Hello."), ("And juice?", "Apple."))
+    assert said(messages) == (("Hi.", "Hello."), ("And juice?", "Apple."))

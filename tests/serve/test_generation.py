@@ -23,6 +23,7 @@ from preference.serve.loading import (
     load_tuned_model,
     resolve_base,
 )
+from preference.serve.models import Models
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -164,7 +165,7 @@ def test_sampling(run: Path) -> None:
 
 
 def test_the_base_of_an_adapter_is_the_model_without_it(run: Path, base: Path) -> None:
-    models = chat.Models(chat.parse_arguments([str(run), "--temperature", "0", "--max_new_tokens", "24", "--use_cpu"]))
+    models = Models(chat.parse_arguments([str(run), "--temperature", "0", "--max_new_tokens", "24", "--use_cpu"]))
     untuned, within = models.base()
     turn = Turn("Hi.")
     answer = untuned.answers([turn], 0, within)
@@ -176,7 +177,7 @@ def test_the_base_of_an_adapter_is_the_model_without_it(run: Path, base: Path) -
 def test_the_base_of_a_full_run_is_loaded_by_the_name_in_run_json(base: Path, tmp_path: Path) -> None:
     tiny_model("llama", seed=5).save_pretrained(tmp_path)
     write_run_files(tmp_path, str(base))
-    models = chat.Models(chat.parse_arguments([str(tmp_path), "--use_cpu"]))
+    models = Models(chat.parse_arguments([str(tmp_path), "--use_cpu"]))
     untuned, _ = models.base()
     expected = AutoModelForCausalLM.from_pretrained(base).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in untuned.model.state_dict().items())

@@ -1,0 +1,65 @@
+"""The two who answer in a chat: the tuned model and, once it is asked for, its base."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from contextlib import nullcontext
+
+from transformers.utils import logging
+
+from preference.models.hardware import detect
+from preference.serve.generation import Chat, Sampling, Within
+from preference.serve.loading import (
+    Source,
+    find_source,
+    generation_config,
+    load_base_model,
+    load_template,
+    load_tokenizer,
+    load_tuned_model,
+    pick_dtype,
+)
+
+
+def note(text: str) -> None:
+    """What is said about the answers goes to standard error, so that piped answers stay clean."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Models:
+    """The tuned model and, once it is asked for, its base: the same weights without the adapter, or a second model."""
+
+    def __init__(self, args: Namespace, modelscope: bool = False) -> None:
+        note(f"loading {args.model} ...")
+        logging.disable_progress_bar()
+        self.modelscope = modelscope
+        self.source: Source = find_source(
+            args.model,
+            base=args.base_model,
+            use_modelscope=self.modelscope,
+            trust_remote_code=args.trust_remote_code,
+        )
+        hardware = detect(args.use_cpu)
+        self.device, self.dtype = hardware.device, pick_dtype(args.torch_dtype, hardware)
+        tokenizer = load_tokenizer(self.source)
+        self.template, warnings = load_template(self.source, tokenizer, args.template_name)
+        for warning in warnings:
+            note(f"warning: {warning}")
+        model = load_tuned_model(self.source, self.dtype, self.device, self.modelscope)
+        sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
+        self.tuned = Chat(model, tokenizer, self.template, generation_config(self.source, model), sampling)
+        self._base: Chat | None = None
+        note(f"{args.model} on {hardware.name}, template {self.template.name}")
+
+    def base(self) -> tuple[Chat, Within]:
+        """The model before tuning: who answers, and what must be entered meanwhile."""
+        if self.source.adapter:
+            return self.tuned, self.tuned.model.disable_adapter
+        if self._base is None:
+            if self.source.base is not None:
+                note(f"loading the base model {self.source.base} ...")
+            model = load_base_model(self.source, self.dtype, self.device, self.modelscope)
+            tuned = self.tuned  # the same prompts, stops and sampling, whatever the base says of itself
+            self._base = Chat(model, tuned.tokenizer, self.template, tuned.config, tuned.sampling)
+        return self._base, nullcontext
