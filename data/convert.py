@@ -43,6 +43,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--format", default="auto", help="read every INPUT as this format instead of recognising it")
     add("--columns", metavar="question=A,chosen=B,rejected=C", help="names of the columns (also system=, history=)")
     add("--split-system", action="store_true", help="take a system prompt out of the question it is written into")
+    add(
+        "--rendered",
+        choices=["split", "keep", "strict"],
+        help="texts that a chat template was applied to: split them "
+        "into turns, keep them as they stand, or drop the rows (default: split where the rows of a file agree)",
+    )
+    add(
+        "--prompt-is-rendered",
+        choices=["true", "false"],
+        help="a string in the column prompt is used as it stands, or "
+        "is a question (default: as it stands where it begins or ends in a control token)",
+    )
     add("--axis", choices=["better", "safer"], help="PKU-SafeRLHF: which label decides")
     add("--min-score-gap", type=float, metavar="G", help="drop scored pairs that differ by less (default: ties only)")
     add("--pairs", default="best-worst", choices=["best-worst", "all", "best-random"], help="pairs of a ranked list")
@@ -70,11 +82,16 @@ def options_of(args: argparse.Namespace) -> Options:
         pairs=args.pairs,
         split_system=args.split_system,
         seed=args.seed,
+        rendered=args.rendered,
+        prompt_is_rendered={"true": True, "false": False}.get(args.prompt_is_rendered),
     )
     return checked(options)
 
 
 def triple_line(row: Row) -> str:
+    if row.prompt is not None:  # rendered already: training uses it as it stands
+        ready = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+        return json.dumps(ready, ensure_ascii=False) + "\n"
     triple = {
         "system": row.system or "",
         "history": [list(turn) for turn in row.history],
@@ -128,9 +145,7 @@ def convert(
     special = output.exists() and not output.is_file()
     unfinished = output if special else output.with_name(output.name + ".part")
     output.parent.mkdir(parents=True, exist_ok=True)
-    rows = iter_rows(
-        sources, report, options, prompt_as_question=True, repeats=repeats, on_file=say_format, on_record=progress
-    )
+    rows = iter_rows(sources, report, options, repeats=repeats, on_file=say_format, on_record=progress)
     try:
         with _open(unfinished, output) as file:
             for row in tokens.watch(rows) if tokens else rows:

@@ -104,6 +104,7 @@ ROWS = [
     ("orca", {"question": USER, **CHAT}),
     ("orca-rejudged", {"system": "", "input": USER, **PAIR, "status": "swapped", "rating": [9, 7]}),
     ("hh", {"chosen": HH.format(USER, GOOD), "rejected": HH.format(USER, BAD)}),
+    ("dialogue-text", {"chosen": f"User: {USER}\nAssistant: {GOOD}", "rejected": f"User: {USER}\nAssistant: {BAD}"}),
     ("hh-prompt", {"prompt": HH.format(USER, ""), "response": GOOD, **PAIR}),
     ("hh-cn", {"context": [{"role": "human", "text": USER}], "chosen": {"role": "assistant", "text": GOOD},
                "rejected": {"role": "assistant", "text": BAD}}),

@@ -42,8 +42,16 @@ class DataArguments:
     fold_system: bool = flag(
         False, "write a system message into the first user turn where a template has no system turn"
     )
-    prompt_is_rendered: bool = flag(
-        False, "control tokens in the prompt of {prompt, chosen, rejected} rows are meant as such"
+    rendered: str | None = flag(
+        None,
+        "texts that a chat template was applied to: split = into turns (unset: where the rows of a file agree), keep = "
+        "as they stand, strict = drop the rows",
+        choices=("split", "keep", "strict"),
+    )
+    prompt_is_rendered: bool | None = flag(
+        None,
+        "a string in the column prompt: true = use it as it stands, its control tokens are meant as such; false = it "
+        "is a question; unset = as it stands where it begins or ends in a control token",
     )
     data_format: str = flag(
         "auto", "format of the files, if it is not to be recognised (data/README.md lists the names)"

@@ -15,7 +15,7 @@ class Row:
     rejected: str
     system: str | None = None  # None: the template's default
     history: tuple[tuple[str, str], ...] = ()  # (user, assistant) turns before the question
-    prompt: str | None = None  # of a {prompt, chosen, rejected} row: stands in for question, verbatim
+    prompt: str | None = None  # a prompt that is rendered already: stands in for question, verbatim
     file: str = ""
     line: int = 0  # 1-based; the row number in a parquet or arrow table
     extra: dict[str, Any] = field(default_factory=dict, compare=False)  # scores and the like

@@ -21,8 +21,9 @@ from typing import Any
 
 from preference.data.formats import NotRecognised, Options, parse_columns, read_row, recognise
 from preference.data.formats.base import Drop, Format, Pair
-from preference.data.formats.split_system import RENDERED, split_system
+from preference.data.formats.split_system import split_system
 from preference.data.json_records import Fault, Record
+from preference.data.rendered import TakeApart
 from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.sources import Position, find_sources, iter_records
@@ -64,7 +65,6 @@ def iter_rows(
     options: Options | None = None,
     *,
     data_check: str = "drop",
-    prompt_as_question: bool = False,
     section: str = "text",
     repeats: Repeats | None = None,
     on_file: Callable[[str, Format, str], None] | None = None,
@@ -75,7 +75,6 @@ def iter_rows(
     Args:
         report: gets the counts, the faults, and at the end the figures of `TextStats` under `section`.
         data_check: 'drop' reports a faulty row and goes on, 'strict' raises DataError at the first.
-        prompt_as_question: read the string prompt of {prompt, chosen, rejected} as a question, for writing triples.
         repeats: which rows to leave out as repeats of earlier ones.
         on_file: called with source, format and why it was recognised. on_record: called for each record read.
 
@@ -83,7 +82,7 @@ def iter_rows(
     """
     if data_check not in ("drop", "strict"):
         raise ValueError(f"data_check must be drop or strict, not {data_check!r}")
-    reading = _Reading(report, options or Options(), data_check == "strict", prompt_as_question)
+    reading = _Reading(report, options or Options(), data_check == "strict")
     stats = TextStats()
     for source in find_sources(paths):
         for row in reading.rows_of(source, on_file, on_record):
@@ -102,8 +101,8 @@ class _Reading:
     report: DataReport
     options: Options
     strict: bool
-    prompt_as_question: bool
     formats: dict[str, Format] = field(default_factory=dict)  # of each source that was recognised
+    take_apart: TakeApart = field(default_factory=TakeApart)  # of the source that is being read
 
     def rows_of(self, source: str, on_file: Any, on_record: Any) -> Iterator[Row]:
         position = Position()
@@ -127,6 +126,7 @@ class _Reading:
             question = format.ask and format.ask(_values(source), self.options)
             if question:
                 raise NotRecognised("choice_needed", question)
+            self._look_for_renderings(format, first)
         except NotRecognised as refusal:
             self.report.read(source)
             self.report.drop(refusal.reason, source, head[0].line, refusal.message)
@@ -144,6 +144,20 @@ class _Reading:
             on_file(source, format, why)
         return format
 
+    def _look_for_renderings(self, format: Format, first: list[dict[str, Any]]) -> None:
+        """Whether the first rows' questions are rendered prompts. Raises NotRecognised if some are and some not."""
+        choices = self.options
+        self.take_apart = TakeApart(choices.rendered, choices.prompt_is_rendered, notes=self.report.notes)
+        if choices.rendered is None and choices.prompt_is_rendered is None:
+            pairs = (pair for row in first for pair in self._pairs_of(format, row) if isinstance(pair, Pair))
+            self.take_apart.decide(pairs)
+
+    def _pairs_of(self, format: Format, row: Mapping[str, Any]) -> Iterator[Pair | Drop]:
+        try:
+            yield from read_row(format, row, self.options)
+        except Drop as drop:
+            yield drop
+
     def _rows_of_record(self, source: str, format: Format | None, item: Record | Fault) -> Iterator[Row]:
         for outcome in self._outcomes(source, format, item):
             self.report.read(source)
@@ -158,31 +172,17 @@ class _Reading:
         if isinstance(item, Fault):
             yield Drop(item.reason, item.detail)
             return
-        try:
-            for pair in read_row(format, item.value, self.options):
-                yield pair if isinstance(pair, Drop) else self._checked(pair, source, item.line)
-        except Drop as drop:
-            yield drop
+        for pair in self._pairs_of(format, item.value):
+            yield pair if isinstance(pair, Drop) else self._checked(pair, source, item.line)
 
     def _checked(self, pair: Pair, source: str, line: int) -> Row | Drop:
         try:
+            pair = self.take_apart(pair)
             if self.options.split_system and split_system(pair):
                 self.report.notes["system_split_off"] += 1
-            if self.prompt_as_question and pair.prompt is not None:
-                if isinstance(pair.prompt, str) and RENDERED.search(pair.prompt):
-                    self._warn_rendered(source, line)
-                pair.question, pair.prompt = pair.prompt, None
             return check(pair, source, line, self.report)
         except Drop as drop:
             return drop
-
-    def _warn_rendered(self, source: str, line: int) -> None:
-        if not self.report.notes["prompt_looks_rendered"]:
-            self.report.warn(
-                f"prompts look as if a template had been applied to them, the first at {source}:{line}: they are taken "
-                "as questions as they stand; --split-system takes the known templates apart"
-            )
-        self.report.notes["prompt_looks_rendered"] += 1
 
     def warn_of_choices_without_effect(self) -> None:
         """A gap is missed by each file that has no scores; the other choices only where no file knows them."""

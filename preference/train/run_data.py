@@ -36,6 +36,8 @@ def load_data(
             columns=data.columns,
             axis=data.axis,
             min_score_gap=data.min_score_gap,
+            rendered=data.rendered,
+            prompt_is_rendered=data.prompt_is_rendered,
             section=section,
         )
 
@@ -49,7 +51,7 @@ def load_data(
             report=report,
             truncate=data.truncate,
             cache_dir=Path(args.model.cache_dir or "cache") / "prepared",
-            prompt_is_rendered=data.prompt_is_rendered,
+            prompt_is_rendered=bool(data.prompt_is_rendered),
             section=section,
         )
 

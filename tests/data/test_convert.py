@@ -66,13 +66,16 @@ def test_every_family_becomes_the_triple(source, capsys, name, row):
     assert (status, written, report["format"]) == (0, [triple], name)
 
 
-def test_a_string_prompt_becomes_the_question(source, capsys):
+def test_a_string_prompt_is_a_question_or_stays_as_it_stands(source, capsys):
     _, written, report, _ = convert(capsys, source({"prompt": " " + USER, **PAIR}))
-    assert written[0]["question"] == USER and not report["warnings"]
-    _, written, report, _ = convert(capsys, source({"prompt": "[INST] Hi [/INST]", **PAIR}))
-    assert written[0]["question"] == "[INST] Hi [/INST]" and "--split-system" in report["warnings"][0]
-    _, written, _, _ = convert(capsys, source({"prompt": "[INST] Hi [/INST]", **PAIR}), "--split-system")
-    assert written[0]["question"] == "Hi"
+    assert written[0]["question"] == USER and report["notes"]["prompt_is_question"] == 1
+    unknown = {"prompt": "<|mine|>Hi<|yours|>", **PAIR}
+    _, written, report, _ = convert(capsys, source(unknown))
+    assert written == [unknown] and report["notes"] == {"prompt_as_it_stands": 1}
+    _, written, _, _ = convert(capsys, source(unknown), "--prompt-is-rendered", "false")
+    assert written[0]["question"] == unknown["prompt"]
+    _, written, _, _ = convert(capsys, source({"prompt": USER, **PAIR}), "--prompt-is-rendered", "true")
+    assert written == [{"prompt": USER, **PAIR}]
 
 
 def test_converting_the_output_again_changes_nothing(source, capsys):

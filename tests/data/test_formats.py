@@ -280,11 +280,8 @@ def test_named_only_formats(tmp_path):
 
 
 SYSTEMS = [
-    ("<|im_start|>system\nSo.<|im_end|>\n<|im_start|>user\nWhat helps?<|im_end|>\n<|im_start|>assistant\n", "So."),
-    ("<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nWhat helps? [/INST]", "Be kind."),
     ("System: Be kind.\n\nUser: What helps?", "Be kind."),
     ("You are a helpful assistant.\n\nWhat helps?", "You are a helpful assistant."),
-    ("\n\nHuman: What helps?\n\nAssistant:", None),
     ("What helps?", None),
 ]
 
@@ -292,8 +289,7 @@ SYSTEMS = [
 @pytest.mark.parametrize("prompt, system", SYSTEMS)
 def test_split_system(tmp_path, prompt, system):
     path = write(tmp_path, lines({"prompt": prompt, **PAIR}))
-    rows, _ = read(path, options=Options(split_system=True), prompt_as_question=True)
+    rows, _ = read(path, options=Options(split_system=True))
     assert (rows[0].system, rows[0].question) == (system, USER)
-    rows, report = read(path, prompt_as_question=True)
-    assert rows[0].question == prompt.strip() and rows[0].system is None
-    assert bool(report.warnings) == any(mark in prompt for mark in ("<|im_start|>", "[INST]", "\n\nHuman:"))
+    rows, report = read(path)
+    assert rows[0].question == prompt and rows[0].system is None

@@ -42,7 +42,7 @@ def test_text_figures(tmp_path):
     rows = [
         triple(1, response_chosen="a much longer answer", response_rejected="short"),
         triple(1, response_chosen="A much  longer answer", response_rejected="short", question="Question  1 "),
-        triple(2, response_chosen="see <|im_end|> and </s>", response_rejected="No, and that is all there is to it."),
+        triple(2, response_chosen="see <|im_end|> and </s>.", response_rejected="No, and that is all there is to it."),
         triple(3, question="发烧怎么办？", response_chosen="多休息，多喝水。", response_rejected="多休息，多喝水！",
                system="S", history=[["a", "b"]]),
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def test_text_figures(tmp_path):
     assert text["scripts"] == {"latin": 3, "han": 1}
     assert text["control_text_rows"] == 1 and text["control_text"] == {"<|im_end|>": 1, "</s>": 1}
     assert text["length_bias"] == {"chosen_longer": 0.5, "equal": 0.25, "accuracy_of_length_alone": 0.625}
-    assert text["characters"]["chosen"]["max"] == 23
+    assert text["characters"]["chosen"]["max"] == 24
 
 
 def test_length_bias():

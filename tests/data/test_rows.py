@@ -12,6 +12,7 @@ import pytest
 from reading import lines, places, read, triple, write
 
 from preference.data import json_records
+from preference.data.formats import Options
 from preference.data.rows import DataError, DataReport, iter_rows, load_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,9 +28,10 @@ def test_triple_with_system_and_history(tmp_path):
     assert (rows[1].file, rows[1].line, rows[1].prompt) == (str(path), 2, None)
 
 
-def test_prompt_rows_are_verbatim_and_answers_stripped(tmp_path):
+def test_prompts_that_are_kept_are_verbatim_and_answers_stripped(tmp_path):
     prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    rows, _ = read(write(tmp_path, lines({"prompt": prompt, "chosen": " good \n", "rejected": "\tbad"})))
+    path = write(tmp_path, lines({"prompt": prompt, "chosen": " good \n", "rejected": "\tbad"}))
+    rows, _ = read(path, options=Options(rendered="keep"))
     assert rows[0].prompt == prompt
     assert (rows[0].question, rows[0].chosen, rows[0].rejected) == ("", "good", "bad")
 

@@ -19,8 +19,9 @@ from preference.data.formats import (
     trl,
     ultrafeedback,
 )
-from preference.data.formats.base import Drop, Format, Options, Pair, RowDict, shown_keys
+from preference.data.formats.base import Drop, Format, NotRecognised, Options, Pair, RowDict, shown_keys
 from preference.data.formats.columns import COLUMNS, parse_columns
+from preference.data.formats.dialogue_text import DIALOGUE_TEXT
 from preference.data.formats.refused import REFUSED, carried_beyond_text
 from preference.data.formats.triple import TRIPLE
 
@@ -34,7 +35,8 @@ _ALL = (
     judged.CAPYBARA, judged.ULTRAMIX, axolotl.CHAT_TEMPLATE, others.NECTAR, others.STACK_EXCHANGE,
     labelled.ARENA, labelled.ARENA_CONVERSATIONS, labelled.FIRST_OR_SECOND, others.ZHONGJING_RANKS,
     ultrafeedback.ARGILLA_STRINGS, llamafactory.RANKING, llamafactory.ALPACA, orca.ORCA_REJUDGED, orca.ORCA,
-    hh.HH_PROMPT, hh.HH_CN, trl.TRL, axolotl.ICR, hh.HH, trl.TRL_IMPLICIT_MESSAGES, trl.TRL_IMPLICIT_TEXT, COLUMNS,
+    hh.HH_PROMPT, hh.HH_CN, trl.TRL, axolotl.ICR, hh.HH, DIALOGUE_TEXT, trl.TRL_IMPLICIT_MESSAGES,
+    trl.TRL_IMPLICIT_TEXT, COLUMNS,
 )  # fmt: skip
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 _DETECTED = [format for format in _ALL if format.detected]
@@ -50,14 +52,6 @@ class Recognised(NamedTuple):
     format: Format
     why: str
     others: str = ""  # what rows of other formats there are among the first ones
-
-
-class NotRecognised(Exception):
-    """A file that no format may read: a reason word and what to tell the user."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason, self.message = reason, message
 
 
 def get_format(name: str) -> Format:

@@ -18,6 +18,14 @@ class Drop(Exception):
         self.reason, self.detail = reason, detail
 
 
+class NotRecognised(Exception):
+    """A file that no format may read: a reason word and what to tell the user."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
 @dataclass(slots=True)
 class Pair:
     """A pair as a format finds it: texts not stripped, nothing checked but its shape."""
@@ -42,12 +50,20 @@ class Options:
     pairs: str = "best-worst"  # of a ranked list: best-worst | all | best-random
     split_system: bool = False  # take a system prompt out of the question where one is written into it
     seed: int = 0  # of best-random
+    rendered: str | None = (
+        None  # split | keep | strict: texts that a template was applied to; None: split where all are
+    )
+    prompt_is_rendered: bool | None = (
+        None  # a string in the prompt column: as it stands or a question; None: by its looks
+    )
 
     def __post_init__(self) -> None:
         if self.axis not in (None, "better", "safer"):
             raise ValueError(f"axis must be better or safer, not {self.axis!r}")
         if self.pairs not in ("best-worst", "all", "best-random"):
             raise ValueError(f"pairs must be best-worst, all or best-random, not {self.pairs!r}")
+        if self.rendered not in (None, "split", "keep", "strict"):
+            raise ValueError(f"rendered must be split, keep or strict, not {self.rendered!r}")
         if self.min_score_gap is not None and not math.isfinite(self.min_score_gap):
             raise ValueError(f"min_score_gap must be a number, not {self.min_score_gap}")
         if self.columns and self.format not in ("auto", "columns"):

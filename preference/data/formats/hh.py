@@ -24,7 +24,7 @@ CARD_WARNING = (
 
 
 def is_transcript(text: Any) -> bool:
-    return isinstance(text, str) and _BEGINS.match(text) is not None and "Assistant:" in text
+    return isinstance(text, str) and _BEGINS.match(text) is not None and "\n\nAssistant:" in text
 
 
 def turns_of_transcript(text: str) -> list[Turn]:
