@@ -203,7 +203,6 @@ def _values(source: str) -> Iterator[dict[str, Any]]:
     return (item.value for item in islice(iter_records(source), ASK_ROWS) if isinstance(item, Record))
 
 
-_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*(['"])(?:role|content|from|value)\1\s*:""")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -233,12 +232,6 @@ def _take_notes(pair: Pair, report: DataReport) -> None:
         report.notes["leading_space_in_" + ("chosen" if pair.chosen[0].isspace() else "rejected") + "_only"] += 1
     elif pair.chosen[0].isspace() and pair.prompt is not None and not pair.prompt[-1].isspace():
         report.notes["space_between_prompt_and_answers_stripped"] += 1
-    if all(map(_MESSAGES_AS_TEXT.match, (pair.chosen, pair.rejected))):
-        report.notes["message_lists_as_text"] += 1
-        report.warn(
-            "answers look like lists of messages that were written as text: they are taken as they stand, so parse "
-            "them first"
-        )
     for name in NOTED:
         if pair.extra.get(name):
             report.notes[name] += 1

@@ -25,6 +25,7 @@ from preference.data.table_records import (
     parquet_records,
     splits_of,
 )
+from preference.data.written_values import with_values
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 HEAD = 1 << 16
@@ -104,7 +105,7 @@ def iter_records(source: str, position: Position | None = None) -> Iterator[Reco
     try:
         for item in _records_of(source, position or Position()):
             line = item.line
-            yield item
+            yield Record(line, with_values(item.value)) if isinstance(item, Record) else item
     except (EOFError, zlib.error) as error:
         yield Fault(line + 1, "broken_gzip", f"the compressed stream is damaged: {error}")
     except OSError as error:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from preference.data.formats.messages import is_message, is_messages
 from preference.data.json_records import BOM, MAX_RECORD_BYTES, Fault, Record, read_lines
 from preference.data.report import DataError
+from preference.data.written_values import broken_list, value_of
 
 BATCH_ROWS = 64
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
-_LIST_COLUMNS = {"images", "videos", "audios", "tools"}
-_LITERAL_LIMIT = 1 << 20
-# How Python begins a list of messages or of candidates; JSON that is an answer's own text has other quotes
-_OBJECTS = re.compile(r"\s*\[\s*\{\s*'(?:role|content|from|value|text|answer|rank|model|response|annotations)'\s*:")
-# A Python string, or the place where numpy writes no comma between two objects of an array
-_STRING_OR_SEAM = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s*\{""", re.DOTALL)
-
 # ------------------------------------------------------------------------------------------------------- CSV
 
 
@@ -102,58 +93,10 @@ def _csv_record(line: int, header: list[str], cells: list[str]) -> Record | Faul
         return Fault(line, "broken_csv", f"{len(cells)} cells under {len(header)} columns")
     if any(not cell.isascii() and _STRAY_BYTE.search(cell) for cell in cells):
         return Fault(line, "invalid_utf8", "a byte that is not UTF-8")
-    row = {name: cell_value(name, cell) for name, cell in zip(header, cells, strict=True)}
-    for name, value in row.items():
-        if isinstance(value, str) and _OBJECTS.match(value):
-            return Fault(line, "broken_csv", f"the list of objects in column {name[:40]!r} cannot be parsed")
+    row = {name: value_of(name, cell) for name, cell in zip(header, cells, strict=True)}
+    if broken := broken_list(row):
+        return Fault(line, "broken_csv", f"the list of objects in column {broken[:40]!r} cannot be parsed")
     return Record(line, row)
-
-
-def cell_value(column: str, text: str) -> Any:
-    """A list of messages, a message or a history that was written into a cell; any other text as it is."""
-    stripped = text.strip()
-    if stripped[:1] not in ("[", "{") or stripped[-1:] not in ("]", "}"):
-        return text
-    value = _parsed(stripped)
-    structured = is_messages(value) or is_message(value) or (isinstance(value, list) and _are_scored(value))
-    return value if structured or _belongs_in(column, value) else text
-
-
-def _belongs_in(column: str, value: Any) -> bool:
-    """Whether the column is one of those that hold such a value; an alpaca `input` of "[3, 1, 2]" is text."""
-    if column == "history":
-        return isinstance(value, list) and all(isinstance(turn, list) for turn in value)
-    if column == "input":
-        return isinstance(value, dict) and "messages" in value
-    return column in _LIST_COLUMNS and isinstance(value, (list, dict))
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    if len(text) > _LITERAL_LIMIT:
-        return None
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, SyntaxWarning):  # what Python thinks of escapes in the data's text
-            warnings.simplefilter("ignore", category)
-        try:
-            return ast.literal_eval(text)  # tables written by pandas hold Python lists, or numpy's arrays of objects
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass
-        if not _OBJECTS.match(text):
-            return None
-        try:
-            return ast.literal_eval(_STRING_OR_SEAM.sub(lambda match: match[1] or "}, {", text))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return None
-
-
-def _are_scored(value: list) -> bool:
-    """The candidates of a ranked set: Nectar's answers, UltraFeedback's completions."""
-    keys = ({"answer", "rank"}, {"response", "annotations"})
-    return bool(value) and all(isinstance(item, dict) and any(key <= item.keys() for key in keys) for item in value)
 
 
 # --------------------------------------------------------------------------------------- parquet, arrow folders
@@ -170,7 +113,7 @@ def parquet_records(path: str) -> Iterator[Record | Fault]:
             for batch in table.iter_batches(batch_size=BATCH_ROWS):
                 yield from _numbered(batch, row)
                 row += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for the names of columns
         yield Fault(row + 1, "broken_parquet", _first_line(error))
 
 

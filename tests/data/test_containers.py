@@ -96,11 +96,28 @@ def test_message_lists_as_pandas_writes_numpy_arrays(tmp_path):
     assert "'chosen' cannot be parsed" in report.examples["broken_csv"][0]["detail"]
 
 
-def test_message_lists_as_text_are_warned_about(tmp_path):
-    row = {"prompt": USER, "chosen": json.dumps([a(GOOD)]), "rejected": json.dumps([a(BAD)])}
-    rows, report = read(write(tmp_path, lines(row, row | {"rejected": BAD})))
-    assert len(rows) == 2 and rows[0].chosen == row["chosen"] and report.notes == {"message_lists_as_text": 1}
-    assert "written as text" in report.warnings[0]
+WRITTEN = {"json": json.dumps, "python": repr, "numpy": lambda turns: f"array({turns!r},\n      dtype=object)"}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_conversations_that_were_written_as_text(tmp_path, how, container):
+    text = WRITTEN[how]
+    rows = [
+        {"chosen": text([u(), a(GOOD)]), "rejected": text([u(), a(BAD)])},
+        {"question": USER, "response_chosen": text([a(GOOD)]), "response_rejected": text([a(BAD)])},
+        {"prompt": text([u()]), "chosen": text([a(GOOD)]), "rejected": text(a(BAD))},
+        {"history": text([["Hello", "it's me"]]), "question": USER, **PAIR},
+    ]
+    for number, row in enumerate(rows if how != "numpy" else rows[:2]):
+        read_rows, report = read(write(tmp_path, CONTAINERS[container]([row, row]), f"{number}-{container}"))
+        assert [(r.question, r.chosen, r.rejected) for r in read_rows] == [(USER, GOOD, BAD)] * 2, report.summary()
+
+
+def test_answers_in_brackets_that_are_no_conversation_stay_text(tmp_path):
+    row = {"prompt": USER, "chosen": '[{"name": "a"}]', "rejected": "[{'role': 'user', 'content': cut"}
+    rows, _ = read(write(tmp_path, lines(row)))
+    assert (rows[0].chosen, rows[0].rejected) == (row["chosen"], row["rejected"])
 
 
 def test_damaged_parquet_is_a_fault(tmp_path):

@@ -291,5 +291,5 @@ def test_split_system(tmp_path, prompt, system):
     path = write(tmp_path, lines({"prompt": prompt, **PAIR}))
     rows, _ = read(path, options=Options(split_system=True))
     assert (rows[0].system, rows[0].question) == (system, USER)
-    rows, report = read(path)
+    rows, _ = read(path)
     assert rows[0].question == prompt and rows[0].system is None

@@ -164,7 +164,8 @@ def test_any_good_text_comes_back_whole(tmp_path, rows, layout):
     path = tmp_path / f"rows.{'csv' if layout == 'csv' else 'json'}"
     path.write_bytes(content)
     report = DataReport()
-    got = [(row.question, row.chosen, row.rejected) for row in iter_rows([path], report)]
+    options = Options(rendered="keep")  # an answer that is but a stop text would have nothing left
+    got = [(row.question, row.chosen, row.rejected) for row in iter_rows([path], report, options)]
     assert got == wanted and report.rows_read == len(rows)
 
 

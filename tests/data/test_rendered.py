@@ -19,7 +19,7 @@ from preference.templates.families import FAMILIES, ConversationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
 
-import convert as script  # noqa: E402
+import convert as script
 
 SYSTEM, HISTORY, QUESTION = "Be kind.", (("Hello", "Hi.\n\nAnd now?"), ("A: b", "c")), "What helps?\n\nSay it."
 

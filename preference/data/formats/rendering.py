@@ -146,7 +146,7 @@ def _alpaca(before: str, turns: list[Turn]) -> list[Turn]:
 
 
 def _parse_labels(text: str, tail: str) -> Rendering | None:
-    """A dialogue in plain words: "Human: ...", "### User: ...", "USER: ... ASSISTANT:", "用户：... 助手：".
+    """A dialogue in plain words: "Human: ...", "### User: ...", "USER: ... ASSISTANT:", or such words in Chinese.
 
     It begins with a word for the user (behind a token that only a template writes, a system text may stand first, and
     in front of Vicuna's words in capitals), and ends with one for the assistant or, a whole dialogue, has one inside.

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from preference.data.formats.base import Format, Options, Pair, RowDict, take
+from preference.data.formats.messages import plain_reply
 
 
 def pairs(row: RowDict, options: Options) -> Iterator[Pair]:
     question, chosen, rejected = take(row, "question", "response_chosen", "response_rejected")
-    yield Pair(question, chosen, rejected, row.get("system"), row.get("history"))
+    yield Pair(question, plain_reply(chosen), plain_reply(rejected), row.get("system"), row.get("history"))
 
 
 TRIPLE = Format(
