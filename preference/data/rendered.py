@@ -6,6 +6,7 @@ learn to write it twice, once as characters. `TakeApart` undoes both, pair by pa
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from preference.data.formats.base import Drop, NotRecognised, Pair
 from preference.data.formats.messages import ROLES, context_of, pair_of_dialogues
 from preference.data.formats.notations import LEADING_REPLY_LABEL
-from preference.data.formats.rendering import Rendering, looks_rendered, parse, without_stops
+from preference.data.formats.rendering import LABEL, Rendering, looks_rendered, parse, without_stops
 
 
 @dataclass
@@ -107,8 +108,16 @@ def rendering_of(pair: Pair) -> Rendering | None:
 
 def _with_opened_reply(pair: Pair, text: str) -> str:
     """The prompt, behind it the label of the reply where both answers begin with one: "Human: Q", "Assistant: good"."""
-    labels = [LEADING_REPLY_LABEL.match(answer) for answer in (pair.chosen, pair.rejected) if isinstance(answer, str)]
-    return f"{text.rstrip()}\n\n{labels[0][0].strip()}" if len(labels) == 2 and all(labels) else text
+    ours, theirs = _reply_label(pair.chosen), _reply_label(pair.rejected)
+    return f"{text.rstrip()}\n\n{ours[0].strip()}" if ours and theirs else text
+
+
+def _reply_label(answer: Any) -> re.Match[str] | None:
+    return (
+        LEADING_REPLY_LABEL.match(answer)
+        if isinstance(answer, str) and ":" in answer[:LABEL].replace("：", ":")
+        else None
+    )
 
 
 def apply(pair: Pair, found: Rendering) -> None:
@@ -119,8 +128,7 @@ def apply(pair: Pair, found: Rendering) -> None:
             raise Drop(
                 "irregular_turns", "the rendered prompt ends inside of the reply: --rendered keep uses it as it stands"
             )
-        turns = [[{"role": turn.role, "content": turn.text} for turn in side.turns] for side in (ours, theirs)]
-        whole = pair_of_dialogues(*turns)
+        whole = pair_of_dialogues(_messages(ours), _messages(theirs))
         pair.question, pair.chosen, pair.rejected = whole.question, whole.chosen, whole.rejected
         context = {"system": whole.system, "history": whole.history}
     else:
@@ -137,10 +145,14 @@ def apply(pair: Pair, found: Rendering) -> None:
     _join(pair, context)
 
 
+def _messages(found: Rendering) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.text} for turn in found.turns]
+
+
 def _strip_labels(pair: Pair) -> None:
-    labels = [LEADING_REPLY_LABEL.match(answer) for answer in (pair.chosen, pair.rejected)]
-    if all(labels):
-        pair.chosen, pair.rejected = pair.chosen[labels[0].end() :], pair.rejected[labels[1].end() :]
+    ours, theirs = _reply_label(pair.chosen), _reply_label(pair.rejected)
+    if ours and theirs:
+        pair.chosen, pair.rejected = pair.chosen[ours.end() :], pair.rejected[theirs.end() :]
 
 
 def _join(pair: Pair, context: dict[str, Any]) -> None:
