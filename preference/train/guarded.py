@@ -33,7 +33,8 @@ class GuardedTrainer(Trainer):
       (train/checkpoints.py). An on_save callback comes after the folder has its name and cannot stop a bad one;
     - _run_epoch: resumed from the last step's checkpoint, the Trainer would train one step too many;
     - _evaluate: an evaluation that a signal breaks off ends in a checkpoint (train/stopping.py);
-    - create_accelerator_and_postprocess: accelerate passes over FSDP on CPU processes (train/sharding.py);
+    - create_accelerator_and_postprocess: accelerate passes over FSDP on CPU processes, and under FSDP rounds
+      log-probabilities and gradients to the mixed precision (train/sharding.py);
     - create_optimizer: the optimizer is made over the shards, and a forward pass leaves some layers gathered;
     - _save: gathered from its shards, a weight that two layers share comes twice;
     - train, evaluation_loop: a model may be evaluated before it is trained, which accelerate does not expect under
@@ -86,6 +87,8 @@ class GuardedTrainer(Trainer):
         if self.args.fsdp and not self.is_fsdp_enabled:
             sharding.enable_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            sharding.keep_float32(self.accelerator)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_fsdp_enabled:
@@ -99,6 +102,7 @@ class GuardedTrainer(Trainer):
             self.deepspeed, self.model_wrapped = None, self.model
             self.accelerator._models.clear()
         self.prepare_anew()
+        self.shard()
         result = super().train(*args, **kwargs)
         self.watchdog.require_finite(self.model, self.state.global_step)
         return result

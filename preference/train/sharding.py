@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from preference.errors import PreferenceError
@@ -65,11 +65,20 @@ def enable_on_cpu(accelerator: Any, plugin_args: dict[str, Any]) -> None:
     state = accelerator.state
     if state.distributed_type != DistributedType.MULTI_CPU:
         raise StrategyError(f"FSDP was asked for, but accelerate runs as {state.distributed_type.value}")
-    plugin = FullyShardedDataParallelPlugin(**plugin_args)
-    if state.mixed_precision != "no":
-        plugin.set_mixed_precision(state.mixed_precision)
-    state.fsdp_plugin = plugin
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args)
     state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+def keep_float32(accelerator: Any) -> None:
+    """Only products are computed in the mixed precision; what leaves a module, and gradients while they are added up
+    over ranks, are float32. accelerate's own policy rounds both: sums of log-probabilities were off by 30 in bfloat16.
+    """
+    state = accelerator.state
+    if state.mixed_precision != "no":
+        computed = {"bf16": torch.bfloat16, "fp16": torch.float16}[state.mixed_precision]
+        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=computed, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
 
 
 def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
@@ -79,6 +88,9 @@ def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
     training then makes the optimizer over the shards.
     """
     model = fsdp2_prepare_model(accelerator, model)
+    # Groups settle their dtypes by the weights that need a gradient then: now, not in a first forward whose adapter is
+    # switched off, as the reference's is.
+    fully_shard.state(model)._lazy_init()
     accelerator._models.append(model)
     register_fsdp_forward_method(model, "generate")
     return model
