@@ -18,6 +18,7 @@ from pathlib import Path
 
 from preference.errors import PreferenceError
 from preference.launch.process import stay_private
+from preference.screen import shown
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     try:
         chat(args)
     except PreferenceError as error:
-        sys.exit(f"chat.py: {error}")
+        sys.exit(shown(f"chat.py: {error}"))
 
 
 def chat(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preference.errors import PreferenceError
+from preference.screen import shown
 
 if TYPE_CHECKING:
     from preference.serve.loading import Source
@@ -41,7 +42,11 @@ def main() -> None:
         if args.push_to_hub:
             push(Path(args.output), args.push_to_hub, args.hub)
     except PreferenceError as error:
-        sys.exit(f"export_model.py: {error}")
+        sys.exit(shown(f"export_model.py: {error}"))
+
+
+def say(text: str) -> None:
+    print(shown(text), flush=True)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -83,7 +88,7 @@ def export(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(source)
     template, warnings = load_template(source, tokenizer)
     for warning in warnings:
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
 
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=output.parent))
@@ -96,7 +101,7 @@ def export(args: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     size = sum(file.stat().st_size for file in output.iterdir())
-    print(f"exported to {output} ({size / 1e6:,.0f} MB): {', '.join(sorted(file.name for file in output.iterdir()))}")
+    say(f"exported to {output} ({size / 1e6:,.0f} MB): {', '.join(sorted(file.name for file in output.iterdir()))}")
 
 
 def _umask() -> int:
@@ -163,10 +168,10 @@ def write(
     from preference.templates.resolve import chat_template_to_save, stop_ids
 
     questions = probes(template, tokenizer)
-    print(f"loading {source.name}" + (f" and its base {source.base}" if source.adapter else "") + " ...")
+    say(f"loading {source.name}" + (f" and its base {source.base}" if source.adapter else "") + " ...")
     model, exact, merged = load_merged(source, questions, modelscope)
     if merged:
-        print(f"merged, compared in {merged.computed_in}: {merged}")
+        say(f"merged, compared in {merged.computed_in}: {merged}")
     generation = generation_config(source, model)
     stops = stop_ids(generation, template, tokenizer)
     generation.eos_token_id = stops
@@ -178,7 +183,7 @@ def write(
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
     name, change = name_of(dtype), cast(model, dtype, questions, exact)
     if change:
-        print(f"rounded to {name}: {change[0]}\nfor comparison, computing in {name}: {change[1]}")
+        say(f"rounded to {name}: {change[0]}\nfor comparison, computing in {name}: {change[1]}")
     model.generation_config = generation
     if not generation.do_sample and any(
         getattr(generation, name) is not None for name in ("temperature", "top_p", "top_k")
@@ -202,13 +207,13 @@ def write_gguf_files(
     bos = writes_bos(template, tokenizer)
     options = dict(stop_ids=stops, writes_bos=bos, name=name, prompts=prompts_of(template))
     share, note = write_gguf(folder / file, model, tokenizer, quantization=args.gguf, **options)
-    print(f"{file}: read back, every tensor as written (largest error {share:.2f} of what {args.gguf} allows)")
+    say(f"{file}: read back, every tensor as written (largest error {share:.2f} of what {args.gguf} allows)")
     if note:
-        print(f"note: {note}")
+        say(f"note: {note}")
     conv = family_of(template, tokenizer)
     text = modelfile(file, conv, [tokenizer.decode([token]) for token in stops], tokenizer.bos_token if bos else "")
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    print("\n".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")))
+    say("\n".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")))
     return file
 
 
@@ -239,7 +244,7 @@ def push(folder: Path, name: str, hub: str) -> None:
         api = HubApi()
         api.create_repo(name, repo_type="model", visibility="private", exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Upload tuned model")
-    print(f"pushed to {name} on {hub}; a repository that is new is private")
+    say(f"pushed to {name} on {hub}; a repository that is new is private")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.rows import Repeats, iter_rows
 from preference.data.sources import HUB, Position, find_sources
+from preference.screen import shown
 from preference.tokens.lengths import TokenLengths
 
 EXAMPLES = 20  # places listed for each reason in the report
@@ -123,7 +124,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         self.bar.clear()
-        print(text, file=sys.stderr)
+        print(shown(text), file=sys.stderr)
 
 
 def convert(
@@ -197,12 +198,12 @@ def main(argv: list[str] | None = None) -> int:
         content = report_dict(report, written)
         save_report(content, args.report)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(shown(f"error: {error}"), file=sys.stderr)
         if isinstance(error, DataError) and not report.rows_read:
             report.warn(str(error))
             save_report(report_dict(report, 0), args.report)
         return 2 if isinstance(error, ValueError) and not isinstance(error, DataError) else 1
-    print(report.summary())
+    print(shown(report.summary()))
     print(f"{written} triples written to {args.output}" if written else f"nothing written to {args.output}")
     named = {path for path in args.input if path in content["files"] and not content["files"][path]["rows_kept"]}
     return 0 if written and not named else 1

@@ -10,11 +10,13 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from preference.errors import PreferenceError
 from preference.launch.heartbeat import tell_of_failure
+from preference.screen import clean_logging, shown
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -30,6 +32,7 @@ def run_script(main: Callable[[], None], name: str) -> None:
 
     Exit codes: 0 done as asked, 75 stopped by a signal with a checkpoint, anything else a failure.
     """
+    clean_logging()
     try:
         main()
         if WORLD_SIZE > 1:
@@ -42,14 +45,15 @@ def run_script(main: Callable[[], None], name: str) -> None:
         tell_of_failure()
         let_the_cause_speak(error, name)
         if not isinstance(error, PreferenceError):  # a fault of the program: its traceback is wanted
-            raise
-        sys.exit(f"{name}: {type(error).__name__}: {error}")
+            sys.stderr.write(shown("".join(traceback.format_exception(error))))
+            sys.exit(1)
+        sys.exit(shown(f"{name}: {type(error).__name__}: {error}"))
 
 
 def say(text: str = "") -> None:
     """Print once, not once per process."""
     if RANK == 0:
-        print(text, flush=True)
+        print(shown(text), flush=True)
 
 
 def stay_private() -> None:

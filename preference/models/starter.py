@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from preference.errors import PreferenceError
+from preference.screen import shown
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 ROOT = _CHECKOUT if (_CHECKOUT / "run_orpo.sh").exists() else Path.cwd()  # of an installed package: where one works
@@ -48,7 +49,7 @@ class StarterModelError(PreferenceError, RuntimeError):
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(shown(message), file=sys.stderr, flush=True)
 
 
 # ---- the starter model

@@ -22,6 +22,7 @@ from preference.files import JsonLines, evaluation_sets
 from preference.plan.speed import SpeedMeter, compute_dtype, flops_per_token, matmul_rate, peak_memory
 from preference.report.hints import hints
 from preference.report.tables import greedy_answers
+from preference.screen import shown
 from preference.train.sharding import takes_all_ranks
 from preference.train.trainer import PairTrainer
 
@@ -140,9 +141,9 @@ class Progress(TrainerCallback):
 
     def say(self, line: str) -> None:
         if self.bar is not None:
-            self.bar.write(line)
+            self.bar.write(shown(line))
         else:
-            print(line, flush=True)
+            print(shown(line), flush=True)
 
     def _postfix(self, logs: Mapping[str, Any]) -> None:
         if self.bar is not None:

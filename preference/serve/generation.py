@@ -6,7 +6,6 @@ Text that a person types never becomes a control token: it is encoded as trainin
 from __future__ import annotations
 
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -200,14 +199,3 @@ def _with_sampling(config: GenerationConfig, sampling: Sampling, stops: list[int
 def _map_texts(turn: Turn, change: Callable[[str], str]) -> Turn:
     history = tuple((change(user), change(assistant)) for user, assistant in turn.history)
     return Turn(change(turn.question), history, None if turn.system is None else change(turn.system))
-
-
-def printable(text: str) -> str:
-    """`text` for a terminal: control characters (an escape sequence could clear the screen) become visible ones."""
-
-    def shown(char: str) -> str:
-        if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cs"):
-            return char
-        return chr(0x2400 + ord(char)) if ord(char) < 32 else "\ufffd"
-
-    return "".join(map(shown, text))

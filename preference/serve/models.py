@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from transformers.utils import logging
 
 from preference.models.hardware import detect
+from preference.screen import shown
 from preference.serve.generation import Chat, Sampling, Within
 from preference.serve.loading import (
     Source,
@@ -24,7 +25,7 @@ from preference.serve.loading import (
 
 def note(text: str) -> None:
     """What is said about the answers goes to standard error, so that piped answers stay clean."""
-    print(text, file=sys.stderr, flush=True)
+    print(shown(text), file=sys.stderr, flush=True)
 
 
 class Models:

@@ -13,6 +13,7 @@ from preference.data.row import Row
 from preference.data.rows import load_rows
 from preference.errors import PreferenceError
 from preference.models.starter import resolve_model
+from preference.screen import shown
 from preference.templates.resolve import resolve_template, stop_token_ids
 
 SAMPLE = Row(
@@ -64,18 +65,18 @@ def main(arguments: Sequence[str]) -> int:
         prompt = row.prompt if row.prompt is not None else conv.get_prompt(row.question, row.history, row.system)
         texts = {"prompt": prompt, "chosen": conv.get_response(row.chosen), "rejected": conv.get_response(row.rejected)}
     except PreferenceError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(shown(f"error: {error}"), file=sys.stderr)
         return 1
     except (OSError, ValueError) as error:
         print(f"error: {options.model} has no tokenizer that can be loaded: {error}", file=sys.stderr)
         return 1
     for what, text in texts.items():
-        print(f"--- {what}" + (f" of {row.file}:{row.line}" if row.file else ""))
-        print(visible(text, tokenizer))
+        print(shown(f"--- {what}" + (f" of {row.file}:{row.line}" if row.file else "")))
+        print(shown(visible(text, tokenizer)))
         if options.ids:
             print("ids:", *tokenizer.encode(text, add_special_tokens=False))
     print(f"--- template {conv.name}, stops at {conv.stop_str} (ids {stop_token_ids(conv, tokenizer)})")
     agrees = "it renders what the tokenizer's own chat template renders"
     nothing = "the tokenizer has no chat template of its own to compare it with"
-    print("\n".join(warnings or [agrees if tokenizer.chat_template else nothing]))
+    print(shown("\n".join(warnings or [agrees if tokenizer.chat_template else nothing])))
     return 0

@@ -7,7 +7,8 @@ from contextlib import closing, nullcontext
 
 from preference.errors import PreferenceError
 from preference.report.tables import side_by_side
-from preference.serve.generation import Chat, Turn, Within, printable
+from preference.screen import shown
+from preference.serve.generation import Chat, Turn, Within
 from preference.serve.models import Models, note
 
 HELP = """\
@@ -91,7 +92,7 @@ class Terminal:
             try:
                 for piece in pieces:
                     answer += piece
-                    print(printable(piece), end="", flush=True)
+                    print(shown(piece), end="", flush=True)
                 print()
             except KeyboardInterrupt:
                 note("\n(stopped)")
@@ -100,7 +101,7 @@ class Terminal:
     def _compare(self, turn: Turn, seed: int) -> str:
         base, within = self.models.base()
         answers = {"base": whole(base, turn, seed, within), "tuned": whole(self.models.tuned, turn, seed)}
-        print(side_by_side(turn.question, {name: printable(text) for name, text in answers.items()}), flush=True)
+        print(side_by_side(turn.question, {name: shown(text) for name, text in answers.items()}), flush=True)
         return answers["tuned"]
 
 

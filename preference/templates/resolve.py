@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from preference.templates.conversation import Conversation, ConversationError, checked_history
 from preference.templates.families import FAMILIES, get_conv_template
+from preference.templates.limits import ENDLESS, limited_work
 
 # Words that no template writes and none changes.
 _QUESTION, _REPLY, _PAST_QUESTION, _PAST_REPLY, _SYSTEM = (f"Qz{i}probe" for i in range(5))
@@ -126,7 +127,14 @@ def _messages(
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    try:
+        with limited_work():
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except ENDLESS as error:
+        raise ConversationError(
+            f"the tokenizer's chat template cannot be run ({type(error).__name__}: {error or 'too much memory'}): mend "
+            "chat_template.jinja, or name a template of the model's family with template_name instead of auto"
+        ) from error
 
 
 def _system_kept(tokenizer: PreTrainedTokenizerBase) -> bool:

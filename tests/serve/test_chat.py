@@ -20,7 +20,8 @@ from talk import chat_with
 
 import chat
 from conversation import get_conv_template
-from preference.serve.generation import Sampling, Turn, printable
+from preference.screen import shown
+from preference.serve.generation import Sampling, Turn
 from preference.serve.terminal import Terminal
 
 # ---- the terminal
@@ -75,7 +76,7 @@ def test_both_sides(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_control_characters_are_made_visible() -> None:
-    assert printable("a\n\tb\x1b[31m\x07\x7f\x9b 中🙂") == "a\n\tb␛[31m␇\ufffd\ufffd 中🙂"
+    assert shown("a\n\tb\x1b[31m\x07\x7f\x9b 中🙂\u202e") == "a\n\tb␛[31m␇␡\\u009b 中🙂\\u202e"
 
 
 @pytest.mark.slow

@@ -1,0 +1,42 @@
+"""Text for a terminal or a page: what comes from data, file names, templates and models acts on neither."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+BIDI = "\u202a-\u202e\u2066-\u2069"  # embeddings, overrides and isolates of UAX 9: they turn the text around them
+ACTING = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff{BIDI}]")  # but for tab and newline
+
+
+def shown(text: str) -> str:
+    """`text` with every character that could act on a terminal replaced by one that shows it.
+
+    An escape sequence in a question could retitle the window, move the cursor over what was said, or clear it; a bidi
+    control reverses what follows. Newline and tab stay, and so does everything that is only seen.
+    """
+    return ACTING.sub(_picture, text)
+
+
+def _picture(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)  # the Unicode picture of a control character
+    return "\u2421" if code == 0x7F else f"\\u{code:04x}"
+
+
+class Shown(logging.Filter):
+    """Lets log records through as `shown` leaves them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = shown(record.getMessage()), None
+        return True
+
+
+def clean_logging() -> None:
+    """Every handler that writes to a terminal, and the one that Python falls back on, writes what `shown` leaves."""
+    handlers = [logging.lastResort, *logging.getLogger().handlers]
+    handlers += logging.getLogger("transformers").handlers
+    for handler in filter(None, handlers):
+        if not any(isinstance(f, Shown) for f in handler.filters):
+            handler.addFilter(Shown())

@@ -1,0 +1,52 @@
+"""What comes from data, names and models cannot act on a terminal."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from preference.errors import PreferenceError
+from preference.launch import process
+from preference.screen import Shown, shown
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\u202eabc\u2066\udc80"
+
+
+def test_every_character_that_acts_is_replaced_and_no_other() -> None:
+    assert shown(HOSTILE) == "␛]0;owned␇␛[2J\\u009b31m␡\\u202eabc\\u2066\\udc80"
+    text = "Zeile\n\tTab é 中文 🙂 👩\u200d⚕️ \u200fשלום"
+    assert shown(text) == text
+    acting = {chr(i) for i in range(0x10000) if shown(chr(i)) != chr(i)}
+    assert acting == {*map(chr, [*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000)]),
+                      *"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, kept", [(PreferenceError, ""), (RuntimeError, "Traceback")])
+def test_what_a_run_says_and_ends_with(kind: type[Exception], kept: str, capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        process.say(HOSTILE)
+        raise kind(HOSTILE)
+
+    with pytest.raises(SystemExit) as end:
+        process.run_script(main, "orpo_train.py")
+    out, err = capsys.readouterr()
+    said = f"{out}{err}{end.value.code}"
+    assert "owned" in said and not {"\x1b", "\x07", "\x9b", "\x7f", "\u202e"} & set(said)
+    assert kept in err
+
+
+def test_log_records_are_cleaned(caplog: pytest.LogCaptureFixture) -> None:
+    record = logging.LogRecord("x", logging.WARNING, "f", 1, "row %s", (HOSTILE,), None)
+    assert Shown().filter(record) and "\x1b" not in record.getMessage()
+
+
+@pytest.mark.parametrize("script", ["orpo_train.py", "chat.py", "export_model.py"])
+def test_a_hostile_name_on_the_command_line(script: str, root: Path, tmp_path: Path) -> None:
+    words = {"orpo_train.py": ["--train_file_dir", HOSTILE[:-1]]}.get(script, [HOSTILE[:-1]])
+    words += ["--output", str(tmp_path / "o")] if script == "export_model.py" else []
+    done = subprocess.run([sys.executable, root / script, *words], cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode != 0 and b"\x1b" not in done.stdout + done.stderr and b"\x07" not in done.stderr
