@@ -22,7 +22,7 @@ from preference.launch.process import RANK, RESTARTS, WORLD_SIZE, leave_if_stopp
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = parse_arguments(environ=os.environ)
     stay_private()
     watch_nodes(os.environ, args.run.lost_after)
 

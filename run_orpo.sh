@@ -6,6 +6,8 @@
 #   sh run_orpo.sh --max_steps 20 --learning_rate 5e-5      any further flag of orpo_train.py; --help lists them
 #
 # Edit the values below, or set them from outside as above. "auto" means: chosen from the hardware, and said at the start.
+# What has no effect in a run is left out: lora_rank where use_peft=false. To set another flag of orpo_train.py here, add a line
+# of its name; variables of your own take CAPITALS.
 # Relative paths start at this file's folder.
 # Several GPUs: torchrun/README.md.
 
@@ -61,80 +63,38 @@ output_dir="${output_dir:-outputs/orpo}"               # an unfinished run there
 
 # ------------------------------------------------------------------------------------------------------------------------------
 set -eu
-names="model_name_or_path tokenizer_name_or_path template_name cache_dir train_file_dir dataset_name validation_file_dir
-max_train_samples max_eval_samples max_source_length max_target_length loss orpo_beta nll_scope engine use_peft qlora load_in_4bit
-target_modules lora_rank lora_alpha lora_dropout per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
-num_train_epochs max_steps learning_rate eval_steps save_steps resume resume_anyway bf16 gradient_checkpointing report_to seed
-do_train do_eval output_dir dry_run"
+# The values above follow --defaults as they are: orpo_train.py checks them, leaves out what has no effect in this run, and
+# takes a flag of the command line instead of them. With --config FILE the file stands in for them.
+names=$(sed -n '/^set -eu/q; s/^\([a-z][a-z0-9_]*\)=.*/\1/p' "$0")
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+PYTHON=$(sh "$here/setup.sh") || exit 1
+cd "$here"
 
-# A flag on the command line replaces the value above; what has no value above goes on to orpo_train.py as it is.
 config=false
-words=$#
-while [ "$words" -gt 0 ]; do
-    word=$1
-    shift
-    words=$((words - 1))
-    case $word in --*=*) name=${word#--} value=${name#*=} name=${name%%=*} ;; --*) name=${word#--} value= ;; *) name= ;; esac
-    [ "$name" != config ] || config=true
-    if [ -z "$name" ] || ! printf '%s\n' $names | grep -qxF -- "$name"; then
-        set -- "$@" "$word"
-        continue
-    fi
-    case $word in
-    --*=*) ;;
-    *)
-        value=true # a bare switch
-        if [ "$words" -gt 0 ]; then
-            case $1 in --*) ;; *) value=$1 && shift && words=$((words - 1)) ;; esac
-        fi
-        ;;
-    esac
-    eval "$name=\$value"
-    [ "$config" = false ] || set -- "$@" "--$name" "$value"
+for word in "$@"; do
+    case $word in --config | --config=*) config=true ;; esac
 done
-
-# Only what this run uses is passed, so that orpo_train.py can refuse what it would ignore.
-add() { # add NAME...: the value of each, unless it is empty or auto
-    for name in "$@"; do
+if [ "$config" = false ]; then
+    set -- "$@" --defaults
+    for name in $names; do # names of this file, not of the user
         eval "value=\$$name"
-        case $value in '' | auto) ;; *) flags="$flags --$name $(quote "$value")" ;; esac
+        [ -z "$value" ] || set -- "$@" "--$name=$value"
     done
-}
+fi
+set -- orpo_train.py "$@"
+if [ -n "${TORCHRUN_ARGS:-}" ]; then
+    set -f # split at blanks, and no more
+    # shellcheck disable=SC2086
+    set -- torchrun/launch.py $TORCHRUN_ARGS "$@"
+fi
+
 quote() {
     case $1 in
-    *[!A-Za-z0-9_./,:=+-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
+    '' | *[!A-Za-z0-9_./,:=+-]*) printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")" ;;
     *) printf '%s' "$1" ;;
     esac
 }
-true_() { case $1 in true | True | TRUE | 1 | yes) return 0 ;; *) return 1 ;; esac }
-flags=
-add model_name_or_path tokenizer_name_or_path template_name cache_dir
-if [ -n "$dataset_name" ]; then add dataset_name; else add train_file_dir; fi
-add max_source_length max_target_length loss engine use_peft
-if [ "$loss" = orpo ]; then add orpo_beta nll_scope; fi
-if true_ "$use_peft"; then add target_modules lora_rank lora_alpha lora_dropout; fi
-if true_ "$qlora"; then add qlora; fi
-if true_ "$load_in_4bit"; then add load_in_4bit; fi
-if true_ "$do_train"; then
-    add max_train_samples per_device_train_batch_size gradient_accumulation_steps learning_rate save_steps resume
-    add gradient_checkpointing
-    if true_ "$resume_anyway"; then add resume_anyway; fi
-    if [ "$max_steps" -gt 0 ]; then add max_steps; else add num_train_epochs; fi
-fi
-if true_ "$do_eval"; then
-    add validation_file_dir max_eval_samples per_device_eval_batch_size
-    if true_ "$do_train"; then add eval_steps; fi
-fi
-if true_ "$dry_run"; then add dry_run; fi
-add bf16 report_to seed do_train do_eval output_dir
-
-# With --config FILE the file stands in for the values above; flags on the command line still override it.
-[ "$config" = false ] || flags=
-here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-PYTHON=$(sh "$here/setup.sh") || exit 1
-for word in "$@"; do flags="$flags $(quote "$word")"; done
-launch=$(quote "$PYTHON")
-if [ -n "${TORCHRUN_ARGS:-}" ]; then launch="$launch torchrun/launch.py $TORCHRUN_ARGS"; fi
-cd "$here"
-printf '+ %s orpo_train.py%s\n' "$launch" "$flags"
-eval "exec $launch orpo_train.py $flags"
+printf '+ %s' "$(quote "$PYTHON")"
+for word in "$@"; do printf ' %s' "$(quote "$word")"; done
+printf '\n'
+exec "$PYTHON" "$@"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,12 @@ class Arguments:
         return 5e-6 if not self.model.use_peft else 1e-3 if parameters < 5e8 else 2e-4
 
 
-def parse_arguments(words: Sequence[str] | None = None) -> Arguments:
+def parse_arguments(words: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> Arguments:
     """Parse the command line, `--config FILE` and run_orpo.sh's values (behind `--defaults`) included.
+
+    Args:
+        words: those of this process if None.
+        environ: where a user may have set a flag for run_orpo.sh that has no line there: it would be lost.
 
     Raises:
         ArgumentError: an unknown flag, a value that it does not take, a flag that this run would ignore, or flags that
@@ -74,13 +78,25 @@ def parse_arguments(words: Sequence[str] | None = None) -> Arguments:
     if given.help:
         _show_help()
         sys.exit(0)
-    values = {name: _value(name, text, "run_orpo.sh: ") for name, text in given.soft.items() if text}
+    _refuse_lost(given, environ or {})
+    values = {name: _value(name, text, "run_orpo.sh: ") for name, text in given.soft.items() if text.strip()}
     values |= {name: _value(name, text, given.where.get(name, "")) for name, text in given.texts.items()}
     args = _arguments(values, frozenset(given.texts))
     _drop_unused(args, given)
     for fault in _contradictions(args):
         raise ArgumentError(fault)
     return args
+
+
+def _refuse_lost(given: Given, environ: Mapping[str, str]) -> None:
+    """A flag that is set from outside and that run_orpo.sh has no line for would be lost unsaid."""
+    seen = given.soft.keys() | given.texts.keys()
+    for name in FLAGS.keys() & environ.keys() - seen if given.soft else ():
+        if text := environ[name]:
+            raise ArgumentError(
+                f"{name}={text} is set from outside, but run_orpo.sh has no line for it: give it as --{name}={text}, "
+                f'or add the line {name}="${{{name}:-{text}}}" there'
+            )
 
 
 def _value(name: str, text: str, where: str) -> Any:

@@ -17,8 +17,8 @@ DEFAULTS = "--defaults"  # what stands behind it comes from run_orpo.sh: --name=
 class Given:
     """What was written, by flag: `texts` by the user, here or in a config file; `soft` by the launcher."""
 
-    texts: dict[str, str | None] = field(default_factory=dict)
-    soft: dict[str, str | None] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    soft: dict[str, str] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
     help: bool = False
 
@@ -31,19 +31,19 @@ def read_words(words: Sequence[str], flags: Mapping[str, Flag]) -> Given:
     """
     cut = words.index(DEFAULTS) if DEFAULTS in words else len(words)
     given = Given()
-    typed: dict[str, str | None] = {}
+    typed: dict[str, str] = {}
     for name, text in _pairs(words[:cut], flags):
         if name == "help":
             given.help = True
         elif name == "config":
             for entry in read_config(text):
                 flag = known(entry.name, flags, entry.where + ": ")
-                given.texts[flag] = entry.text
-                given.where[flag] = entry.where
+                if entry.text is not None:
+                    given.texts[flag], given.where[flag] = entry.text, entry.where + ": "
         else:
             typed[name] = text
-            given.where.pop(name, None)
-    given.texts = {name: text for name, text in given.texts.items() if text is not None} | typed
+    given.texts |= typed
+    given.where = {name: where for name, where in given.where.items() if name not in typed}
     for word in words[cut + 1 :]:
         if not word.startswith("--") or "=" not in word:
             raise ArgumentError(f"behind {DEFAULTS} stand --name=value words only; got {word!r}")

@@ -10,7 +10,8 @@ import signal
 import time
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: start it again and it resumes
 ECHO = 2.0  # seconds in which another signal is taken for the same one: launchers forward what the group got anyway
 
