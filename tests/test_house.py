@@ -10,8 +10,8 @@ import pytest
 
 # Each may import itself and what stands before it; docs/architecture.md says what each is.
 STAGES = (
-    "errors", "screen", "files", "flags", "losses", "launch", "templates", "data", "tokens", "arguments", "models",
-    "engine", "train", "plan", "report", "serve",
+    "errors", "screen", "files", "integrity", "flags", "losses", "launch", "templates", "data", "tokens", "arguments",
+    "models", "engine", "train", "plan", "report", "serve",
 )  # fmt: skip
 KNOW_NOTHING_OF = {  # an exact stage knows tensors alone
     "losses": {"files", "launch", "data", "templates", "tokens", "arguments"},

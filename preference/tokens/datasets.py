@@ -38,8 +38,8 @@ __all__ = ["build_dataset", "describe_pair", "render", "split_by_prompt"]
 
 ROWS_PER_BATCH = 1024
 CHARS_PER_BATCH = 16_000_000  # a batch of very long rows is cut sooner, so that memory stays flat
+PAIRS, OUTCOME = "pairs.arrow", "outcome.json"  # the files of a prepared dataset
 Write = Callable[[pa.RecordBatch], None]
-Progress = Callable[[int], None]
 
 
 def build_dataset(
@@ -80,8 +80,8 @@ def build_dataset(
         rows = list(rows) if iter(rows) is rows else rows  # it is read twice: for its key, and to be tokenized
         fingerprint = _key(rows, batcher)
         folder = cache.get_or_prepare(cache_dir, fingerprint, functools.partial(_write, rows, batcher))
-        table = MemoryMappedTable.from_file(str(folder / "pairs.arrow"))
-        outcome = json.loads((folder / cache.DONE).read_text(encoding="utf-8"))
+        table = MemoryMappedTable.from_file(str(folder / PAIRS))
+        outcome = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
     for drop in outcome["drops"]:
         report.drop(*drop)
     for warning in outcome["warnings"]:
@@ -92,16 +92,12 @@ def build_dataset(
     return Dataset(table, fingerprint=fingerprint)
 
 
-def _prepare(
-    rows: Iterable[Row], batcher: PairBatcher, write: Write, progress: Progress | None = None
-) -> dict[str, Any]:
+def _prepare(rows: Iterable[Row], batcher: PairBatcher, write: Write) -> dict[str, Any]:
     """Tokenizes all rows, hands them to `write` in batches, and returns what happened as a JSON-ready dict."""
     stats = batcher.new_stats()
     for record_batch, batch_stats in _map_ahead(batcher, _batches(rows)):
         write(record_batch)
         stats.add(batch_stats)
-        if progress is not None:
-            progress(stats.rows)
     return stats.outcome()
 
 
@@ -134,11 +130,11 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _write(rows: Iterable[Row], batcher: PairBatcher, work: Path, progress: Progress) -> None:
+def _write(rows: Iterable[Row], batcher: PairBatcher, work: Path) -> None:
     """The dataset as an Arrow stream in the work folder, then what happened as JSON."""
-    with pa.OSFile(str(work / "pairs.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
-        outcome = _prepare(rows, batcher, stream.write_batch, progress)
-    (work / cache.DONE).write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
+    with pa.OSFile(str(work / PAIRS), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
+        outcome = _prepare(rows, batcher, stream.write_batch)
+    (work / OUTCOME).write_text(json.dumps(outcome, ensure_ascii=False), encoding="utf-8")
 
 
 def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:

@@ -1,15 +1,12 @@
 """Checkpoints that are either complete or not there, whatever happens to the machine while they are written.
 
 A checkpoint is written to a temporary folder in output_dir, every file is flushed to the disk, a manifest of sizes
-and SHA-256 sums is written last, and only then the folder gets its name. Reading goes by the manifest: a folder
-without one, or that no longer agrees with it, is not a checkpoint.
+and checksums (preference/integrity.py) is written last, and only then the folder gets its name. Reading goes by the
+manifest: a folder without one, or that no longer agrees with it, is not a checkpoint.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,12 +17,11 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from preference.errors import PreferenceError
+from preference.integrity import fault, read_manifest, sync, write_manifest
 from preference.models.parameters import full_size
 
-MANIFEST = "manifest.json"
 WRITING = ".writing"  # folder in output_dir for what is not complete yet, and for what is being deleted
 NAME = re.compile(r"checkpoint-(\d+)")
-CHUNK = 1 << 22
 SMALL_FILES = 64 << 20  # tokenizer, configuration and states beside the weights of a checkpoint, at most
 
 
@@ -34,63 +30,6 @@ class CheckpointError(PreferenceError, RuntimeError):
 
 
 # ---- folders
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Flush the folder's files to the disk and write down what they are, with `facts` beside."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {}
-    for path in paths:
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-        _sync(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({**facts, "files": files}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in (manifest, *{path.parent for path in paths}, folder):
-        _sync(path)
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
-
-
-def fault(folder: Path) -> str | None:
-    """Why the folder is no good checkpoint; None if it is one. Reads every byte of it."""
-    if not folder.is_dir():
-        return "it is not there"
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return f"it is incomplete: no readable {MANIFEST}"
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != expected["size"]:
-            return f"{name} has {size} bytes instead of {expected['size']}"
-        if _sha256(path) != expected["sha256"]:
-            return f"{name} is damaged: its SHA-256 differs from the manifest's"
-    return None
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -119,7 +58,7 @@ def publish(temporary: Path, final: Path) -> None:
     if final.exists():
         remove(final)
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def recover(output_dir: Path) -> None:

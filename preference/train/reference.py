@@ -1,10 +1,8 @@
 """The reference model's log-probabilities, for losses that compare with it, without a second model in memory.
 
-With a fresh PEFT adapter the reference is the model with its adapter switched off, asked batch by batch. Otherwise
-it is the model
-as it stands before the first step: each row's two numbers are computed once, before training, and kept in a file
-    whose name is a
-hash of everything that they depend on.
+With a fresh PEFT adapter the reference is the model with its adapter switched off, asked batch by batch. Otherwise it
+is the model as it stands before the first step: each row's two numbers are computed once, before training, and kept in
+a file whose name is a hash of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from preference.engine.batching import ID_COLUMNS
+from preference.integrity import read_checked, write_checked
 from preference.train.watchdog import TrainingError
 
-FORMAT = 1  # part of the key; raise it when the numbers that a file holds change their meaning
+logger = logging.getLogger(__name__)
+
+FORMAT = 2  # part of the key; raise it when the numbers that a file holds change their meaning
 CHUNK = 1 << 22
 
 
@@ -161,7 +162,7 @@ class References:
         parts = [FORMAT, self.weights, data_fingerprint(dataset), self.precision]
         path = (
             self.cache_dir
-            and self.cache_dir / f"reference-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npy"
+            and self.cache_dir / f"reference-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.bin"
         )
         stored = [_read(path, len(dataset)) if path else None]
         broadcast_object_list(stored)  # one rank's look at the disk decides for all
@@ -174,21 +175,16 @@ class References:
             )
         values = self.compute(dataset)
         if path:
-            _write(path, values)
+            write_checked(path, values.tobytes())  # ranks write the same; who comes last replaces the whole file
         return values
 
 
 def _read(path: Path, rows: int) -> np.ndarray | None:
+    """The numbers of `rows` pairs; None if they were never computed, or are no longer what was written."""
     try:
-        values = np.load(path, allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError):  # none yet, or cut short by a full disk
+        return np.frombuffer(read_checked(path), dtype=np.float32).reshape(rows, 2).copy()
+    except FileNotFoundError:
         return None
-    return values if values.shape == (rows, 2) and values.dtype == np.float32 else None
-
-
-def _write(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.save(file, values)
-    part.replace(path)  # ranks write the same numbers; whoever comes last replaces the file as a whole
+    except ValueError as damage:
+        logger.warning("%s is damaged: %s. The reference log-probabilities are computed again", path, damage)
+        return None

@@ -6,7 +6,6 @@ between nodes a checkpoint counts if every node has a good copy.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,20 +15,17 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, gather_object
 
 from preference.engine.forward import causal_lm
-from preference.files import save_json
+from preference.integrity import fault, read_manifest
 from preference.models.hardware import same_step
 from preference.train.checkpoints import (
     CheckpointError,
     check_disk,
     checkpoint_folders,
     checkpoint_step,
-    fault,
-    read_manifest,
     recover,
 )
 from preference.train.identity import differences
-
-RUN_FILE = "run_identity.json"  # in output_dir: the run that it belongs to, and whether that is finished
+from preference.train.run_record import read_run, write_run
 
 
 @dataclass(frozen=True)
@@ -57,14 +53,6 @@ def _fault_anywhere(folder: Path, keeper: bool) -> str | None:
     return next((text for text in faults if text), None)
 
 
-def _read_run(output_dir: Path) -> dict[str, Any]:
-    try:
-        run = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return run if isinstance(run, dict) else {}
-
-
 def resume_after_restart(args: Any, restarts: int) -> bool:
     """Whether torchrun has started the processes anew, by the `restarts` that any of them counts.
 
@@ -76,7 +64,7 @@ def resume_after_restart(args: Any, restarts: int) -> bool:
     """
     if not any(gather_object([restarts > 0])):  # nodes that have joined since count none
         return False
-    run = _ours(lambda: _read_run(Path(args.output_dir)))
+    run, _ = _ours(lambda: read_run(Path(args.output_dir)))
     pairs = run.get("identity", {}).get("pairs per optimizer step")
     if pairs and not run.get("finished"):
         try:
@@ -85,6 +73,10 @@ def resume_after_restart(args: Any, restarts: int) -> bool:
             raise CheckpointError(str(error)) from error
         args.per_device_train_batch_size, args.gradient_accumulation_steps = plan
     return True
+
+
+def _as_asked(is_main_process: bool) -> bool:
+    return is_main_process
 
 
 def _see_disks(trainer: Any, output_dir: Path) -> None:
@@ -103,7 +95,7 @@ def _see_disks(trainer: Any, output_dir: Path) -> None:
         )
     trainer.args.save_on_each_node = True
     # save_pretrained of transformers 5.23 writes weights on rank 0 alone, whatever the Trainer asks of it
-    causal_lm(trainer.model).should_save_on_this_rank = lambda is_main_process: is_main_process
+    causal_lm(trainer.model).should_save_on_this_rank = _as_asked
 
 
 def _latest(output_dir: Path, run: str | None, keeper: bool, notes: list[str]) -> Path | None:
@@ -178,13 +170,20 @@ def resolve_start(
     if keeper:
         recover(output_dir)
     trainer.accelerator.wait_for_everyone()
-    before, checkpoint = _ours(lambda: _read_run(output_dir)), None
+    before, warning = _ours(lambda: read_run(output_dir))
+    notes += [warning] if warning else []
+    checkpoint = None
     if how == "auto" and before.get("finished"):
         notes.append(f"the run in {output_dir} is finished; this is a new one")
     elif how in ("auto", "last"):
         checkpoint = _latest(output_dir, before.get("run"), keeper, notes)
         if checkpoint is None and how == "last":
             raise CheckpointError(f"{output_dir} holds no checkpoint to resume from. {' '.join(notes)}".rstrip())
+        if checkpoint is None and notes:
+            raise CheckpointError(
+                f"no checkpoint of the run in {output_dir} can be resumed from. {'. '.join(notes)}. Give another "
+                "output_dir, or start anew here with resume=never"
+            )
     elif how != "never":
         checkpoint = Path(how)
         reason = _fault_anywhere(checkpoint, keeper)
@@ -201,7 +200,7 @@ def resolve_start(
     trainer.checkpoints.run = {"run": run, "identity": dict(identity), "launch": launch}
     _check_disks(trainer, output_dir)
     if keeper:
-        save_json(output_dir / RUN_FILE, trainer.checkpoints.run | {"finished": False})
+        write_run(output_dir, trainer.checkpoints.run, finished=False)
     return Start(checkpoint, tuple(notes))
 
 
@@ -226,4 +225,4 @@ def _check_disks(trainer: Any, output_dir: Path) -> None:
 def finish(trainer: Any) -> None:
     """The model is saved: the next run in output_dir is a new one."""
     if trainer.args.should_save:
-        save_json(Path(trainer.args.output_dir) / RUN_FILE, {**trainer.checkpoints.run, "finished": True})
+        write_run(Path(trainer.args.output_dir), trainer.checkpoints.run, finished=True)

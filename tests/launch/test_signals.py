@@ -15,9 +15,10 @@ from launched import launch, wait_for_log, wait_for_step, workers
 from safetensors.torch import load_file
 from training import make_pairs, make_trainer, same_weights, weights_of
 
+from preference.integrity import fault
 from preference.launch.agreement import AgreementError, compare_ranks, on_every_rank
 from preference.launch.signals import EXIT_STOPPED, StoppedBySignal, StopSignals
-from preference.train.checkpoints import checkpoint_folders, fault
+from preference.train.checkpoints import checkpoint_folders
 from preference.train.stopping import StopTogether
 from tiny import tiny_model, tiny_tokenizer
 

@@ -12,7 +12,8 @@ import pytest
 from launched import launch, wait_for_log, wait_for_step
 from test_signals import EXIT_STOPPED, folder  # noqa: F401  a fixture
 
-from preference.train.checkpoints import checkpoint_folders, fault
+from preference.integrity import fault
+from preference.train.checkpoints import checkpoint_folders
 
 
 def ip(*words: str) -> None:

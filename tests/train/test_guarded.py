@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from transformers import Trainer
 
+from preference.integrity import fault, read_manifest
 from preference.launch.signals import StoppedBySignal, StopSignals
 from preference.losses import PairLogps
 from preference.train import sharding
-from preference.train.checkpoints import CheckpointError, CheckpointWriter, checkpoint_folders, fault, read_manifest
+from preference.train.checkpoints import CheckpointError, CheckpointWriter, checkpoint_folders
 from preference.train.guarded import GuardedTrainer
 from preference.train.scores import MetricSums, PairScores
 from preference.train.stopping import StopTogether

@@ -102,7 +102,8 @@ class Attempt:
 
 
 def check_folders(folder: Path) -> None:
-    from preference.train.checkpoints import checkpoint_folders, fault
+    from preference.integrity import fault
+    from preference.train.checkpoints import checkpoint_folders
 
     for path in checkpoint_folders(folder):
         assert fault(path) is None, f"{path}: {fault(path)}"
