@@ -41,14 +41,31 @@ TRIES = (  # what configs disagree about; the first that builds and runs is take
     dict(num_hidden_layers=4, num_key_value_heads=2, head_dim=8, **EXPERTS),
     dict(num_hidden_layers=4),
 )
+MAMBA2 = dict(num_key_value_heads=2, num_hidden_layers=3, mamba_d_state=8, mamba_chunk_size=16)
+MAMBA2 |= dict(mamba_n_heads=8, mamba_d_head=8, mamba_expand=2, mamba_d_ssm=64)
+DELTA = dict(num_hidden_layers=4, num_key_value_heads=2, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)
+DELTA |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
+KIMI = dict(num_hidden_layers=4, num_key_value_heads=4, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4)
+KIMI |= EXPERTS | dict(v_head_dim=8, n_group=1, topk_group=1, linear_head_dim=8, linear_num_heads=4)
 SPECIAL: dict[str, dict[str, Any]] = {
-    "bamba": dict(mamba_n_heads=8, mamba_d_head=8, mamba_expand=2, attn_layer_indices=[1]),
+    "bailing_hybrid": KIMI | dict(head_dim=8, layer_group_size=2, first_k_dense_replace=1),
+    "bamba": MAMBA2 | dict(attn_layer_indices=[1]),
     "codegen": dict(rotary_dim=4, n_embd=32, n_layer=2, n_head=4, n_inner=64),
+    "falcon_h1": MAMBA2,
     "gptj": dict(rotary_dim=4, n_embd=32, n_layer=2, n_head=4, n_inner=64),
     "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4, window_size=6),
-    "lfm2": dict(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
-    "mamba2": dict(num_heads=8, head_dim=8, expand=2, state_size=16, n_groups=1),
-    "qwen3_next": dict(num_hidden_layers=4, head_dim=8, num_key_value_heads=2, **EXPERTS),
+    "granitemoehybrid": MAMBA2 | EXPERTS | dict(layer_types=["mamba", "attention", "mamba"]),
+    "kimi_linear": KIMI,
+    "lfm2": dict(num_hidden_layers=3, num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]),
+    "lfm2_moe": EXPERTS
+    | dict(num_hidden_layers=3, num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]),
+    "mamba2": dict(num_hidden_layers=2, num_heads=8, head_dim=8, expand=2, state_size=8, n_groups=2, chunk_size=16),
+    "nemotron_h": dict(layers_block_type=["mamba", "attention", "mlp", "mamba"], num_key_value_heads=2, head_dim=8)
+    | dict(ssm_state_size=8, mamba_num_heads=8, mamba_head_dim=8, n_groups=2, chunk_size=16),
+    "olmo_hybrid": DELTA,
+    "qwen3_5_moe_text": DELTA | EXPERTS,
+    "qwen3_5_text": DELTA,
+    "qwen3_next": DELTA | EXPERTS,
 }
 
 
@@ -132,9 +149,11 @@ the common ones.
 
 - **shared**: one packed row, every prompt once, and what the prompts of a micro-batch begin with alike (a system
   prompt) once for all of them. Full, sliding-window and chunked attention, grouped heads, capped scores, learned sinks,
-  mixtures of experts.
+  mixtures of experts; and layers that carry a state from token to token (gated delta rule, Kimi's delta attention,
+  Mamba 1 and 2, short convolutions, lightning attention): each answer starts from the state in which its prompt ended,
+  and gradients flow back through it ([how](#layers-that-carry-a-state)).
 - **rows**: two right-padded rows per pair; the objective, the head and the batches are the engine's all the same. For
-  models that carry a state from token to token, bias attention by distance in their own code, or do not use
+  models that pick keys by an index of their own, bias attention by distance in their own code, or do not use
   transformers' AttentionInterface. (Both answers in one row without sharing would be wrong for all of these.)
 - **refused**: the engine stops with a message that names `engine=trl`. Encoders used as decoders without
   `is_decoder`, and heads that are more than a projection.
@@ -143,6 +162,21 @@ The choice is measured again for the model at hand each time one is loaded (`pre
 are run both ways. Prompt-tuning adapters run in rows; LoRA and DoRA change nothing. Two things depend on a batch by a
 model's own design and stay so: rotary embeddings that rescale with the longest position (dynamic, longrope), and
 dropout, which in a shared row is drawn once for what is shared.
+
+## Layers that carry a state
+
+A recurrence needs nothing of the past but its state, and a convolution of k taps nothing but k - 1 tokens. So the runs
+of a packed row (what all prompts have in common, each prompt, each answer) are computed level by level: each starts
+from the final state of the run that it follows, its convolution from that one's last tokens. Projections see the packed
+row as it is; in the recurrence itself, runs of a level that are about as long are the rows of one call. It is called
+through the functions of transformers' modeling files, which take the kernels of `flash-linear-attention`,
+`causal-conv1d` and `mamba-ssm` where these are installed, and torch otherwise
+(`preference/engine/states/`).
+
+`tests/engine/test_states.py` compares log-probabilities and the gradients of all weights, and of LoRA on all
+projections, with one plain forward per sequence, in double precision within 1e-5 (the recurrences themselves are
+written in float32): micro-batches of 1 to 8 pairs, prompts that begin alike, prompts and answers of one token, runs of
+63, 64 and 65 tokens. PEFT itself refuses adapters on the convolutions, and on `out_proj` of Mamba models.
 
 """
 

@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 from preference.engine.attention import EngineError, packed_row
 from preference.engine.head import target_logps, token_logps
+from preference.engine.states.install import keep_tree_in_recomputation
+from preference.engine.states.tree import Tree, over
 from preference.losses import PairLogps
 
 HEAD_ROWS = 256  # rows at once through a head that is more than a weight
@@ -61,7 +63,8 @@ def _packed_forward(self: PreTrainedModel, packed: Mapping[str, Any], kwargs: di
     inputs = {name: value for name, value in kwargs.items() if value is not None}
     backbone = self.model if self.base_model is self else self.base_model
     if "runs" in packed:
-        with packed_row(packed):
+        keep_tree_in_recomputation(self)
+        with packed_row(packed), over(Tree(packed)):
             out = backbone(**inputs, position_ids=packed["position_ids"], use_cache=False)
     else:
         out = backbone(**inputs, use_cache=False)

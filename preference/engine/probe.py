@@ -26,10 +26,13 @@ from preference.engine.cpu.norm import lighten_norms
 from preference.engine.forward import causal_lm, pair_logps, patch_forward
 from preference.engine.head import target_logps
 from preference.engine.packing import MIN_SHARED, pack_pairs
+from preference.engine.states.install import install
 
 log = logging.getLogger(__name__)
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+STATE_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+TOKEN_LAYERS = {"mlp", "moe"}  # each token by itself
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,15 @@ def _prompt_learning(model: nn.Module) -> bool:
     return any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values())
 
 
-def _why_not_shared(model: nn.Module, lm: PreTrainedModel) -> str:
-    """What a model says of itself that rules out a shared prefix; "" if nothing."""
+def _why_not_shared(model: nn.Module, lm: PreTrainedModel, states: bool) -> str:
+    """What a model says of itself that rules out a shared prefix; "" if nothing. states: `install` found some."""
     config = lm.config.get_text_config()
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS)
+    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS - TOKEN_LAYERS
+    other = sorted(kinds - STATE_LAYERS) or sorted(() if states else kinds)
     if _prompt_learning(model):
         return "virtual tokens of prompt tuning stand before each sequence"
     if other:
-        return f"{other[0]} layers carry a state from token to token"
+        return f"its {other[0]} layers are of a kind that the engine does not know"
     if not lm._can_set_attn_implementation():
         return f"{type(lm).__name__} does not use transformers' AttentionInterface"
     return ""
@@ -141,7 +145,7 @@ def _can_be_probed(lm: PreTrainedModel) -> bool:
 
 
 def _choose(model: nn.Module, lm: PreTrainedModel, share_prompt: bool) -> Engine:
-    reason = _why_not_shared(model, lm) if share_prompt else "share_prompt=false"
+    reason = _why_not_shared(model, lm, install(lm)) if share_prompt else "share_prompt=false"
     probed = _can_be_probed(lm)
     if not reason:
         with installed(lm) as keep:

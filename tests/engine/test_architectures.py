@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 SHARED = "llama qwen2 qwen3 qwen3_moe mistral mixtral gemma gemma2 gemma3_text phi phi3 olmo2 gpt2 gpt_oss".split()
 SHARED += "gpt_neox granite cohere2 stablelm smollm3 glm4 llama4_text".split()
-ROWS = ["bloom", "falcon", "mamba", "qwen3_next", "gptj"]
+ROWS = ["bloom", "falcon", "rwkv", "axk2", "gptj"]
 REFUSED = ["bert", "modernbert-decoder"]
 
 

@@ -1,0 +1,194 @@
+"""A packed row as a recurrence sees it: runs that start from the state in which another run ended.
+
+A run (engine/packing.py) begins where its parent ends: the prefix of a pair behind what prompts have in common, an
+answer behind its prompt. A recurrence needs nothing of the past but its state and a convolution of k taps nothing but
+k - 1 tokens, so both are exact over a tree: runs of one level start from the final states of the level above, and
+gradients flow back through those. The runs of a level that are about as long are the rows of one call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 64  # tokens that a recurrence takes at once; rows are not told apart by less
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one level, the rows of one call.
+
+    Attributes:
+        rows, width: R runs of at most L tokens.
+        at: where each token of the rows stands in the packed row, [R * L]; N where a run is over.
+        parents: which of the final states of the level above each run starts from, [R]; None at the root.
+        goes_on: whether the final states of these runs are asked for.
+    """
+
+    rows: int
+    width: int
+    at: Tensor
+    parents: Tensor | None
+    goes_on: bool
+
+    def take(self, x: Tensor) -> Tensor:
+        """[N + 1, ...], the last one zeros, -> [R, L, ...]."""
+        return x.index_select(0, self.at).unflatten(0, (self.rows, self.width))
+
+
+def _parents(chains: Sequence[tuple[int, int, tuple[int, ...]]], runs: int) -> list[int]:
+    """For each run the one that it begins behind, -1 for none."""
+    parents = [-1] * runs
+    for first, last, before in chains:
+        parents[first:last] = [before[-1] if before else -1, *range(first, last - 1)]
+    return parents
+
+
+def _alike(runs: list[int], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Runs in groups in which none is padded to more than twice its length, or to a chunk."""
+    group: list[int] = []
+    for run in sorted(runs, key=lambda run: -sizes[run]):
+        if group and sizes[group[0]] > max(CHUNK, 2 * sizes[run]):
+            yield group
+            group = []
+        group.append(run)
+    if group:
+        yield group
+
+
+class Tree:
+    """The runs of a packed row by levels.
+
+    Args:
+        layout: a packed batch; of it runs and chains are read.
+    """
+
+    def __init__(self, layout: Mapping[str, Any]) -> None:
+        self.sizes: list[int] = layout["runs"]
+        self.length = sum(self.sizes)
+        self.starts = [0, *accumulate(self.sizes)]
+        self.parents = _parents(layout["chains"], len(self.sizes))
+        self._made: dict[Any, Any] = {}
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made at the first call: all layers share it."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def levels(self, device: torch.device) -> tuple[list[list[Group]], Tensor]:
+        """The groups of each level from the root on, and where each of the N tokens stands in their rows, [N]."""
+        return self.once(("levels", device), lambda: self._levels(device))
+
+    def _levels(self, device: torch.device) -> tuple[list[list[Group]], Tensor]:
+        levels: list[list[Group]] = []
+        places = torch.empty(self.length, dtype=torch.long)
+        filled, states = 0, {-1: 0}  # tokens of all rows so far; of the level above, the place of each run's state
+        runs = [run for run, parent in enumerate(self.parents) if parent < 0]
+        while runs:
+            level, ended = [], {}
+            children = [run for run, parent in enumerate(self.parents) if parent in set(runs)]
+            for group in _alike(runs, self.sizes):
+                width = self.sizes[group[0]]
+                at = torch.full((len(group), width), self.length)
+                for row, run in enumerate(group):
+                    tokens = torch.arange(self.starts[run], self.starts[run + 1])
+                    at[row, : len(tokens)] = tokens
+                    places[tokens] = filled + row * width + torch.arange(len(tokens))
+                filled += at.numel()
+                parents = torch.tensor([states[self.parents[run]] for run in group]) if levels else None
+                goes_on = any(self.parents[run] in group for run in children)
+                if goes_on:
+                    ended |= {run: len(ended) + row for row, run in enumerate(group)}
+                at, parents = at.flatten().to(device), None if parents is None else parents.to(device)
+                level.append(Group(len(group), width, at, parents, goes_on))
+            levels.append(level)
+            runs, states = children, ended
+        return levels, places.to(device)
+
+    def tails(self, taps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The row as a causal convolution of `taps` taps needs it: each run behind the tokens that come before it.
+
+        Returns:
+            Which token stands at each place, N for none; where each of the N tokens stands, [N].
+        """
+        return self.once(("tails", taps, device), lambda: self._tails(taps, device))
+
+    def _tails(self, taps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        order: list[int] = []
+        places: list[int] = []
+        for run, size in enumerate(self.sizes):
+            order += self._before(run, taps - 1)
+            places += range(len(order), len(order) + size)
+            order += range(self.starts[run], self.starts[run + 1])
+        return torch.tensor(order, device=device), torch.tensor(places, device=device)
+
+    def _before(self, run: int, count: int) -> list[int]:
+        """The last `count` tokens before a run; N for each that there is not."""
+        parent, tokens = self.parents[run], []
+        while parent >= 0 and len(tokens) < count:
+            begin = max(self.starts[parent], self.starts[parent + 1] - count + len(tokens))
+            tokens = [*range(begin, self.starts[parent + 1]), *tokens]
+            parent = self.parents[parent]
+        return [self.length] * (count - len(tokens)) + tokens
+
+
+def with_zeros(x_ND: Tensor) -> Tensor:
+    """[N, ...] -> [N + 1, ...]: a row of zeros for places where there is no token."""
+    return torch.cat([x_ND, x_ND.new_zeros(1, *x_ND.shape[1:])])
+
+
+Run = Callable[[list[Tensor], Tensor | None, bool], tuple[Tensor, Tensor | None]]
+
+
+def over_runs(tree: Tree, tokens: Sequence[Tensor], run: Run) -> Tensor:
+    """A recurrence over all runs of a packed row.
+
+    Args:
+        tokens: what the recurrence reads, each [1, N, ...].
+        run: from [R, L, ...] of each, zeros behind the end of a run, the states [R, ...] that the rows start from
+            (None: zeros) and whether final states are wanted, to the output [R, L, ...] and the final states. Zeros
+            must leave a state as it is.
+
+    Returns:
+        The output, [1, N, ...].
+    """
+    levels, places = tree.levels(tokens[0].device)
+    padded = [with_zeros(x[0]) for x in tokens]
+    outputs: list[Tensor] = []
+    states: Tensor | None = None
+    for level in levels:
+        ended = []
+        for group in level:
+            initial = None if group.parents is None else states.index_select(0, group.parents)
+            out, final = run([group.take(x) for x in padded], initial, group.goes_on)
+            outputs.append(out.flatten(0, 1))
+            if group.goes_on:
+                ended.append(final)
+        states = torch.cat(ended) if ended else None
+    return torch.cat(outputs).index_select(0, places)[None]
+
+
+_tree: contextvars.ContextVar[Tree | None] = contextvars.ContextVar("packed_tree", default=None)
+
+
+def current() -> Tree | None:
+    """The tree of the packed forward that is running, None outside of one."""
+    return _tree.get()
+
+
+@contextlib.contextmanager
+def over(tree: Tree | None) -> Iterator[None]:
+    """While this is open, layers that carry a state run over `tree`."""
+    token = _tree.set(tree)
+    try:
+        yield
+    finally:
+        _tree.reset(token)
