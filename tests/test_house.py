@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,3 +100,13 @@ def test_an_import_that_points_elsewhere_is_found(root: Path, tmp_path: Path, fi
     before = faults(package)
     (package / file).write_text((package / file).read_text("utf-8") + f"\n{line}\n", encoding="utf-8")
     assert any(said in fault for fault in set(faults(package)) - set(before))
+
+
+def test_the_tree_in_the_documents_is_the_one_on_disk(root: Path) -> None:
+    sys.path.insert(0, str(root / "docs"))
+    from tree import written
+
+    page = (root / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert page == written(page), "run: python docs/tree.py"
+    order = re.search(r"```\n(errors .*?) {2,}\(then", page)
+    assert order and tuple(order[1].split()) == STAGES
