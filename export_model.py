@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preference.errors import PreferenceError
+from preference.launch.process import stay_private
 from preference.screen import shown
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ class ExportError(PreferenceError, RuntimeError):
 
 def main() -> None:
     args = parse_arguments()
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ.setdefault(name, "1")
+    stay_private()
 
     try:
         export(args)

@@ -40,3 +40,10 @@ def clean_logging() -> None:
     for handler in filter(None, handlers):
         if not any(isinstance(f, Shown) for f in handler.filters):
             handler.addFilter(Shown())
+
+
+def duration(seconds: float) -> str:
+    """1:05, 12:00, 3:04:05"""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

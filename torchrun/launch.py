@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
 from meeting import MeetingError, meet, settings
 
-ECHO = 2.0  # seconds in which another signal is taken for the same one (preference/launch/signals.py)
-EXIT_STOPPED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from preference.launch.signals import ECHO, EXIT_STOPPED, SIGNALS
+
 SIGNALS_OF_TORCHRUN = "SIGHUP,SIGQUIT"
 
 

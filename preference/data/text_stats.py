@@ -138,10 +138,9 @@ def spread(values: Sequence[int]) -> dict[str, float]:
 
     if not len(values):
         return {}
-    ordered = np.sort(np.asarray(values))
-    at = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    quantiles = {name: int(ordered[round(share * (len(ordered) - 1))]) for name, share in at.items()}
-    return {"mean": round(float(ordered.mean()), 1), **quantiles}
+    points = np.percentile(values, [0, 50, 90, 99, 100], method="higher")  # lengths that occur
+    quantiles = dict(zip(("min", "p50", "p90", "p99", "max"), map(int, points), strict=True))
+    return {"mean": round(float(np.mean(values)), 1), **quantiles}
 
 
 def length_bias(longer: int, equal: int, rows: int) -> dict[str, float]:

@@ -18,6 +18,7 @@ from preference.models.hardware import Hardware
 from preference.plan.estimate import ENGINES, Estimator, Memory, Work, changed, memory_rate, plan_work
 from preference.plan.speed import matmul_rate, peak_memory
 from preference.plan.tracing import Trace, TraceError
+from preference.screen import duration
 
 WORLDS = (1, 2, 4, 8)
 GIB = 2**30
@@ -142,18 +143,12 @@ def _describe_engine(setup: Setup, plan: Plan, rates: tuple[float, float]) -> li
         f"engine={engine}: {work.tokens_per_step:,.0f} tokens per step and device in up to {work.micro_batches} "
         f"micro-batches, the longest of {len(work.longest)} pairs and "
         f"{plan.estimator.tokens(work.longest):,} tokens",
-        f"  time per step {_duration(seconds)}, {work.steps} steps {_duration(seconds * work.steps)} on one device "
+        f"  time per step {seconds:.2g} s, {work.steps} steps {duration(seconds * work.steps)} on one device "
         "(evaluation, communication and waiting for data not counted)",
         f"  GiB on one device: {_parts(plan.memory())}",
         "  GiB at the peak, on each device:",
         *_memory_table(plan),
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _levels(args: Arguments, hardware: Hardware) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from preference.files import JsonLines, evaluation_sets
 from preference.plan.speed import SpeedMeter, compute_dtype, flops_per_token, matmul_rate, peak_memory
 from preference.report.hints import hints
 from preference.report.tables import greedy_answers
-from preference.screen import shown
+from preference.screen import duration, shown
 from preference.train.sharding import takes_all_ranks
 from preference.train.trainer import PairTrainer
 
@@ -212,10 +212,3 @@ def readable(logs: Mapping[str, Any], prefix: str = "", only: Sequence[str] = ()
     """The metrics of a log that a user follows, each as a few words."""
     values = {name: logs.get(f"{prefix}_{name}" if prefix else name) for name, _ in SHOWN}
     return [form.format(values[name]) for name, form in SHOWN if values[name] is not None and name in (only or values)]
-
-
-def duration(seconds: float) -> str:
-    """1:05, 12:00, 3:04:05"""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from preference.data.text_stats import length_bias, spread
+
 if TYPE_CHECKING:
     from preference.data.row import Row
 
@@ -83,14 +85,10 @@ class TokenStats:
         kept = np.array(self._kept, dtype=np.int64).reshape(-1, 3)
         section: dict[str, Any] = {"pairs": len(kept), **self.limits}
         if len(kept):
-            section |= {side: _distribution(kept[:, i]) for i, side in enumerate(_SIDES)}
+            section |= {side: spread(kept[:, i]) for i, side in enumerate(_SIDES)}
             section["histogram"] = _histogram(kept)
-            longer, shorter = (float(np.mean(side)) for side in (kept[:, 1] > kept[:, 2], kept[:, 1] < kept[:, 2]))
-            section["length_bias"] = {
-                "chosen_longer": round(longer, 4),
-                # what a judge reaches that always takes the longer answer, or always the shorter, and guesses at ties
-                "accuracy_of_length_alone": round(max(longer, shorter) + (1 - longer - shorter) / 2, 4),
-            }
+            longer, equal = (int(np.sum(which)) for which in (kept[:, 1] > kept[:, 2], kept[:, 1] == kept[:, 2]))
+            section["length_bias"] = length_bias(longer, equal, len(kept))
         if self.truncate:
             section["cut"] = {side: self.cut[side] for side in _SIDES}
         if self._ready:
@@ -134,14 +132,9 @@ class TokenStats:
         ]
         columns = dict(zip(_SIDES, lengths.T, strict=True)) | {"prompt + longer answer": whole}
         for name, values in columns.items():
-            figures = ", ".join(f"{key} {value}" for key, value in _distribution(values).items())
+            figures = ", ".join(f"{key} {value}" for key, value in spread(values).items())
             lines.append(f"  {name}: {figures}")
         return "\n".join(lines)
-
-
-def _distribution(values: np.ndarray) -> dict[str, int]:
-    points = np.percentile(values, [0, 50, 90, 99, 100], method="higher")
-    return dict(zip(("min", "p50", "p90", "p99", "max"), map(int, points), strict=True))
 
 
 def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:

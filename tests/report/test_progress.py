@@ -17,8 +17,9 @@ from preference.plan import speed
 from preference.plan.speed import SpeedMeter, flops_per_token, matmul_rate
 from preference.report.hints import hints
 from preference.report.page import write_report
-from preference.report.progress import attach_progress, duration, readable
+from preference.report.progress import attach_progress, readable
 from preference.report.tables import greedy_answers
+from preference.screen import duration
 from tiny import tiny_model
 
 PROMPTS = [

@@ -154,7 +154,7 @@ def test_nothing_left_says_the_numbers():
     (pair,) = build([row()])
     shortest = lengths(pair)[0] + max(lengths(pair)[1:])
     assert "of 2: 2 too_long" in text and "8 + max_target_length 9 = 17 tokens" in text
-    assert f"needs {shortest}\n" in text and "p50" in text and "chosen: min" in text
+    assert f"needs {shortest}\n" in text and "p50" in text and "chosen: mean" in text
     assert report.dropped["too_long"] == 2
     with pytest.raises(DataError, match="no rows"):
         build([])
@@ -212,7 +212,8 @@ def test_report_of_lengths_and_look_alikes():
     assert section["pairs"] == 12
     assert (section["chosen"]["min"], section["chosen"]["max"]) == (counts[0], counts[-1])
     assert section["chosen"]["p50"] in counts[5:7]
-    assert section["length_bias"] == {"chosen_longer": round(11 / 12, 4), "accuracy_of_length_alone": round(11 / 12, 4)}
+    bias = {"chosen_longer": round(11 / 12, 4), "equal": 0.0, "accuracy_of_length_alone": round(11 / 12, 4)}
+    assert section["length_bias"] == bias
     look_alikes = section["control_look_alikes"]
     assert look_alikes == {"rows": 1, "tokens": {"<|im_end|>": 1}, "places": ["rows.jsonl:13"]}
     json.dumps(report.to_dict())
