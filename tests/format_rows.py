@@ -97,7 +97,7 @@ ROWS = [
     ("argilla-strings", {"instruction": USER, "chosen_response": GOOD, "rejected_response": BAD}),
     ("argilla-strings", {"prompt": USER, "chosen_response": GOOD, "rejected_response": BAD}),
     ("ranking", {"instruction": USER, "input": "", "output": [GOOD, "Middling.", BAD]}),
-    ("ranking", {"prompt": USER, "response": [GOOD, BAD]}),
+    ("ranking", {"instruction": USER, "input": "", "response": [GOOD, BAD]}),
     ("alpaca", {"instruction": USER, **PAIR, "output": GOOD}),
     ("orca", {"system": "", "question": USER, **PAIR}),
     ("orca", {"question": USER, "chatgpt": GOOD, "llama2-13b-chat": BAD}),
@@ -117,8 +117,28 @@ ROWS = [
     ("trl", {"prompt": [{"role": "user", "content": [{"type": None, "text": USER}]}], **PAIR}),
     ("trl", {"system": "", "prompt": [u()], **CHAT}),
     ("trl-implicit-messages", CHAT),
+    ("nova", {"messages": [{"role": "user", "content": [{"text": USER}]}, {"role": "assistant", "candidates": [
+        {"content": [{"text": BAD}], "preferenceLabel": "non-preferred"},
+        {"content": [{"text": GOOD}], "preferenceLabel": "preferred"}]}]}),
+    ("vertex", {"contents": [{"role": "user", "parts": [{"text": USER}]}], "completions": [
+        {"score": 0.0, "completion": {"role": "model", "parts": [{"text": BAD}]}},
+        {"score": 1.0, "completion": {"role": "model", "parts": [{"text": GOOD}]}}]}),
+    ("paddlenlp", {"src": [USER], "tgt": [], "response": [[BAD], [GOOD]], "sort": [0, 1]}),
+    ("halos", {"prompt": [u()], "output_A": [a(BAD)], "output_B": [a(GOOD)], "label": 0, "type": "pairwise_feedback"}),
+    ("label-studio", {"data": {"prompt": USER, "answer1": BAD, "answer2": GOOD}, "annotations": [{"result": [
+        {"to_name": "answer1,answer2", "type": "pairwise", "value": {"selected": "right"}}]}]}),
+    ("two-answers", {"prompt": USER, "response_1": BAD, "response_2": GOOD, "preferred": 2}),
+    ("two-answers", {"question": USER, "answer_0": BAD, "answer_1": GOOD, "score_0": -1.0, "score_1": 1.0}),
+    ("ranked-answers", {"instruction": USER, "generations": [BAD, GOOD, "Middling."], "ratings": [1, 5, 3]}),
+    ("ranked-answers", {"context": [u()], "completions": [{"rank": 1, "completion": [a(BAD)]},
+                                                          {"rank": 0, "completion": [a(GOOD)]}]}),
+    ("named-sides", {"Question": USER, "Better Answer": GOOD, "Worse Answer": BAD}),
+    ("named-sides", {"问题": USER, "优选回答": GOOD, "拒绝回答": BAD}),
     ("trl-implicit-text", {"chosen": f"{USER} {GOOD}", "rejected": f"{USER} {BAD}"}),
 ]  # fmt: skip
+
+# formats whose rows hold lists that are no messages, which a CSV cell cannot say
+LISTS = ("ranking", "nova", "vertex", "paddlenlp", "label-studio", "ranked-answers", "summarize")
 
 HISTORY = [s("Be kind."), u("Hello"), a("Hi."), u()]
 MULTI = [

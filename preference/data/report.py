@@ -73,6 +73,10 @@ class DataReport:
         if len(listed) < self.max_listed:
             listed.append({"file": file, "line": line, "detail": printable(detail[:DETAIL_CHARS])})
 
+    def unread(self, file: str, column: str, example: str) -> None:
+        """A column of `file` that no pair was made of, with a value of it."""
+        self._file(file).setdefault("unread", {}).setdefault(column, printable(example))
+
     def warn(self, message: str) -> None:
         if (message := printable(message)) not in self.warnings:
             self.warnings.append(message)
@@ -89,6 +93,7 @@ class DataReport:
                 "rows_read": entry["rows_read"],
                 "rows_kept": entry["rows_read"] - entry["dropped"].total(),
                 "dropped": dict(entry["dropped"]),
+                **({"unread": dict(entry["unread"])} if "unread" in entry else {}),
             }
             for file, entry in self.files.items()
         }
@@ -118,6 +123,7 @@ class DataReport:
             first = self.examples[reason][0]
             place = f"{first['file']}:{first['line']}"
             lines.append(f"  dropped {count:>6} {reason}, first at {place} {first['detail'][:120]}".rstrip())
+        lines += self._unread_lines()
         lines += [f"  note: {count} x {name}" for name, count in self.notes.most_common()]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         for name, content in self.sections.items():
@@ -125,6 +131,17 @@ class DataReport:
             lines.append(f"  {name}: {_one_line({key: content[key] for key in content if key not in blocks})}")
             lines += [f"    {key}: {_one_line(value)}" for key, value in blocks.items()]
         return printable("\n".join(lines))
+
+    def _unread_lines(self) -> list[str]:
+        columns: dict[str, list[tuple[str, str]]] = {}
+        for file, entry in self.files.items():
+            for column, example in entry.get("unread", {}).items():
+                columns.setdefault(column, []).append((file, example))
+        return [
+            f"  not read: column {column} ({places[0][1]}) of {places[0][0]}"
+            + (f" and {len(places) - 1} more" if len(places) > 1 else "")
+            for column, places in columns.items()
+        ]
 
 
 def printable(text: str) -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from preference.data.formats import NotRecognised, Options, parse_columns, read_row, recognise
-from preference.data.formats.base import Drop, Format, Pair
+from preference.data.formats.base import Drop, Format, Pair, RowDict
+from preference.data.formats.messages import history_of, is_messages
 from preference.data.formats.split_system import split_system
 from preference.data.json_records import Fault, Record
 from preference.data.rendered import TakeApart
@@ -28,6 +29,7 @@ from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.sources import Position, find_sources, iter_records
 from preference.data.text_stats import TextStats, pair_key, prompt_key
+from preference.data.unread import refusal, unread_columns
 
 __all__ = ["DataError", "DataReport", "Row", "iter_rows", "load_rows"]
 
@@ -103,10 +105,13 @@ class _Reading:
     strict: bool
     formats: dict[str, Format] = field(default_factory=dict)  # of each source that was recognised
     take_apart: TakeApart = field(default_factory=TakeApart)  # of the source that is being read
+    scored: set[str] = field(default_factory=set)  # sources with scores
+    ignored: set[str] = field(default_factory=set)  # columns that the user wants ignored and that there are
+    seen: dict[str, set[str]] = field(default_factory=dict)  # columns of each source that are accounted for
 
     def rows_of(self, source: str, on_file: Any, on_record: Any) -> Iterator[Row]:
         position = Position()
-        records = iter_records(source, position)
+        records = self._records(source, position)
         format = None
         while (item := next(records, None)) is not None:
             if format is None and isinstance(item, Record):  # faults need no format, and a file may hold nothing else
@@ -123,10 +128,8 @@ class _Reading:
         first = [_without_nulls(item.value) for item in head if isinstance(item, Record)]
         try:
             format, why, others = recognise(first, self.options)
-            question = format.ask and format.ask(_values(source), self.options)
-            if question:
-                raise NotRecognised("choice_needed", question)
-            self._look_for_renderings(format, first)
+            format = self._bound(source, format, first)
+            self._look_for_renderings(source, format, first)
         except NotRecognised as refusal:
             self.report.read(source)
             self.report.drop(refusal.reason, source, head[0].line, refusal.message)
@@ -144,19 +147,64 @@ class _Reading:
             on_file(source, format, why)
         return format
 
-    def _look_for_renderings(self, format: Format, first: list[dict[str, Any]]) -> None:
+    def _look_for_renderings(self, source: str, format: Format, first: list[dict[str, Any]]) -> None:
         """Whether the first rows' questions are rendered prompts. Raises NotRecognised if some are and some not."""
         choices = self.options
         self.take_apart = TakeApart(choices.rendered, choices.prompt_is_rendered, notes=self.report.notes)
         if choices.rendered is None and choices.prompt_is_rendered is None:
-            pairs = (pair for row in first for pair in self._pairs_of(format, row) if isinstance(pair, Pair))
+            pairs = (pair for row in first for pair in self._pairs_of(format, row, source) if isinstance(pair, Pair))
             self.take_apart.decide(pairs)
 
-    def _pairs_of(self, format: Format, row: Mapping[str, Any]) -> Iterator[Pair | Drop]:
+    def _pairs_of(self, format: Format, row: RowDict, source: str) -> Iterator[Pair | Drop]:
         try:
+            if not row.keys() <= self.seen[source]:
+                self._check_new_columns(source, format, row)
             yield from read_row(format, row, self.options)
         except Drop as drop:
             yield drop
+
+    def _bound(self, source: str, format: Format, first: list[RowDict]) -> Format:
+        """The format as the whole file shows it. Raises NotRecognised for what the user has to say first."""
+        bound = format.bind(format, self._values(source), self.options) if format.bind else format
+        unread = unread_columns(bound, first, self.options)
+        if unread.long:
+            row = next((row for row in first if row.keys() & unread.long.keys()), first[0])
+            raise NotRecognised("unread_columns", refusal(bound, unread, row, self.options))
+        for column, example in unread.short.items():
+            self.report.unread(source, column, example)
+        guesses = {guess for row in first if bound.guess and (guess := bound.guess(row))} if self.strict else ()
+        if guesses:
+            raise NotRecognised("guess", f"data_check=strict reads nothing that is guessed: {guesses.pop()}")
+        self.seen[source] = {column for row in first for column, value in row.items() if value not in _NOTHING}
+        return bound
+
+    def _records(self, source: str, position: Position | None = None) -> Iterator[Record | Fault]:
+        """The records of `source` without the columns that the user wants ignored."""
+        records = iter_records(source, position)
+        ignored = self.options.ignore_columns
+        if not ignored:
+            yield from records
+            return
+        for item in records:
+            if isinstance(item, Record):
+                self.ignored |= ignored & item.value.keys()
+                item = Record(item.line, {name: value for name, value in item.value.items() if name not in ignored})
+            yield item
+
+    def _values(self, source: str) -> Iterator[RowDict]:
+        return (item.value for item in islice(self._records(source), ASK_ROWS) if isinstance(item, Record))
+
+    def _check_new_columns(self, source: str, format: Format, row: RowDict) -> None:
+        """Columns that the first rows had not, or had empty. Raises Drop where one is long text that is not read."""
+        new = {column for column in row.keys() - self.seen[source] if row[column] not in _NOTHING}
+        if not new:
+            return
+        unread = unread_columns(format, [_without_nulls(row)], self.options)
+        if long := new & unread.long.keys():
+            raise Drop("unread_columns", refusal(format, unread, row, self.options))
+        for column in new & unread.short.keys():
+            self.report.unread(source, column, unread.short[column])
+        self.seen[source] |= new - long
 
     def _rows_of_record(self, source: str, format: Format | None, item: Record | Fault) -> Iterator[Row]:
         for outcome in self._outcomes(source, format, item):
@@ -172,8 +220,16 @@ class _Reading:
         if isinstance(item, Fault):
             yield Drop(item.reason, item.detail)
             return
-        for pair in self._pairs_of(format, item.value):
-            yield pair if isinstance(pair, Drop) else self._checked(pair, source, item.line)
+        row = item.value if format.needs else _without_nulls(item.value)
+        for pair in self._pairs_of(format, row, source):
+            if isinstance(pair, Drop):
+                if pair.reason in ("score_gap", "no_score"):
+                    self.scored.add(source)
+                yield pair
+                continue
+            if "kept_without_scores" not in pair.extra:
+                self.scored.add(source)
+            yield self._checked(pair, source, item.line)
 
     def _checked(self, pair: Pair, source: str, line: int) -> Row | Drop:
         try:
@@ -186,7 +242,11 @@ class _Reading:
 
     def warn_of_choices_without_effect(self) -> None:
         """A gap is missed by each file that has no scores; the other choices only where no file knows them."""
+        for column in sorted(self.options.ignore_columns - self.ignored):
+            self.report.warn(f"ignore_columns (--ignore_columns) has no effect: no row has a column {column!r}")
         unused = [(choice, source) for source, format in self.formats.items() for choice in format.unused(self.options)]
+        if self.options.min_score_gap is not None:
+            unused += [("min_score_gap", source) for source in self.formats if source not in self.scored]
         for choice in dict(unused):
             sources = [source for other, source in unused if other == choice]
             if choice == "min_score_gap" or len(sources) == len(self.formats):
@@ -195,12 +255,11 @@ class _Reading:
                 self.report.warn(f"{choice} (--{choice.replace('_', '-')}) has no effect on {where}{more}")
 
 
+_NOTHING = (None, "", [], {})
+
+
 def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None}
-
-
-def _values(source: str) -> Iterator[dict[str, Any]]:
-    return (item.value for item in islice(iter_records(source), ASK_ROWS) if isinstance(item, Record))
 
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -249,6 +308,8 @@ def _check_text(name: str, text: Any) -> None:
 def _check_history(history: Any) -> tuple[tuple[str, str], ...]:
     if history is None or history == "":
         return ()
+    if is_messages(history):
+        history = history_of(history)
     if not isinstance(history, (list, tuple)):
         raise Drop("wrong_type", f"history must be a list of [user, assistant] pairs, not {type(history).__name__}")
     turns = []

@@ -25,7 +25,15 @@ def test_implicit_prompt_ends_with_a_word(tmp_path):
 
 def test_every_recognised_format_has_an_example_here():
     named_only = {name for name, format in FORMATS.items() if format.only_when_named or not format.detected}
-    assert set(FORMATS) - named_only == {name for name, _ in ROWS}
+    assert set(FORMATS) - named_only == {name for name, _ in ROWS} | {"summarize"}
+
+
+def test_summaries_are_asked_for_as_in_the_paper(tmp_path):
+    row = {"info": {"post": "A long post.", "title": "T", "subreddit": "r"}, "choice": 1,
+           "summaries": [{"text": BAD, "policy": "a"}, {"text": GOOD, "policy": "b"}]}  # fmt: skip
+    rows, _ = read(write(tmp_path, lines(row)))
+    question = "SUBREDDIT: r\n\nTITLE: T\n\nPOST: A long post.\n\nTL;DR:"
+    assert [(r.question, r.chosen, r.rejected) for r in rows] == [(question, GOOD, BAD)]
 
 
 @pytest.mark.parametrize("row", MULTI, ids=range(len(MULTI)))
@@ -87,7 +95,6 @@ DROPPED = [
     ("negative_gap", {"instruction": USER, **PAIR, "rating_chosen": 3, "rating_rejected": 4}),
     ("tie", {"question": USER, **PAIR, "chosen_rating": "5", "rejected_rating": "5"}),
     ("tie", {"input": USER, **PAIR, "status": "tie"}),
-    ("wrong_label", {"input": USER, **PAIR, "status": "?"}),
     ("tie", {"prompt": "p", "response_a": "a", "response_b": "b", "winner_model_a": 0, "winner_model_b": 0,
              "winner_tie": 1}),
     ("wrong_label", {"prompt": "p", "response_a": "a", "response_b": "b", "winner_model_a": 1, "winner_model_b": 1}),
@@ -98,7 +105,7 @@ DROPPED = [
     ("wrong_label", {"prompt": USER, "response_a": GOOD, "response_b": BAD, "winner": "x"}),
     ("wrong_label", SHP | {"labels": 2}),
     ("wrong_label", PKU | {"better_response_id": -1}),
-    ("identical_answers", {"instruction": USER, "output": [GOOD, GOOD]}),
+    ("identical_answers", {"instruction": USER, "input": "", "output": [GOOD, GOOD]}),
     ("no_common_prompt", {"chosen": "One thing.", "rejected": "Another."}),
 ]  # fmt: skip
 
@@ -122,7 +129,7 @@ REFUSED = [
     ("without labels", {"query": USER, "history": [], "response_0": GOOD, "response_1": BAD}),
     ("without labels", {"0": {"query": USER, "response_0": GOOD}, "1": {"query": USER, "response_0": GOOD}}),
     ("inverse", {"query": USER, "history": "[]", "rank1": GOOD, "rank2": BAD, "rank3": "", "rank4": ""}),
-    ("what its label means", {"prompt": USER, "response_1": GOOD, "response_2": BAD, "label": 1}),
+    ("--labels 0=first,1=second", {"prompt": USER, "response_1": GOOD, "response_2": BAD, "label": 1}),
     ("inside it", {"data": [TRIPLE, TRIPLE]}),
     ("no known format", {"alpha": 1, "beta": 2}),
     ("inside it", {"a": TRIPLE, "b": TRIPLE}),
@@ -193,7 +200,7 @@ def test_incomplete_candidates_are_left_out_and_counted(tmp_path):
 
 
 def test_rankings_that_rank_nothing(tmp_path):
-    good = {"instruction": USER, "output": [GOOD, BAD]}
+    good = {"instruction": USER, "input": "", "output": [GOOD, BAD]}
     rows, report = read(write(tmp_path, lines(good, good | {"output": [GOOD]}, good | {"output": []},
                                               good | {"output": GOOD}, good | {"output": [GOOD, None]})))  # fmt: skip
     assert len(rows) == 1 and report.dropped == {"too_few_candidates": 2, "wrong_type": 2}
@@ -206,19 +213,19 @@ def test_choices_count_or_are_called_without_effect(tmp_path, name, row):
     for choice, value in {"min_score_gap": 1e9, "pairs": "all", "axis": "safer"}.items():
         rows, report = read(path, options=Options(**{choice: value}))
         warned = any(f"--{choice.replace('_', '-')}) has no effect" in warning for warning in report.warnings)
-        assert warned == (choice not in FORMATS[name].uses)
-        if choice == "min_score_gap" and not rows:
-            assert not warned and set(report.dropped) <= {"score_gap", "no_score"}
-        elif choice == "min_score_gap":
-            assert warned or report.notes["kept_without_scores"] == len(rows)
+        if choice == "min_score_gap":
+            assert warned == bool(rows) and report.notes["kept_without_scores"] == len(rows)
+            assert set(report.dropped) <= {"score_gap", "no_score"}
+        else:
+            assert warned == (choice not in FORMATS[name].uses)
 
 
 def test_unknown_format_lists_keys_and_the_way_out(tmp_path):
-    row = {"QUERY": USER, "GOOD": GOOD, "BAD": BAD}
+    row = {"Q": USER, "A1": GOOD, "A2": BAD}
     path = write(tmp_path, lines(row))
-    with pytest.raises(DataError, match="keys are QUERY, GOOD, BAD.*--columns"):
+    with pytest.raises(DataError, match="keys are Q, A1, A2.*--columns"):
         load_rows([path], DataReport())
-    rows = load_rows([path], DataReport(), columns="question=QUERY,chosen=GOOD,rejected=BAD")
+    rows = load_rows([path], DataReport(), columns="question=Q,chosen=A1,rejected=A2")
     assert (rows[0].question, rows[0].chosen, rows[0].rejected) == (USER, GOOD, BAD)
 
 
@@ -262,7 +269,7 @@ def test_min_score_gap_of_shp_is_the_ratio_and_missing_scores_are_named(tmp_path
 
 
 def test_pairs_of_a_ranked_list(tmp_path):
-    path = write(tmp_path, lines({"instruction": USER, "output": ["1", "2", "3", "2"]}))
+    path = write(tmp_path, lines({"instruction": USER, "input": "", "output": ["1", "2", "3", "2"]}))
     rows, report = read(path, options=Options(pairs="all"))
     assert [(r.chosen, r.rejected) for r in rows] == [("1", "2"), ("1", "3"), ("1", "2"), ("2", "3"), ("3", "2")]
     assert report.rows_read == 6 and report.dropped == {"identical_answers": 1}

@@ -9,37 +9,57 @@ from typing import NamedTuple
 
 from preference.data.formats import (
     axolotl,
+    candidates,
+    decide,
     hh,
     judged,
     labelled,
     llamafactory,
     ms_swift,
+    named,
     orca,
     others,
+    tools,
     trl,
     ultrafeedback,
 )
-from preference.data.formats.base import Drop, Format, NotRecognised, Options, Pair, RowDict, shown_keys
+from preference.data.formats.base import (
+    Ask,
+    Drop,
+    Format,
+    NotRecognised,
+    Options,
+    Pair,
+    RowDict,
+    parse_labels,
+    parse_names,
+    shown_keys,
+)
 from preference.data.formats.columns import COLUMNS, parse_columns
+from preference.data.formats.context import columns_beside, complete
 from preference.data.formats.dialogue_text import DIALOGUE_TEXT
-from preference.data.formats.refused import REFUSED, carried_beyond_text
+from preference.data.formats.refused import REFUSED, carried_beyond_text, set_aside
+from preference.data.formats.scores import gap_of_any, score_columns
 from preference.data.formats.triple import TRIPLE
 
-__all__ = ["FORMATS", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "checked", "get_format",
-           "parse_columns", "read_row", "recognise"]  # fmt: skip
+__all__ = ["FORMATS", "Ask", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "checked",
+           "get_format", "parse_columns", "parse_labels", "parse_names", "read_row", "recognise"]  # fmt: skip
 
 # The order is the order of recognition: a shape comes before the more general one that it would also match.
 _ALL = (
-    labelled.SHP, TRIPLE, ms_swift.MS_SWIFT, ms_swift.MS_SWIFT_V2, llamafactory.V1, llamafactory.SHAREGPT,
+    labelled.SHP, TRIPLE, tools.NOVA, tools.VERTEX, tools.PADDLE, tools.HALOS, tools.SUMMARIES, tools.LABEL_STUDIO,
+    ms_swift.MS_SWIFT, ms_swift.MS_SWIFT_V2,
+    llamafactory.V1, llamafactory.SHAREGPT,
     others.AZURE, labelled.PKU, others.CVALUES, ultrafeedback.RAW, ultrafeedback.CLEANED, ultrafeedback.BINARIZED,
     judged.CAPYBARA, judged.ULTRAMIX, axolotl.CHAT_TEMPLATE, others.NECTAR, others.STACK_EXCHANGE,
     labelled.ARENA, labelled.ARENA_CONVERSATIONS, labelled.FIRST_OR_SECOND, others.ZHONGJING_RANKS,
     ultrafeedback.ARGILLA_STRINGS, llamafactory.RANKING, llamafactory.ALPACA, orca.ORCA_REJUDGED, orca.ORCA,
     hh.HH_PROMPT, hh.HH_CN, trl.TRL, axolotl.ICR, hh.HH, DIALOGUE_TEXT, trl.TRL_IMPLICIT_MESSAGES,
-    trl.TRL_IMPLICIT_TEXT, COLUMNS,
+    decide.DECIDED, candidates.CANDIDATES_RANKED, named.NAMED, trl.TRL_IMPLICIT_TEXT, COLUMNS,
 )  # fmt: skip
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 _DETECTED = [format for format in _ALL if format.detected]
+_SHAPE = {"wrong_type", "missing_key", "wrong_label", "unknown_role"}  # reasons why another format may read the row
 # {question, chosen, rejected} under different names for the question: a row may have two of them
 _BY_QUESTION = (axolotl.CHAT_TEMPLATE, llamafactory.SHAREGPT, llamafactory.ALPACA, orca.ORCA, trl.TRL, axolotl.ICR)
 _ADVICE = (
@@ -73,11 +93,25 @@ def checked(options: Options) -> Options:
 
 
 def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | Drop]:
-    """The pairs of one row. May raise Drop for the row as a whole."""
-    beyond = carried_beyond_text(row)
-    if beyond:
+    """The pairs of one row, with all that stands beside the question. May raise Drop for the row as a whole."""
+    if beyond := carried_beyond_text(row) or set_aside(row, format):
         raise Drop(*beyond)
-    yield from format.pairs(row, options)
+    columns = tuple(row)
+    beside = [(column, kind) for column, kind in columns_beside(columns, format.own) if row[column]]
+    if beside:
+        read = columns_read(format, row, options)
+        beside = [(column, kind) for column, kind in beside if column not in read]
+    scored = not format.scored and (options.min_score_gap is not None or score_columns(columns) is not None)
+    for pair in format.pairs(row, options):
+        if isinstance(pair, Pair) and (beside or scored):
+            try:
+                complete(pair, row, beside)
+                if scored:
+                    pair.extra = {**pair.extra, **gap_of_any(row, options)}
+            except Drop as drop:
+                yield drop
+                continue
+        yield pair
 
 
 def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
@@ -88,21 +122,47 @@ def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
         return Recognised(get_format(options.format), "named by the user")
     votes: Counter[str] = Counter()
     for row in rows:
-        if match := next((format for format in _DETECTED if format.matches(row)), None):
-            if _asks_nothing(match, row):  # `instruction` may stand empty beside a question
-                asking = (format for format in _BY_QUESTION if format.matches(row) and not _asks_nothing(format, row))
-                match = next(asking, match)
+        if match := _best_match(row, options):
             votes[match.name] += 1
     if votes:
         best = FORMATS[votes.most_common(1)[0][0]]
         _refuse_ambiguity(best, rows)
         if best.only_when_named:
             raise NotRecognised("ambiguous_format", f"looks like {best.name} ({best.what}): {best.only_when_named}")
-        needs = ", ".join(best.present(next(filter(best.matches, rows))))
+        row = next(filter(best.matches, rows))
+        needs = ", ".join(best.present(row) or best.columns_read(row))
         of_the_first = f"of the first {len(rows)} rows"
         others = [f"{count} {of_the_first} look like {name}" for name, count in votes.items() if name != best.name]
         return Recognised(best, f"{votes[best.name]} {of_the_first} have {needs}", ", ".join(others))
     return _near_miss(rows)
+
+
+def _best_match(row: RowDict, options: Options) -> Format | None:
+    """The first format whose columns the row has and in which it reads; else the first whose columns it has."""
+    matching = (format for format in _DETECTED if format.matches(row))
+    first = None
+    for format in matching:
+        if format.only_when_named or reads(format, row, options):
+            if _asks_nothing(format, row):  # `instruction` may stand empty beside a question
+                asking = (other for other in _BY_QUESTION if other.matches(row) and not _asks_nothing(other, row))
+                return next(asking, format)
+            return format
+        first = first or format
+    return first
+
+
+def reads(format: Format, row: RowDict, options: Options) -> bool:
+    """Whether the row has the format's shape: its pairs are text, whatever else may be wrong with them."""
+    try:
+        found = list(format.pairs(row, options))
+    except Drop as drop:
+        found = [drop]
+    return not any(pair.reason in _SHAPE if isinstance(pair, Drop) else not _is_text(pair) for pair in found)
+
+
+def _is_text(pair: Pair) -> bool:
+    question = pair.question if pair.prompt is None else pair.prompt
+    return all(isinstance(text, str) for text in (question, pair.chosen, pair.rejected))
 
 
 def _asks_nothing(format: Format, row: RowDict) -> bool:
@@ -111,8 +171,8 @@ def _asks_nothing(format: Format, row: RowDict) -> bool:
 
 def _refuse_ambiguity(best: Format, rows: Sequence[RowDict]) -> None:
     """Formats that would take the answers, or the question, from other columns of the same row: the user must say."""
-    for row in filter(best.matches, rows):
-        others = [other for other in _DETECTED if other is not best and other.matches(row)]
+    for row in filter(best.matches, rows if best.needs else ()):
+        others = [other for other in _DETECTED if other is not best and other.needs and other.matches(row)]
         rivals = {other: _columns(other.answers, row) for other in others if not other.answers & best.answers}
         mine = _columns(best.answers, row)
         if not rivals and best in _BY_QUESTION:
@@ -124,13 +184,18 @@ def _refuse_ambiguity(best: Format, rows: Sequence[RowDict]) -> None:
             raise NotRecognised("ambiguous_format", f"the rows could be read as {names}: {advice}")
 
 
+def columns_read(format: Format, row: RowDict, options: Options) -> frozenset[str]:
+    """The columns of which the format's pairs are made."""
+    return format.columns_read(row) | frozenset((options.columns or {}).values())
+
+
 def _columns(names: frozenset[str], row: RowDict) -> str:
     return " and ".join(sorted(names & row.keys()))
 
 
 def _other_question(best: Format, other: Format, row: RowDict) -> bool:
-    """Whether `other` takes another question for the same answers (alpaca's `input` is a part of its question)."""
-    if other not in _BY_QUESTION or {best, other} == {llamafactory.ALPACA, axolotl.ICR}:
+    """Whether `other` takes another question for the same answers."""
+    if other not in _BY_QUESTION or other is axolotl.ICR:  # `input` goes behind the question
         return False
     try:
         questions = [str(pair.question).strip() for format in (best, other) for pair in format.pairs(row, Options())]
@@ -145,7 +210,7 @@ def _near_miss(rows: Sequence[RowDict]) -> Recognised:
         raise NotRecognised("not_preference", f"no preference pairs: {refusals.most_common(1)[0][0]}")
     nearest: dict[str, list[str]] = {}
     best = 0.5  # at least half of the keys, or it is no near miss
-    for format in _DETECTED:
+    for format in filter(lambda format: format.needs, _DETECTED):
         lacks = min((format.lacks(row) for row in rows), key=len)
         share = 1 - len(lacks) / len(format.needs)
         if lacks and share >= best:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.data.formats.base import GAP, Format, Options, Pair, RowDict, take
+from preference.data.formats.base import Format, Options, Pair, RowDict, take
 from preference.data.formats.messages import is_messages, turns_of
-from preference.data.formats.scores import gap_of_any
 from preference.data.formats.trl import ANSWERS, are_dialogues, pair_of_prompt
 
 
@@ -16,14 +15,14 @@ def chat_template(row: RowDict, options: Options) -> Iterator[Pair]:
     if is_messages(messages) and are_dialogues(chosen, rejected):
         turns = turns_of(messages)
         messages = [turn._asdict() for turn in (turns[:-1] if turns[-1].role == "assistant" else turns)]
-    pair = pair_of_prompt(messages, chosen, rejected, row.get("system"), extra=gap_of_any(row, options))
+    pair = pair_of_prompt(messages, chosen, rejected, row.get("system"))
     pair.prompt = None
     yield pair
 
 
 def icr(row: RowDict, options: Options) -> Iterator[Pair]:
     question, chosen, rejected = take(row, "input", "chosen", "rejected")
-    yield Pair(question, chosen, rejected, row.get("system"), row.get("history"), extra=gap_of_any(row, options))
+    yield Pair(question, chosen, rejected, row.get("system"), row.get("history"))
 
 
 CHAT_TEMPLATE = Format(
@@ -32,7 +31,6 @@ CHAT_TEMPLATE = Format(
     needs=("messages", "chosen", "rejected"),
     answers=ANSWERS,
     pairs=chat_template,
-    uses=GAP,
 )
 ICR = Format(
     name="axolotl-icr",
@@ -40,5 +38,4 @@ ICR = Format(
     needs=("input", "chosen", "rejected"),
     answers=ANSWERS,
     pairs=icr,
-    uses=GAP,
 )

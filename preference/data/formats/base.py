@@ -26,6 +26,13 @@ class NotRecognised(Exception):
         self.reason, self.message = reason, message
 
 
+class Ask(NotRecognised):
+    """A file whose meaning only the user can tell: the question, with what to type."""
+
+    def __init__(self, question: str):
+        super().__init__("choice_needed", question)
+
+
 @dataclass(slots=True)
 class Pair:
     """A pair as a format finds it: texts not stripped, nothing checked but its shape."""
@@ -56,6 +63,8 @@ class Options:
     prompt_is_rendered: bool | None = (
         None  # a string in the prompt column: as it stands or a question; None: by its looks
     )
+    labels: Mapping[str, str] | None = None  # what a label's values mean: first | second | tie
+    ignore_columns: frozenset[str] = frozenset()  # read rows as if they had not these
 
     def __post_init__(self) -> None:
         if self.axis not in (None, "better", "safer"):
@@ -68,11 +77,35 @@ class Options:
             raise ValueError(f"min_score_gap must be a number, not {self.min_score_gap}")
         if self.columns and self.format not in ("auto", "columns"):
             raise ValueError(f"columns name the columns of a format of their own: not together with {self.format!r}")
+        if named := self.ignore_columns & set((self.columns or {}).values()):
+            raise ValueError(f"{sorted(named)[0]} is named by both columns and ignore_columns")
 
 
-OPTIONAL = {"axis": None, "min_score_gap": None, "pairs": "best-worst"}  # choices that few formats know: the defaults
-GAP = frozenset({"min_score_gap"})
-RANKED = frozenset({"min_score_gap", "pairs"})
+def parse_labels(text: str | Mapping[str, str]) -> dict[str, str]:
+    """{"0": "first", ...} out of "0=first,1=second,2=tie". Raises ValueError for anything else."""
+    if not isinstance(text, str):
+        return dict(text)
+    labels: dict[str, str] = {}
+    for part in filter(str.strip, text.split(",")):
+        value, _, meaning = (piece.strip() for piece in part.partition("="))
+        if value in ("first", "second", "tie") and meaning not in ("first", "second", "tie"):
+            value, meaning = meaning, value
+        if not value or meaning not in ("first", "second", "tie") or value in labels:
+            raise ValueError(f"labels must be value=first, value=second or value=tie with commas, not {part.strip()!r}")
+        labels[value] = meaning
+    if not {"first", "second"} <= set(labels.values()):
+        raise ValueError("labels must say which value prefers the first answer and which the second")
+    return labels
+
+
+def parse_names(text: str | Iterable[str] | None) -> frozenset[str]:
+    """The names in "a,b,c"."""
+    parts = text.split(",") if isinstance(text, str) else text or ()
+    return frozenset(name for part in parts if (name := part.strip()))
+
+
+OPTIONAL = {"axis": None, "pairs": "best-worst", "labels": None}  # choices that few formats know: the defaults
+RANKED = frozenset({"pairs"})
 
 
 @dataclass(frozen=True)
@@ -86,7 +119,13 @@ class Format:
     also: Callable[[RowDict], bool] | None = None  # a condition on values, where keys alone do not tell
     answers: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
-    ask: Callable[[Iterable[RowDict], Options], str | None] | None = None  # a question only the user can answer
+    bind: Callable[[Format, Iterable[RowDict], Options], Format] | None = None  # the format for the rows of one file;
+    # raises Ask for a question that only the user can answer
+    reads: Callable[[RowDict], Iterable[str]] | None = None  # columns it reads besides `needs` and `answers`
+    own: frozenset[str] = frozenset()  # columns beside the question that it puts into the pair itself
+    ignores: frozenset[str] = frozenset()  # columns that it leaves out, and why is known
+    scored: bool = False  # it compares scores itself; else columns that score the two sides are looked for
+    guess: Callable[[RowDict], str] | None = None  # what is guessed in reading such a row, which strict refuses
     only_when_named: str = ""  # why it is never chosen by itself
     detected: bool = True  # False: of the same shape as another format, so it has to be named
     uses: frozenset[str] = frozenset()  # those of OPTIONAL that make a difference to its pairs
@@ -94,6 +133,11 @@ class Format:
     def question_column(self, row: RowDict) -> str:
         """Where a row that matches has its question, in a format that takes it from one column."""
         return next(key for key in self.present(row) if key not in self.answers)
+
+    def columns_read(self, row: RowDict) -> frozenset[str]:
+        """The columns of a row that matches from which its pairs are made."""
+        more = self.reads(row) if self.reads else ()
+        return frozenset((*(self.present(row) if not self.lacks(row) else ()), *(self.answers & row.keys()), *more))
 
     def unused(self, options: Options) -> list[str]:
         """The choices of the user that make no difference to this format."""

@@ -84,6 +84,7 @@ HH_PROMPT = Format(
     name="hh-prompt",
     what="HH-RLHF with the prompt apart (Dahoas full-hh-rlhf, rm-static, static-hh)",
     needs=("prompt", "response", "chosen", "rejected"),
+    ignores=frozenset({"response"}),
     also=lambda row: is_transcript(row["prompt"]),
     answers=ANSWERS,
     pairs=with_prompt,

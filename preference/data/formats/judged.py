@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.data.formats.base import GAP, Format, Options, Pair, RowDict, take
+from preference.data.formats.base import Format, Options, Pair, RowDict, take
 from preference.data.formats.messages import pair_of_dialogues
 from preference.data.formats.scores import gap_of
 from preference.data.formats.trl import ANSWERS, pair_of_prompt
@@ -22,8 +22,7 @@ def ultramix(row: RowDict, options: Options) -> Iterator[Pair]:
 def capybara(row: RowDict, options: Options) -> Iterator[Pair]:
     """`prompt` holds the first turn alone in multi-turn rows, so the dialogue is read from chosen and rejected."""
     chosen, rejected = take(row, "chosen", "rejected")
-    extra = gap_of(row, "rating_chosen", "rating_rejected", options)
-    yield pair_of_dialogues(chosen, rejected, row.get("system"), extra)
+    yield pair_of_dialogues(chosen, rejected, row.get("system"))
 
 
 ULTRAMIX = Format(
@@ -32,13 +31,22 @@ ULTRAMIX = Format(
     needs=("chosen", "rejected", "chosen_instruct_reward|rejected_instruct_reward|task_category"),
     answers=ANSWERS,
     pairs=ultramix,
-    uses=GAP,
+    scored=True,
 )
 CAPYBARA = Format(
     name="capybara",
     what="argilla/distilabel-capybara-dpo-7k-binarized",
     needs=("chosen", "rejected", "rating_chosen", "rating_rejected"),
     answers=ANSWERS,
+    ignores=frozenset(
+        {
+            "prompt",
+            "original_response",
+            "generation_prompt",
+            "raw_generation_responses",
+            "new_generations",
+            "conversation",
+        }
+    ),
     pairs=capybara,
-    uses=GAP,
 )

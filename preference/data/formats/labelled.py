@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from preference.data.formats.base import GAP, Drop, Format, Options, Pair, RowDict, flag, index, number, take
+from preference.data.formats.base import Ask, Drop, Format, Options, Pair, RowDict, flag, index, number, take
 from preference.data.formats.messages import Turn, is_messages, pair_of_context, pair_of_dialogues
 
 # ------------------------------------------------------------------------------------------------------ SHP
@@ -28,7 +28,7 @@ SHP = Format(
     needs=("human_ref_A", "human_ref_B", "labels", "history"),
     answers=frozenset({"human_ref_A", "human_ref_B"}),
     pairs=shp,
-    uses=GAP,
+    scored=True,
     warnings=(
         "the card of SHP advises score_ratio >= 2 and at most five pairs a post: --min-score-gap 2 --max-per-prompt 5",
     ),
@@ -50,10 +50,10 @@ def pku(row: RowDict, options: Options) -> Iterator[Pair]:
     yield Pair(prompt, (first, second)[best], (first, second)[1 - best], extra=extra)
 
 
-def ask_axis(rows: Iterable[RowDict], options: Options) -> str | None:
-    """The question of which label decides, with what hangs on it; None if that is settled or there is one label."""
+def ask_axis(format: Format, rows: Iterable[RowDict], options: Options) -> Format:
+    """The format itself. Raises Ask, with what hangs on it, where it is not settled which of two labels decides."""
     if options.axis:
-        return None
+        return format
     both = differ = 0
     for row in rows:
         labels = [row.get(key) for key in _AXES.values()]
@@ -61,8 +61,8 @@ def ask_axis(rows: Iterable[RowDict], options: Options) -> str | None:
             both += 1
             differ += str(labels[0]) != str(labels[1])
     if not both:
-        return None
-    return (
+        return format
+    raise Ask(
         "the rows carry two labels, more helpful (better_response_id) and safer (safer_response_id), which disagree in "
         f"{differ} of {both} rows: say which one decides, --axis better or --axis safer"
     )
@@ -75,7 +75,7 @@ PKU = Format(
     answers=frozenset({"response_0", "response_1"}),
     pairs=pku,
     uses=frozenset({"axis"}),
-    ask=ask_axis,
+    bind=ask_axis,
     warnings=(
         "in many rows both answers are unsafe (counted as both_unsafe): ORPO would train on the chosen one as a model "
         "answer; the licence is CC-BY-NC-4.0",
@@ -166,12 +166,18 @@ def first_or_second(row: RowDict, options: Options) -> Iterator[Pair]:
     yield Pair(prompt, first, second) if found == 1 else Pair(prompt, second, first)
 
 
+def two_labels(format: Format, rows: Iterable[RowDict], options: Options) -> Format:
+    if {number(row.get("label")) for row in rows} >= {0, 1, 2}:
+        raise Ask("the labels 0, 1 and 2 fit two conventions: say which, for example --labels 0=first,1=second,2=tie")
+    return format
+
+
 FIRST_OR_SECOND = Format(
     name="pairwise-label",
     what="response_1, response_2 and a label: 1 says that the first is better, 0 or 2 the second",
     needs=("prompt|question", "response_1", "response_2", "label"),
     answers=frozenset({"response_1", "response_2"}),
     pairs=first_or_second,
-    only_when_named="nothing in the file says what its label means; naming the format pairwise-label reads 1 as "
-    "'response_1 is better' and 0 or 2 as 'response_2 is better'",
+    detected=False,
+    bind=two_labels,
 )

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.data.formats.base import GAP, RANKED, Drop, Format, Options, Pair, RowDict, take
+from preference.data.formats.base import RANKED, Drop, Format, Options, Pair, RowDict, take
 from preference.data.formats.messages import is_messages, pair_of_dialogues, pair_of_messages
-from preference.data.formats.scores import gap_of_any, pick
+from preference.data.formats.scores import pick
 from preference.data.formats.trl import ANSWERS
 
 
 def sharegpt(row: RowDict, options: Options) -> Iterator[Pair]:
     conversations, chosen, rejected = take(row, "conversations|conversation", "chosen", "rejected")
-    yield pair_of_messages(conversations, chosen, rejected, row.get("system"), gap_of_any(row, options))
+    yield pair_of_messages(conversations, chosen, rejected, row.get("system"))
 
 
 def alpaca(row: RowDict, options: Options) -> Iterator[Pair]:
     """Some files carry `output`, which repeats one of the two answers: it is ignored."""
     instruction, chosen, rejected = take(row, "instruction", "chosen", "rejected")
-    extra = gap_of_any(row, options)
-    yield Pair(_with_input(instruction, row), chosen, rejected, row.get("system"), row.get("history"), extra=extra)
+    yield Pair(_with_input(instruction, row), chosen, rejected, row.get("system"), row.get("history"))
 
 
 def ranking(row: RowDict, options: Options) -> Iterator[Pair | Drop]:
@@ -54,6 +53,19 @@ def _with_input(instruction: object, row: RowDict) -> object:
     return f"{instruction}\n{extra}" if extra.strip() else instruction
 
 
+def _is_ranked_row(row: RowDict) -> bool:
+    """LLaMA-Factory's columns around the list; without them it may as well hold references, all of them right."""
+    return row.get("instruction") is not None and bool({"input", "history", "system"} & row.keys()) and any(
+        _is_ranking(row.get(key)) for key in ("output", "response")
+    )  # fmt: skip
+
+
+def _guess(row: RowDict) -> str:
+    if {"history", "system"} & row.keys():
+        return ""
+    return "nothing says that the answers in the list stand best first; if they do, --format ranking"
+
+
 def _is_ranking(value: object) -> bool:
     return isinstance(value, (list, tuple)) and len(value) >= 2 and all(isinstance(item, str) for item in value)
 
@@ -65,23 +77,24 @@ SHAREGPT = Format(
     also=lambda row: row.get("conversations") is not None or is_messages(row["conversation"]),
     answers=ANSWERS,
     pairs=sharegpt,
-    uses=GAP,
 )
 ALPACA = Format(
     name="alpaca",
     what="instruction (+ input, history, system) + chosen + rejected",
     needs=("instruction", "chosen", "rejected"),
     answers=ANSWERS,
+    ignores=frozenset({"output"}),
     pairs=alpaca,
-    uses=GAP,
 )
 RANKING = Format(
     name="ranking",
     what="a list of answers, best first (Zhongjing, LLaMA-Factory 2023)",
     needs=("instruction|prompt|query", "output|response"),
-    also=lambda row: any(_is_ranking(row.get(key)) for key in ("output", "response")),
+    also=_is_ranked_row,
+    guess=_guess,
     answers=frozenset({"output", "response"}),
     pairs=ranking,
+    scored=True,
     uses=RANKED,
 )
 V1 = Format(

@@ -8,9 +8,48 @@ from typing import Any, NamedTuple
 from preference.data.formats.base import Drop, Pair
 
 ROLES = {
-    **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
-    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(
+        (
+            "user",
+            "human",
+            "prompter",
+            "customer",
+            "patient",
+            "client",
+            "question",
+            "用户",
+            "患者",
+            "病人",
+            "客户",
+            "人类",
+            "问",
+        ),
+        "user",
+    ),
+    **dict.fromkeys(
+        (
+            "assistant",
+            "gpt",
+            "chatgpt",
+            "bot",
+            "model",
+            "ai",
+            "chatbot",
+            "doctor",
+            "physician",
+            "agent",
+            "助手",
+            "医生",
+            "大夫",
+            "助理",
+            "模型",
+            "机器人",
+            "客服",
+            "答",
+        ),
+        "assistant",
+    ),
+    **dict.fromkeys(("system", "developer", "系统"), "system"),
 }
 TOOL_ROLES = {
     "tool", "function", "ipython", "environment", "function_call", "function_response", "observation", "tool_call",
@@ -109,6 +148,14 @@ def context_of(turns: list[Turn]) -> dict[str, Any]:
         raise Drop("irregular_turns", "the dialogue does not begin with the user")
     history = [(turns[i].text, turns[i + 1].text) for i in range(0, len(turns) - 1, 2)]
     return {"question": turns[-1].text, "history": history, "system": system}
+
+
+def history_of(messages: Any) -> list[tuple[str, str]]:
+    """[user, assistant] pairs out of a list of messages. Raises Drop unless they take turns, the assistant's last."""
+    turns = turns_of(messages)
+    if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+        raise Drop("irregular_turns", "the history is not user and assistant in turn")
+    return [(turns[i].text, turns[i + 1].text) for i in range(0, len(turns), 2)]
 
 
 def reply_of(answer: Any, context: list[Turn] | None = None) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from preference.data.formats.base import GAP, Drop, Format, Options, Pair, RowDict, number, take
-from preference.data.formats.scores import check_gap, gap_of_any
+from preference.data.formats.base import Drop, Format, Options, Pair, RowDict, number, take
+from preference.data.formats.scores import check_gap
 from preference.data.formats.trl import pair_of_prompt, take_question
 
 
 def orca(row: RowDict, options: Options) -> Iterator[Pair]:
     """The first revision named the answers after their models."""
     columns = take_question(row, "question", "chosen|chatgpt", "rejected|llama2-13b-chat")
-    pair = pair_of_prompt(*columns, row.get("system"), row.get("history"), gap_of_any(row, options))
+    pair = pair_of_prompt(*columns, row.get("system"), row.get("history"))
     pair.prompt = None
     yield pair
 
@@ -40,13 +40,23 @@ ORCA = Format(
     needs=("question", "chosen|chatgpt", "rejected|llama2-13b-chat"),
     answers=frozenset({"chosen", "rejected", "chatgpt", "llama2-13b-chat"}),
     pairs=orca,
-    uses=GAP,
 )
 ORCA_REJUDGED = Format(
     name="orca-rejudged",
     what="argilla/distilabel-intel-orca-dpo-pairs",
     needs=("input", "chosen", "rejected", "status"),
     answers=frozenset({"chosen", "rejected"}),
+    ignores=frozenset(
+        {
+            "generations",
+            "order",
+            "labelling_prompt",
+            "raw_labelling_response",
+            "original_chosen",
+            "original_rejected",
+            "in_gsm8k_train",
+        }
+    ),
     pairs=rejudged,
-    uses=GAP,
+    scored=True,
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from preference.data.formats.base import RANKED, Drop, Format, Options, Pair, RowDict, number, take
 from preference.data.formats.hh import is_transcript, turns_of_transcript
-from preference.data.formats.messages import pair_of_context, pair_of_messages
+from preference.data.formats.messages import pair_of_context, pair_of_messages, plain_reply
 from preference.data.formats.scores import pick
 
 
@@ -45,11 +45,14 @@ def _nectar_pair(prompt: object, chosen: str, rejected: str) -> Pair:
 
 def azure(row: RowDict, options: Options) -> Iterator[Pair]:
     given, chosen, rejected = take(row, "input", "preferred_output", "non_preferred_output")
+    if isinstance(given, str):
+        yield Pair(given, plain_reply(chosen), plain_reply(rejected))
+        return
     if not isinstance(given, dict):
-        raise Drop("wrong_type", "input must be an object with messages")
+        raise Drop("wrong_type", "input must be an object with messages, or a question")
     if given.get("tools"):
         raise Drop("tool_calls", "input has tools: a triple cannot carry them")
-    yield pair_of_messages(*take(given, "messages"), chosen, rejected)
+    yield pair_of_messages(*take(given, "messages"), chosen, rejected, given.get("system"))
 
 
 def zhongjing_ranks(row: RowDict, options: Options) -> Iterator[Pair | Drop]:
@@ -86,6 +89,7 @@ NECTAR = Format(
     also=lambda row: isinstance(row["answers"], (list, tuple)) and any(isinstance(a, dict) for a in row["answers"]),
     answers=frozenset({"answers"}),
     pairs=nectar,
+    scored=True,
     uses=RANKED,
 )
 AZURE = Format(
@@ -101,6 +105,7 @@ ZHONGJING_RANKS = Format(
     needs=("query", "rank1", "rank2"),
     answers=frozenset({"rank1", "rank2", "rank3", "rank4"}),
     pairs=zhongjing_ranks,
+    scored=True,
     uses=RANKED,
     only_when_named="the published tool fills rank1 .. rank4 with the inverse of the order that the labeller gave, so "
     "most rows may be mis-ordered; if yours are right, naming the format zhongjing-ranks reads rank1 as the best",

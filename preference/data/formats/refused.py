@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from preference.data.formats.base import RowDict, flag
+from preference.data.formats.base import Format, RowDict, flag, number
+from preference.data.formats.names import CANDIDATES, INPUTS, QUESTIONS, key_of
 
 
 class Refused(NamedTuple):
@@ -70,7 +72,26 @@ def _messages_sft(row: RowDict) -> bool:
     )
 
 
+def _unranked(row: RowDict) -> bool:
+    keys = {key_of(key) for key, value in row.items() if isinstance(value, (list, tuple)) and len(value) > 1
+            and all(isinstance(item, str) for item in value)}  # fmt: skip
+    return bool(keys & CANDIDATES) and bool({key_of(key) for key in row} & (QUESTIONS | INPUTS))
+
+
+def _steps(row: RowDict) -> bool:
+    label = row.get("label")
+    if isinstance(label, dict) and "steps" in label or isinstance(label, str) and "Step 1:" in label:
+        return True
+    return all(isinstance(row.get(key), (list, tuple)) for key in ("completions", "labels"))
+
+
 REFUSED = (
+    Refused(_steps, "one solution with a label for each of its steps (process supervision), not a pair"),
+    Refused(
+        _unranked,
+        "several answers a question, but no scores or ranks: all may be right (references); if the list stands best "
+        "first, --format ranking (in training --data_format)",
+    ),
     Refused(_safety, "single answers with a safety label (as BeaverTails): no second answer to prefer to it"),
     Refused(_kto, "unpaired answers with a good/bad label (KTO): there is one answer a row, not a pair"),
     Refused(_red_team, "red-team transcripts: one dialogue a row with ratings, not a pair"),
@@ -92,3 +113,29 @@ def carried_beyond_text(row: RowDict) -> tuple[str, str] | None:
     if tools and tools not in ("[]", "{}", "null"):
         return "tool_calls", "the row has tools: a triple cannot carry them"
     return None
+
+
+def set_aside(row: RowDict, format: Format) -> tuple[str, str] | None:
+    """(reason, detail) of a row whose own columns say that it is no pair: discarded, a tie, labelled the other way."""
+    flags = flag_columns(tuple(row))
+    if not flags:
+        return None
+    read = format.columns_read(row)
+    for column, kind in flags:
+        value = row[column]
+        if value is None or column in read:
+            continue
+        if kind == "status" and str(value).casefold() in ("discarded", "rejected", "invalid", "deleted"):
+            return "discarded", f"{column} says {str(value)[:40]!r}"
+        if kind == "tie" and flag(value):
+            return "tie", f"{column} says so"
+        if kind == "label" and not format.scored and (flag(value) is False or number(value) == -1):
+            way = f"if it means nothing, --ignore_columns {column}"
+            return "wrong_label", f"{column} is {value!r} beside answers whose columns say which is better; {way}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def flag_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    kinds = {"status": "status", "tie": "tie", "is_tie": "tie", "label": "label"}
+    return tuple((column, kinds[key]) for column in columns if (key := key_of(column)) in kinds)

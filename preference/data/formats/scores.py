@@ -4,17 +4,45 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
 from preference.data.formats.base import Drop, Options, RowDict, number
+from preference.data.formats.names import CANDIDATES, canonical, direction_of
 
-# What datasets call the scores of chosen and rejected
-SCORES = (
-    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("rating_chosen", "rating_rejected"),
-    ("chosen_rating", "rejected_rating"), ("chosen-rating", "rejected-rating"),
-    ("chosen_avg_rating", "rejected_avg_rating"),
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class ScoreColumns:
+    """Columns that score the two sides: one each, a list of two, or the margin between them."""
+
+    sides: tuple[str, str] | None = None
+    rises: bool = True  # False: 1 is the best
+    both: str = ""
+    margin: str = ""
+
+
+@lru_cache(maxsize=1024)
+def score_columns(columns: tuple[str, ...]) -> ScoreColumns | None:
+    """What scores the sides of rows with these columns: chosen_reward and rejected_reward, rating_list, margin."""
+    named = canonical(columns)
+    for key, column in named.items():
+        for good, bad in (("chosen", "rejected"), ("preferred", "dispreferred"), ("better", "worse"), ("win", "lose")):
+            tokens = key.split("_")
+            if good in tokens and (other := named.get("_".join(bad if t == good else t for t in tokens))):
+                direction = direction_of("_".join(token for token in tokens if token != good))
+                if direction in ("up", "down"):
+                    return ScoreColumns((column, other), direction == "up")
+    if both := next((named[key] for key in _LISTS if key in named), ""):
+        if not any(key in CANDIDATES for key in named):  # else they are the scores of those, in their order
+            return ScoreColumns(both=both)
+    margin = next((named[key] for key in _MARGINS if key in named), "")
+    return ScoreColumns(margin=margin) if margin else None
+
+
+_LISTS = ("ratings", "rating_list", "scores", "score_list", "rewards", "reward_list", "rating", "score")
+_MARGINS = ("margin", "score_margin", "reward_margin", "rating_margin", "score_gap", "score_diff", "reward_diff")
 
 
 def check_gap(chosen: float | None, rejected: float | None, options: Options, *, labels: bool = True) -> dict[str, Any]:
@@ -44,11 +72,27 @@ def gap_of(row: RowDict, chosen: str, rejected: str, options: Options, *, labels
 
 
 def gap_of_any(row: RowDict, options: Options) -> dict[str, Any]:
-    """`check_gap` of the first pair of score columns that the row has; without any the row is kept, which is noted."""
-    named = next((pair for pair in SCORES if all(name in row for name in pair)), None)
-    if named is None:
+    """`check_gap` of what scores the two sides of the row; without any the row is kept, which is noted."""
+    found = score_columns(tuple(row))
+    scores = None if found is None else _scores_of(row, found)
+    if scores is None:
         return {} if options.min_score_gap is None else {"kept_without_scores": True}
-    return gap_of(row, *named, options)
+    return check_gap(*scores, options)
+
+
+def _scores_of(row: RowDict, columns: ScoreColumns) -> tuple[float | None, float | None] | None:
+    """(score of chosen, score of rejected); None where the columns hold nothing of the kind."""
+    if columns.sides:
+        chosen, rejected = (number(row.get(column)) for column in columns.sides)
+        if columns.rises or chosen is None or rejected is None:
+            return chosen, rejected
+        return -chosen, -rejected
+    if columns.both:
+        value = row.get(columns.both)
+        scores = [number(item) for item in value] if isinstance(value, (list, tuple)) and len(value) == 2 else []
+        return (scores[0], scores[1]) if scores and None not in scores else None
+    margin = number(row.get(columns.margin))
+    return (margin, 0.0) if margin else None  # a margin of 0 is often one that nobody filled in
 
 
 def pick(candidates: list[tuple[str, float]], options: Options, key: str) -> Iterator[tuple[str, str, dict] | Drop]:

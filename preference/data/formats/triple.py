@@ -21,5 +21,6 @@ TRIPLE = Format(
     what="the triple (MedicalGPT, ChiMed-DPO, shibing624/medical reward)",
     needs=("question", "response_chosen", "response_rejected"),
     answers=frozenset({"response_chosen", "response_rejected"}),
+    own=frozenset({"system", "history"}),
     pairs=pairs,
 )

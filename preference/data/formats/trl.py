@@ -10,16 +10,15 @@ from collections.abc import Iterator
 from os.path import commonprefix
 from typing import Any
 
-from preference.data.formats.base import GAP, Drop, Format, Options, Pair, RowDict, take
-from preference.data.formats.messages import is_messages, pair_of_dialogues, pair_of_messages, plain_reply, turns_of
-from preference.data.formats.scores import gap_of_any
+from preference.data.formats.base import Drop, Format, Options, Pair, RowDict, take
+from preference.data.formats.messages import is_messages, pair_of_dialogues, pair_of_messages, plain_reply
 
 ANSWERS = frozenset({"chosen", "rejected"})
 
 
 def explicit(row: RowDict, options: Options) -> Iterator[Pair]:
     prompt, chosen, rejected = take_question(row, "prompt", "chosen", "rejected")
-    yield pair_of_prompt(prompt, chosen, rejected, row.get("system"), row.get("history"), gap_of_any(row, options))
+    yield pair_of_prompt(prompt, chosen, rejected, row.get("system"), row.get("history"))
 
 
 def take_question(row: RowDict, question: str, chosen: str, rejected: str) -> list[Any]:
@@ -30,7 +29,9 @@ def take_question(row: RowDict, question: str, chosen: str, rejected: str) -> li
 
 def are_dialogues(chosen: Any, rejected: Any) -> bool:
     """Whether the answers are message lists that hold more than the answer."""
-    return is_messages(chosen) and is_messages(rejected) and len(turns_of(chosen)) > 1
+    if not is_messages(chosen) or not is_messages(rejected):
+        return False
+    return len(chosen if isinstance(chosen, (list, tuple)) else next(iter(chosen.values()))) > 1
 
 
 def pair_of_prompt(prompt, chosen, rejected, system=None, history=None, extra=None) -> Pair:
@@ -46,7 +47,7 @@ def pair_of_prompt(prompt, chosen, rejected, system=None, history=None, extra=No
 
 def implicit_messages(row: RowDict, options: Options) -> Iterator[Pair]:
     chosen, rejected = take(row, "chosen", "rejected")
-    yield pair_of_dialogues(chosen, rejected, row.get("system"), gap_of_any(row, options))
+    yield pair_of_dialogues(chosen, rejected, row.get("system"))
 
 
 def implicit_text(row: RowDict, options: Options) -> Iterator[Pair]:
@@ -74,16 +75,14 @@ TRL = Format(
     needs=("prompt", "chosen", "rejected"),
     answers=ANSWERS,
     pairs=explicit,
-    uses=GAP,
 )
 TRL_IMPLICIT_MESSAGES = Format(
     name="trl-implicit-messages",
     what="{chosen, rejected}: two message lists that share all but the last turn",
     needs=("chosen", "rejected"),
-    also=lambda row: is_messages(row["chosen"]) and is_messages(row["rejected"]),
+    also=lambda row: are_dialogues(row["chosen"], row["rejected"]),
     answers=ANSWERS,
     pairs=implicit_messages,
-    uses=GAP,
 )
 TRL_IMPLICIT_TEXT = Format(
     name="trl-implicit-text",
@@ -92,6 +91,7 @@ TRL_IMPLICIT_TEXT = Format(
     also=lambda row: isinstance(row["chosen"], str) and isinstance(row["rejected"], str),
     answers=ANSWERS,
     pairs=implicit_text,
+    guess=lambda row: "there is no prompt column: the longest common beginning of both texts would be the question",
     warnings=(
         "there is no prompt column: the longest common beginning of both texts is taken as the question, which is a "
         "guess; look at a few rows, or name the columns with --columns",

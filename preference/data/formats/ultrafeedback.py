@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from preference.data.formats.base import GAP, RANKED, Drop, Format, Options, Pair, RowDict, number, take
-from preference.data.formats.scores import gap_of, pick
+from preference.data.formats.base import RANKED, Drop, Format, Options, Pair, RowDict, number, take
+from preference.data.formats.scores import pick
 from preference.data.formats.trl import ANSWERS, pair_of_prompt
 
 ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
@@ -36,22 +36,17 @@ def _rated(completion: Any) -> tuple[str, float] | None:
     return None if None in ratings else (completion["response"], sum(ratings) / len(ratings))
 
 
-def _scored(chosen_key: str, rejected_key: str):
-    def pairs(row: RowDict, options: Options) -> Iterator[Pair]:
-        chosen, rejected = take(row, "chosen", "rejected")
-        extra = gap_of(row, chosen_key, rejected_key, options)
-        prompt = row.get("prompt", row.get("instruction"))
-        pair = pair_of_prompt(prompt, chosen, rejected, row.get("system"), None, extra)
-        pair.prompt = None
-        yield pair
-
-    return pairs
+def dialogues(row: RowDict, options: Options) -> Iterator[Pair]:
+    chosen, rejected = take(row, "chosen", "rejected")
+    prompt = row.get("prompt", row.get("instruction"))
+    pair = pair_of_prompt(prompt, chosen, rejected, row.get("system"))
+    pair.prompt = None
+    yield pair
 
 
 def predecessor(row: RowDict, options: Options) -> Iterator[Pair]:
     question, chosen, rejected = take(row, "instruction|prompt|question", "chosen_response", "rejected_response")
-    extra = gap_of(row, "chosen_avg_rating", "rejected_avg_rating", options)
-    yield Pair(question, chosen, rejected, row.get("system"), extra=extra)
+    yield Pair(question, chosen, rejected, row.get("system"))
 
 
 RAW = Format(
@@ -60,7 +55,9 @@ RAW = Format(
     needs=("instruction", "completions"),
     also=lambda row: isinstance(row["completions"], (list, tuple)),
     answers=frozenset({"completions"}),
+    ignores=frozenset({"correct_answers", "incorrect_answers"}),
     pairs=raw,
+    scored=True,
     uses=RANKED,
 )
 BINARIZED = Format(
@@ -68,16 +65,18 @@ BINARIZED = Format(
     what="HuggingFaceH4/ultrafeedback_binarized (use the splits train_prefs and test_prefs)",
     needs=("chosen", "rejected", "score_chosen", "score_rejected", "prompt_id|messages"),
     answers=ANSWERS,
-    pairs=_scored("score_chosen", "score_rejected"),
-    uses=GAP,
+    reads=lambda row: ("prompt", "instruction"),
+    ignores=frozenset({"messages"}),
+    pairs=dialogues,
 )
 CLEANED = Format(
     name="ultrafeedback-argilla",
     what="argilla/ultrafeedback-binarized-preferences-cleaned",
     needs=("chosen", "rejected", "chosen-rating", "rejected-rating"),
     answers=ANSWERS,
-    pairs=_scored("chosen-rating", "rejected-rating"),
-    uses=GAP,
+    reads=lambda row: ("prompt", "instruction"),
+    ignores=frozenset({"messages"}),
+    pairs=dialogues,
     warnings=("rows come grouped by source: shuffle before a split by position",),
 )
 ARGILLA_STRINGS = Format(
@@ -86,5 +85,4 @@ ARGILLA_STRINGS = Format(
     needs=("instruction|prompt|question", "chosen_response", "rejected_response"),
     answers=frozenset({"chosen_response", "rejected_response"}),
     pairs=predecessor,
-    uses=GAP,
 )

@@ -1,0 +1,150 @@
+"""Every column is read, known to be metadata, or said to be unread; unread text as long as a question is an error.
+
+Whether a column is read is judged by what came out: its text stands somewhere in the pairs of its row, or the format
+says that it takes the column. So no format has to list what it happens to repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from preference.data.formats import columns_read, read_row
+from preference.data.formats.base import Drop, Format, Options, Pair, RowDict
+from preference.data.formats.named import answer_columns
+from preference.data.formats.names import CANDIDATES, QUESTIONS, is_metadata, key_of
+
+LONG = 40  # characters at which a text is as long as a question, where the questions themselves are longer
+WORDS = 3
+EXAMPLE = 60
+# Sets with a text beside the pair that is no part of it: columns by which they are known, and what is left out
+_KNOWN = ((frozenset({"text", "complexity", "quality"}), frozenset({"text"})),)  # FineMed-DPO's source documents
+
+
+@dataclass
+class Unread:
+    """Columns that no pair was made of, with an example each: those that are long text, and the others."""
+
+    long: dict[str, str] = field(default_factory=dict)
+    short: dict[str, str] = field(default_factory=dict)
+
+
+def unread_columns(format: Format, rows: Sequence[RowDict], options: Options) -> Unread:
+    """What `rows` hold that is not read. Only rows that give pairs are looked at."""
+    seen: dict[str, list[tuple[Any, str, int]]] = {}  # column: its value, the pairs' text, the question's length
+    for row in rows:
+        pairs = _pairs_of(format, row, options)
+        if not pairs:
+            continue
+        text = _squeezed("\n".join(_texts(pairs)))
+        asked = min(len(str(pair.question if pair.prompt is None else pair.prompt)) for pair in pairs)
+        read = _taken(format, row, options, pairs)
+        for column, value in row.items():
+            if column not in read and value not in (None, "", [], {}):
+                seen.setdefault(column, []).append((value, text, asked))
+    unread = Unread()
+    for column, found in seen.items():
+        lost = [(value, asked) for value, text, asked in found if not _inside(value, text)]
+        if not lost:
+            continue
+        example = _example(lost[0][0])
+        long = sum(_is_long(value, asked) for value, asked in lost) * 4 >= len(lost)
+        if format.guess and not is_metadata(column) and any(map(_is_text, (value for value, _ in lost))):
+            long = True  # what is guessed may stand in it
+        if long and (format.guess or not is_metadata(column)):
+            unread.long[column] = example
+        elif long or not is_metadata(column):
+            unread.short[column] = example
+    return unread
+
+
+def _pairs_of(format: Format, row: RowDict, options: Options) -> list[Pair]:
+    try:
+        return [pair for pair in read_row(format, row, options) if isinstance(pair, Pair)]
+    except Drop:
+        return []
+
+
+def _taken(format: Format, row: RowDict, options: Options, pairs: list[Pair]) -> frozenset[str]:
+    """The columns that are read, or left out for a known reason."""
+    read = columns_read(format, row, options)
+    sides = answer_columns(tuple(row))
+    if sides and isinstance(row[sides[0]], (list, tuple)):  # a dialogue: the prompt beside it has to be in it
+        read -= {column for column in read if key_of(column) in QUESTIONS}
+    candidates = {column for column in row if key_of(column) in CANDIDATES} if sides else set()
+    known = [left_out for signature, left_out in _KNOWN if signature <= row.keys()]
+    handled = {column for column in format.own if column in row}
+    return read.union(format.ignores, candidates - read, handled, *known)
+
+
+def _texts(pairs: list[Pair]) -> Iterator[str]:
+    for pair in pairs:
+        for value in (pair.system, pair.history, pair.question, pair.prompt, pair.chosen, pair.rejected):
+            yield from _leaves(value)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in ("role", "from", "type"):
+                yield from _leaves(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _inside(value: Any, text: str) -> bool:
+    leaves = [_squeezed(leaf) for leaf in _leaves(value)]
+    return bool(leaves) and all(leaf in text for leaf in leaves)
+
+
+def _is_text(value: Any) -> bool:
+    return any(leaf.strip() for leaf in _leaves(value))
+
+
+def _is_long(value: Any, asked: int) -> bool:
+    text = _squeezed(" ".join(_leaves(value)))
+    words = (
+        text.count(" ") + 1 + sum("\u3040" <= char <= "\u9fff" or "\uac00" <= char <= "\ud7af" for char in text) // 2
+    )
+    return words >= WORDS and len(text) >= min(LONG, max(asked, 1))
+
+
+def _example(value: Any) -> str:
+    text = _squeezed(value if isinstance(value, str) else repr(value))
+    return text if len(text) <= EXAMPLE else text[: EXAMPLE - 3] + "..."
+
+
+def refusal(format: Format, unread: Unread, row: RowDict, options: Options) -> str:
+    """What to tell the user of a file with long unread text: the columns, and what to type."""
+    names = ", ".join(f"{column} ({example!r})" for column, example in unread.long.items())
+    first = next(iter(unread.long))
+    sides = answer_columns(tuple(row))
+    others = [column for column in (*unread.long, *unread.short) if column != first]
+    ignore = ",".join(unread.long)
+    if format.guess and sides:
+        rest = f" --ignore_columns {','.join(others)}" if others else ""
+        return (
+            f"no column is known to be the question, and {names} would not be read: if {first} is the question, "
+            f"--columns question={first},chosen={sides[0]},rejected={sides[1]}{rest}; if it is nothing, "
+            f"--ignore_columns {ignore}"
+        )
+    question = next((c for c in columns_read(format, row, options) if sides and c not in sides), "QUESTION")
+    named = f"question={question},chosen={sides[0]},rejected={sides[1]}" if sides else ""
+    way = (
+        f"if it stands in front of the question, --columns {named},context={first}; if both answers go on from it, "
+        f"--columns {named},prefix={first}; "
+        if named
+        else ""
+    )
+    return (
+        f"text as long as a question would not be read: {names}; {way}if the answers do not depend on it, "
+        f"--ignore_columns {ignore}"
+    )
