@@ -21,7 +21,7 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preference.data.formats import FORMATS, Format, Options, checked, parse_columns
+from preference.data.formats import FORMATS, Format, Options, choose
 from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.rows import Repeats, iter_rows
@@ -43,6 +43,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output", required=True, metavar="OUT.jsonl", help="where the triples go (.gz: compressed)")
     add("--format", default="auto", help="read every INPUT as this format instead of recognising it")
     add("--columns", metavar="question=A,chosen=B,rejected=C", help="names of the columns (also system=, history=)")
+    add(
+        "--labels",
+        metavar="0=first,1=second,2=tie",
+        help="what the values of a label mean, where the file does not say",
+    )
+    add("--ignore_columns", metavar="A,B", help="read the rows as if they had not these columns")
     add("--split-system", action="store_true", help="take a system prompt out of the question it is written into")
     add(
         "--rendered",
@@ -75,9 +81,11 @@ def options_of(args: argparse.Namespace) -> Options:
     for name in ("output", "report"):
         if getattr(args, name) and Path(getattr(args, name)).is_dir():
             raise ValueError(f"--{name} must name a file, {getattr(args, name)} is a folder")
-    options = Options(
+    return choose(
         format=args.format,
-        columns=parse_columns(args.columns) if args.columns else None,
+        columns=args.columns,
+        labels=args.labels,
+        ignore_columns=args.ignore_columns,
         axis=args.axis,
         min_score_gap=args.min_score_gap,
         pairs=args.pairs,
@@ -86,7 +94,6 @@ def options_of(args: argparse.Namespace) -> Options:
         rendered=args.rendered,
         prompt_is_rendered={"true": True, "false": False}.get(args.prompt_is_rendered),
     )
-    return checked(options)
 
 
 def triple_line(row: Row) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from preference.arguments.unused import NO_EVALUATION, NO_TRAINING
-from preference.data.formats import parse_columns
+from preference.data.formats import parse_columns, parse_labels
 from preference.flags.declaration import Unused, flag
 
 
@@ -57,6 +58,17 @@ class DataArguments:
         "auto", "format of the files, if it is not to be recognised (data/README.md lists the names)"
     )
     columns: str | None = flag(None, "renamed columns: question=QUERY,chosen=GOOD,rejected=BAD", check=parse_columns)
+    labels: str | None = flag(
+        None,
+        "what the values of a label mean, where the file does not say: 0=first,1=second,2=tie",
+        check=parse_labels,
+    )
+    ignore_columns: str | None = flag(None, "columns to read the rows without, with commas", peers=("remove_columns",))
+    pairs: str = flag(
+        "best-worst",
+        "pairs made of several ranked answers: best-worst, all, best-random",
+        choices=("best-worst", "all", "best-random"),
+    )
     axis: str | None = flag(None, "PKU-SafeRLHF has two labels: which one decides", choices=("better", "safer"))
     min_score_gap: float | None = flag(None, "drop scored pairs whose scores differ by less", least=0)
     data_check: str = flag(
@@ -93,3 +105,9 @@ class DataArguments:
     max_eval_samples: int = flag(
         -1, "use that many evaluation rows at most (-1: all)", least=1, also=(-1,), unused=(NO_EVALUATION,)
     )
+
+    def reading(self) -> dict[str, Any]:
+        """The choices about reading files, by the names of their fields in `preference.data.formats.Options`."""
+        names = ("columns", "labels", "ignore_columns", "pairs", "axis", "min_score_gap", "rendered",
+                 "prompt_is_rendered")  # fmt: skip
+        return {"format": self.data_format, **{name: getattr(self, name) for name in names}}

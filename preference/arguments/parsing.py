@@ -12,7 +12,7 @@ from preference.arguments.data import DataArguments
 from preference.arguments.model import ModelArguments
 from preference.arguments.objective import ObjectiveArguments
 from preference.arguments.run import RunArguments
-from preference.data.formats import Options, checked, parse_columns
+from preference.data.formats import choose
 from preference.flags.declaration import ArgumentError, flags_of
 from preference.flags.words import Given, read_words
 
@@ -143,10 +143,9 @@ def _contradictions(args: Arguments) -> Iterator[str]:
     if data.train_file_dir is None and data.dataset_name is None:
         yield "no training data: set train_file_dir or dataset_name"
     try:
-        columns = parse_columns(data.columns) if data.columns else None
-        checked(Options(data.data_format, columns, data.axis, data.min_score_gap))
+        choose(**data.reading())
     except ValueError as error:
-        yield f"data_format, columns, axis, min_score_gap: {error}"
+        yield f"data_format, {', '.join(list(data.reading())[1:])}: {error}"
 
 
 def _show_help() -> None:

@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from preference.data.formats import NotRecognised, Options, parse_columns, read_row, recognise
+from preference.data.formats import NotRecognised, Options, choose, read_row, recognise
 from preference.data.formats.base import Drop, Format, Pair, RowDict
 from preference.data.formats.messages import history_of, is_messages
 from preference.data.formats.split_system import split_system
@@ -43,18 +43,16 @@ def load_rows(
     report: DataReport,
     *,
     data_check: str = "drop",
-    format: str = "auto",
-    columns: str | Mapping[str, str] | None = None,
     section: str = "text",
     **choices: Any,
 ) -> list[Row]:
     """All rows of `paths`: files, folders (recursively), hub ids.
 
-    `format`, `columns` and `choices` are the fields of `Options`; figures over the rows go to `report` under `section`.
+    `choices` are the fields of `Options`, columns and the like as text too; figures over the rows go to `report` under
+    `section`.
     Raises DataError if no row is left, and see `iter_rows`.
     """
-    columns = parse_columns(columns) if columns else None
-    options = Options(format=format, columns=columns, **choices)
+    options = choose(**choices)
     rows = list(iter_rows(paths, report, options, data_check=data_check, section=section))
     if not rows:
         raise DataError("no usable row in " + ", ".join(str(path) for path in paths) + "\n" + report.summary())
@@ -138,6 +136,8 @@ class _Reading:
                 raise DataError.at(source, head[0].line, refusal.reason, refusal.message) from None
             return None
         self.report.recognised(source, format.name)
+        if format.guess and not format.warnings and (guess := next(filter(None, map(format.guess, first)), "")):
+            self.report.warn(f"{source}: {guess}")
         for warning in format.warnings:
             self.report.warn(f"{format.name}: {warning}")
         if others:

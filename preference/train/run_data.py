@@ -32,13 +32,8 @@ def load_data(
             [source],
             report,
             data_check=data.data_check,
-            format=data.data_format,
-            columns=data.columns,
-            axis=data.axis,
-            min_score_gap=data.min_score_gap,
-            rendered=data.rendered,
-            prompt_is_rendered=data.prompt_is_rendered,
             section=section,
+            **data.reading(),
         )
 
     def build(rows: list[Row], limit: int, section: str) -> Any:

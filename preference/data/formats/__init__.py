@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from preference.data.formats import (
     axolotl,
@@ -42,7 +42,7 @@ from preference.data.formats.refused import REFUSED, carried_beyond_text, set_as
 from preference.data.formats.scores import gap_of_any, score_columns
 from preference.data.formats.triple import TRIPLE
 
-__all__ = ["FORMATS", "Ask", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "checked",
+__all__ = ["FORMATS", "Ask", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "choose",
            "get_format", "parse_columns", "parse_labels", "parse_names", "read_row", "recognise"]  # fmt: skip
 
 # The order is the order of recognition: a shape comes before the more general one that it would also match.
@@ -90,6 +90,13 @@ def checked(options: Options) -> Options:
     if options.format == COLUMNS.name and not options.columns:
         raise ValueError("format=columns needs the columns: question=...,chosen=...,rejected=...")
     return options
+
+
+def choose(**choices: Any) -> Options:
+    """The options out of the user's words: columns, labels and ignore_columns may be text. Raises ValueError."""
+    parsers = {"columns": parse_columns, "labels": parse_labels, "ignore_columns": parse_names}
+    return checked(Options(**{name: parsers[name](value) if name in parsers and value else value
+                              for name, value in choices.items() if value is not None}))  # fmt: skip
 
 
 def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | Drop]:

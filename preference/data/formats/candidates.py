@@ -127,8 +127,7 @@ def pairs(row: RowDict, options: Options, base: int = 0) -> Iterator[Pair | Drop
 
 
 def _items(row: RowDict, ranking: Ranking) -> list[Any]:
-    items = [row[column] for column in ranking.lists] if len(ranking.lists) > 1 else list(row[ranking.lists[0]])
-    return items
+    return [row[column] for column in ranking.lists] if len(ranking.lists) > 1 else list(row[ranking.lists[0]])
 
 
 def _text_of(item: Any) -> str:

@@ -20,10 +20,7 @@ _KINDS = (("system", SYSTEMS), ("history", HISTORIES), ("context", CONTEXTS), ("
 @lru_cache(maxsize=1024)
 def columns_beside(columns: tuple[str, ...], read: frozenset[str]) -> tuple[tuple[str, str], ...]:
     """(column, kind) of those among `columns` that go in front of the answer and that the format does not read."""
-    found = []
-    for column in columns:
-        if column not in read and (kind := kind_of(column)):
-            found.append((column, kind))
+    found = [(column, kind) for column in columns if column not in read and (kind := kind_of(column))]
     order = [kind for kind, _ in _KINDS]
     return tuple(sorted(found, key=lambda entry: order.index(entry[1])))
 

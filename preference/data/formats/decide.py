@@ -212,7 +212,7 @@ def meaning_of(key: str, seen: set[float], sides: Sides) -> dict[float, int | st
         return {1: 0, 2: 1}
     if seen <= {0, 1} and marks == (0, 1) and key in NAMING:
         return {0: 0, 1: 1}
-    if marks == (-1, -1) and key in NAMING and (seen == {1, 2} or 2 in seen and seen <= {1, 2}):
+    if marks == (-1, -1) and key in NAMING and 2 in seen and seen <= {1, 2}:
         return {1: 0, 2: 1}
     if marks == (-1, -1) and key in NAMING and 0 in seen and seen <= {0, 1}:
         return {0: 0, 1: 1}

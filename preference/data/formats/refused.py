@@ -80,7 +80,7 @@ def _unranked(row: RowDict) -> bool:
 
 def _steps(row: RowDict) -> bool:
     label = row.get("label")
-    if isinstance(label, dict) and "steps" in label or isinstance(label, str) and "Step 1:" in label:
+    if (isinstance(label, dict) and "steps" in label) or (isinstance(label, str) and "Step 1:" in label):
         return True
     return all(isinstance(row.get(key), (list, tuple)) for key in ("completions", "labels"))
 

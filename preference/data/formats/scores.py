@@ -34,9 +34,9 @@ def score_columns(columns: tuple[str, ...]) -> ScoreColumns | None:
                 direction = direction_of("_".join(token for token in tokens if token != good))
                 if direction in ("up", "down"):
                     return ScoreColumns((column, other), direction == "up")
-    if both := next((named[key] for key in _LISTS if key in named), ""):
-        if not any(key in CANDIDATES for key in named):  # else they are the scores of those, in their order
-            return ScoreColumns(both=both)
+    both = next((named[key] for key in _LISTS if key in named), "")
+    if both and not any(key in CANDIDATES for key in named):  # else they are the scores of those, in their order
+        return ScoreColumns(both=both)
     margin = next((named[key] for key in _MARGINS if key in named), "")
     return ScoreColumns(margin=margin) if margin else None
 
