@@ -163,7 +163,7 @@ class _Reading:
         except Drop as drop:
             yield drop
 
-    def _bound(self, source: str, format: Format, first: list[RowDict]) -> Format:
+    def _bound(self, source: str, format: Format, first: Sequence[RowDict]) -> Format:
         """The format as the whole file shows it. Raises NotRecognised for what the user has to say first."""
         bound = format.bind(format, self._values(source), self.options) if format.bind else format
         unread = unread_columns(bound, first, self.options)
@@ -255,7 +255,7 @@ class _Reading:
                 self.report.warn(f"{choice} (--{choice.replace('_', '-')}) has no effect on {where}{more}")
 
 
-_NOTHING = (None, "", [], {})
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 
 
 def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -94,9 +94,12 @@ def checked(options: Options) -> Options:
 
 def choose(**choices: Any) -> Options:
     """The options out of the user's words: columns, labels and ignore_columns may be text. Raises ValueError."""
-    parsers = {"columns": parse_columns, "labels": parse_labels, "ignore_columns": parse_names}
-    return checked(Options(**{name: parsers[name](value) if name in parsers and value else value
-                              for name, value in choices.items() if value is not None}))  # fmt: skip
+    parsers: dict[str, Callable[[Any], Any]] = {
+        "columns": parse_columns, "labels": parse_labels, "ignore_columns": parse_names
+    }  # fmt: skip
+    given: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+    return checked(Options(**{name: parsers[name](value) if name in parsers else value
+                              for name, value in given.items()}))  # fmt: skip
 
 
 def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | Drop]:
@@ -149,7 +152,7 @@ def _best_match(row: RowDict, options: Options) -> Format | None:
     matching = (format for format in _DETECTED if format.matches(row))
     first = None
     for format in matching:
-        if format.only_when_named or reads(format, row, options):
+        if format.sure or format.only_when_named or reads(format, row, options):
             if _asks_nothing(format, row):  # `instruction` may stand empty beside a question
                 asking = (other for other in _BY_QUESTION if other.matches(row) and not _asks_nothing(other, row))
                 return next(asking, format)
@@ -164,12 +167,13 @@ def reads(format: Format, row: RowDict, options: Options) -> bool:
         found = list(format.pairs(row, options))
     except Drop as drop:
         found = [drop]
-    return not any(pair.reason in _SHAPE if isinstance(pair, Drop) else not _is_text(pair) for pair in found)
+    asked = format is not DIALOGUE_TEXT  # whose question is taken out of its answers later
+    return not any(pair.reason in _SHAPE if isinstance(pair, Drop) else not _is_text(pair, asked) for pair in found)
 
 
-def _is_text(pair: Pair) -> bool:
+def _is_text(pair: Pair, asked: bool) -> bool:
     question = pair.question if pair.prompt is None else pair.prompt
-    return all(isinstance(text, str) for text in (question, pair.chosen, pair.rejected))
+    return (isinstance(question, str) or not asked) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
 
 
 def _asks_nothing(format: Format, row: RowDict) -> bool:

@@ -124,6 +124,7 @@ class Format:
     reads: Callable[[RowDict], Iterable[str]] | None = None  # columns it reads besides `needs` and `answers`
     own: frozenset[str] = frozenset()  # columns beside the question that it puts into the pair itself
     ignores: frozenset[str] = frozenset()  # columns that it leaves out, and why is known
+    sure: bool = False  # nothing else has its columns: rows that do not read are faulty rows of it
     scored: bool = False  # it compares scores itself; else columns that score the two sides are looked for
     guess: Callable[[RowDict], str] | None = None  # what is guessed in reading such a row, which strict refuses
     only_when_named: str = ""  # why it is never chosen by itself

@@ -13,11 +13,11 @@ from functools import lru_cache, partial
 from typing import Any
 
 from preference.data.formats.base import RANKED, Ask, Drop, Format, Options, Pair, RowDict, number
-from preference.data.formats.decide import STEMS
 from preference.data.formats.messages import is_message, is_messages, reply_of
 from preference.data.formats.named import answer_columns, question_column, question_columns, question_of
 from preference.data.formats.names import CANDIDATES, canonical, direction_of, key_of
 from preference.data.formats.scores import pick
+from preference.data.formats.sides import STEMS
 from preference.data.formats.trl import pair_of_prompt
 
 _TEXTS = ("completion", "response", "answer", "output", "text", "content", "generation", "candidate", "reply",
@@ -50,7 +50,7 @@ def ranking_of(row: RowDict) -> Ranking | None:
 def _inside(column: str, value: Any) -> Ranking | None:
     if not all(isinstance(item, Mapping) for item in value):
         return None
-    keys = {key: direction_of(key) for key in value[0] if direction_of(key) in ("up", "down")}
+    keys = {key: direction for key in value[0] if (direction := direction_of(key)) in ("up", "down")}
     for key, direction in keys.items():
         if all(number(item.get(key)) is not None for item in value):
             return Ranking((column,), "", direction, key)
@@ -83,7 +83,8 @@ def _series(columns: tuple[str, ...]) -> tuple[str, ...]:
     for key in named:
         stem, mark = (key[:-2], key[-1]) if key[-2:-1] == "_" else (key[:-1], key[-1:])
         if mark in ("0", "1", "a") and stem in STEMS:
-            found, first = [], ord(mark)
+            found: list[str] = []
+            first = ord(mark)
             while (name := key[:-1] + chr(first + len(found))) in named and len(found) < 10:
                 found.append(named[name])
             best = max(best, found, key=len)
@@ -166,9 +167,9 @@ def _scores(row: RowDict, ranking: Ranking, texts: list[str], base: int) -> list
 
 def _ranks(found: list[float | None], ranking: Ranking) -> list[float | None]:
     """`ranking: [2, 0, 1]`: the place of each answer, or the answers in order? Read where both say the same."""
-    places = [None if value is None else int(value) for value in found]
-    low = min((place for place in places if place is not None), default=0)
-    if None in places or sorted(places) != list(range(low, low + len(places))):  # ties: places, not an order
+    places = [int(value) for value in found if value is not None]
+    low = min(places, default=0)
+    if len(places) < len(found) or sorted(places) != list(range(low, low + len(places))):  # ties: places, not an order
         return found
     inverse = [0] * len(places)
     for place, answer in enumerate(places):

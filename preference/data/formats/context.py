@@ -6,7 +6,7 @@ Every format's pairs pass through `complete`, so that none of them has to know t
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +30,7 @@ def kind_of(column: str) -> str | None:
     return next((kind for kind, names in _KINDS if key in names), None)
 
 
-def complete(pair: Pair, row: RowDict, beside: tuple[tuple[str, str], ...]) -> None:
+def complete(pair: Pair, row: RowDict, beside: Iterable[tuple[str, str]]) -> None:
     """Put into `pair` what the columns `beside` hold. Raises Drop for two system texts and for what is not text."""
     for column, kind in beside:
         value = row[column]

@@ -1,190 +1,24 @@
 """Two answers side by side and a column that says which is better, under any of the names that such columns have.
 
-Which column is which comes from `names`; what a value means from its text (a column's name, a letter, left, "tie") or,
-for numbers, from all numbers of the file: those that fit two conventions are asked for (--labels), never guessed.
+Which column is which comes from `sides`; what a value means from its text (`verdict`) or, for numbers, from all numbers
+of the file: those that fit two conventions are asked for (--labels), never guessed.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
 from preference.data.formats.base import Ask, Drop, Format, Options, Pair, RowDict, number
 from preference.data.formats.named import question_column, question_columns, question_of
-from preference.data.formats.names import canonical, direction_of, key_of
+from preference.data.formats.names import canonical, key_of
 from preference.data.formats.scores import check_gap
+from preference.data.formats.sides import NAMING, SIGNED, Sides, sides_of, with_mark
 from preference.data.formats.trl import pair_of_prompt
-
-STEMS = frozenset(
-    """response answer output completion candidate summary reply generation resp ans text conversation response_text
-    answer_text completion_text output_text generated generated_text generated_response hypothesis continuation message
-    messages assistant assistant_response assistant_answer model_response model_answer model_output model_completion
-    chat reply_text turn y 回答 回复 答案 回应 候选 候选回答 模型回答 输出""".split()
-)
-# Marks of the two sides; a column that names the better one may use any of `_WORDS`, whatever the columns' own marks
-_WORDS = ({"a", "left", "first", "one", "甲", "左"}, {"b", "right", "second", "two", "乙", "右"})
-_MARKS = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"), ("one", "two"), ("x", "y"),
-          ("甲", "乙"), ("一", "二"), ("左", "右"))  # fmt: skip
-_TIES = frozenset(
-    """tie tied ties draw equal equally same both both_bad both_good bothbad tie_bothbad neither none similar
-    no_preference a_b indifferent unsure equal_quality 平局 平 一样 相同 相当 都好 都差 无 c""".split()
-)
-# Columns whose number names a side, by its mark or its place; those whose number may as well mean "the first is good"
-NAMING = """
-    winner preferred better best choice chosen selected selection comparison verdict vote better_response
-    better_answer better_output better_completion better_response_id better_id better_index preferred_response
-    preferred_answer preferred_output preferred_completion preferred_id preferred_index preferred_response_id
-    best_response best_answer best_id best_index winner_id winner_index winning_response winning_answer
-    winner_response human_choice selected_response selected_answer chosen_response_id chosen_id chosen_index
-    which_is_better better_one judgment judgement decision result outcome gold_winner human_winner
-    annotator_choice user_choice 胜者 更好 更优 优胜 赢家 较好 优选 选择 获胜者 更好的回答 最佳""".split()
-LOOSE = """preference preferences human_preference human_label preference_label label labels gold_label annotation
- annotations preference_responses preference_values 偏好 标签 标注 结果""".split()
-SIGNED = ("overall_preference", "preference_strength", "preference_score")  # below 0 the first is better (HelpSteer)
-DECIDING = (*NAMING, *SIGNED, *LOOSE)
-_PLACES = {"first": 0, "second": 1, "tie": None}
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The two answers of rows with these columns, and what decides between them."""
-
-    columns: tuple[str, str]
-    marks: tuple[str, str]
-    deciding: tuple[str, ...]  # columns that name the better one
-    scores: tuple[str, str] | None  # or one score each
-    direction: str = "up"
-
-
-@lru_cache(maxsize=1024)
-def sides_of(columns: tuple[str, ...]) -> Sides | None:
-    named = canonical(columns)
-    for marks, pair in _pairs(named):
-        if len(_series(named, pair[0], marks[0])) > 2:
-            return None  # candidates, which a ranking or a score each puts in order
-        deciding = tuple(named[key] for key in DECIDING if key in named and named[key] not in pair)
-        scores = _scores(named, marks)
-        if deciding or scores:
-            return Sides(pair, marks, deciding, scores, _direction(scores))
-    return None
-
-
-def _direction(scores: tuple[str, str] | None) -> str:
-    return "up" if scores is None else _stem_direction(scores[0]) or "up"
-
-
-def _pairs(named: dict[str, str]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
-    for key, column in named.items():
-        for marks in _MARKS:
-            other = _with_mark(key, *marks)
-            if other and other[0] in STEMS and (match := next((o for o in other[1] if o in named), None)):
-                yield marks, (column, named[match])
-
-
-@lru_cache(maxsize=4096)
-def _with_mark(key: str, mark: str, other: str) -> tuple[str, tuple[str, ...]] | None:
-    """(the name without its mark, the names of the other side) of `response_a`, `a_response`, `answer1`, `回答一`."""
-    tokens = key.split("_")
-    for i, token in enumerate(tokens):
-        if token == mark and len(tokens) > 1:
-            rest = tokens[:i] + tokens[i + 1 :]
-            return "_".join(rest), ("_".join([*tokens[:i], other, *tokens[i + 1 :]]),)
-    if key.endswith(mark) and (mark.isdigit() or not mark.isascii() or key[: -len(mark)] in STEMS):
-        return key[: -len(mark)].rstrip("_"), (key[: -len(mark)] + other,)
-    return None
-
-
-def _series(named: dict[str, str], column: str, mark: str) -> list[str]:
-    """The columns numbered or lettered on from `column`: response_0, response_1, response_2."""
-    key = key_of(column)
-    if mark not in ("0", "1", "a") or not key.endswith(mark):
-        return [column]
-    stem, found = key[: -len(mark)], []
-    first = ord(mark)
-    while (name := stem + chr(first + len(found))) in named and len(found) < 10:
-        found.append(named[name])
-    return found
-
-
-def _scores(named: dict[str, str], marks: tuple[str, str]) -> tuple[str, str] | None:
-    """The columns of one score a side, as score_a and score_b, rating_1 and rating_2."""
-    for key, column in named.items():
-        other = _with_mark(key, *marks)
-        if other and other[1][0] in named and direction_of(other[0]) in ("up", "down"):
-            return column, named[other[1][0]]
-    return None
-
-
-def _stem_direction(column: str) -> str | None:
-    for marks in _MARKS:
-        if (found := _with_mark(key_of(column), *marks)) and (direction := direction_of(found[0])):
-            return direction
-    return None
-
-
-# ----------------------------------------------------------------------------------------------- what a value says
-
-_LOUD = re.compile(r"^\[*\s*([ab12])\s*\]*\s*([<>=≻≺]+)\s*\[*\s*([ab12])\s*\]*$", re.IGNORECASE)
-
-
-def place_of(value: Any, sides: Sides) -> int | str | None:
-    """0 or 1: the better side, 'tie', or None where the text says neither."""
-    if isinstance(value, (list, tuple)):
-        return _agreed([place_of(item, sides) for item in value if not _discarded(item)])
-    if isinstance(value, Mapping):
-        return _of_mapping(value, sides)
-    if not isinstance(value, str):
-        return None
-    if compared := _LOUD.match(value.strip()):
-        return _compared(*compared.groups())
-    key = key_of(value)
-    names = [key_of(column) for column in sides.columns]
-    if key in names:
-        return names.index(key)
-    if key in _TIES:
-        return "tie"
-    tokens = set(key.split("_"))
-    if tokens & {"tie", "tied", "draw"}:
-        return "tie"
-    for places in ([{mark} for mark in sides.marks], [{name} for name in names], list(_WORDS)):
-        hits = [bool(tokens & place) or any("_" in word and word in key for word in place) for place in places]
-        if hits[0] != hits[1]:
-            return hits.index(True)
-    return None
-
-
-def _compared(first: str, sign: str, second: str) -> int | str | None:
-    if "=" in sign or first.casefold() == second.casefold():
-        return "tie"
-    first_is_a = first.casefold() in ("a", "1")
-    return int(first_is_a != (sign[0] in ">≻"))
-
-
-def _agreed(places: list[int | str | None]) -> int | str | None:
-    """What most annotators say; a tie where they are even."""
-    if not places or None in places:
-        return None
-    votes = (places.count(0), places.count(1))
-    return "tie" if votes[0] == votes[1] else int(votes[1] > votes[0])
-
-
-def _discarded(item: Any) -> bool:
-    return isinstance(item, Mapping) and str(item.get("status", "")).casefold() in ("discarded", "draft", "pending")
-
-
-def _of_mapping(value: Mapping, sides: Sides) -> int | str | None:
-    for key in ("value", "values", "label", "choice", "selected", "winner", "text", "preferred"):
-        if value.get(key) is not None:
-            return place_of(value[key], sides)
-    won = [place_of(str(key), sides) for key, flag in value.items() if number(flag) == 1 or flag is True]
-    return won[0] if len(won) == 1 else None
-
-
-# ------------------------------------------------------------------------------------------- what a number means
+from preference.data.formats.verdict import place_of
 
 
 def numbers_of(rows: Iterable[RowDict], columns: Iterable[str]) -> dict[str, set[float]]:
@@ -256,7 +90,7 @@ def pairs(row: RowDict, options: Options, meanings: Mapping[str, Any] | None = N
     sides = sides_of(tuple(row))
     if sides is None:
         raise Drop("missing_key", "no two answers and a column that says which is better")
-    place, extra = _better(row, sides, options, meanings or {})
+    place, extra = _better(row, sides, options, meanings)
     answers = [row[column] for column in sides.columns]
     if None in answers:
         raise Drop("missing_key", f"{sides.columns[answers.index(None)]} is null")
@@ -266,44 +100,55 @@ def pairs(row: RowDict, options: Options, meanings: Mapping[str, Any] | None = N
     yield pair
 
 
-def _better(row: RowDict, sides: Sides, options: Options, meanings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+def _better(row: RowDict, sides: Sides, options: Options, meanings: Any) -> tuple[int, dict[str, Any]]:
     """Which side is better, and the scores if there are some. Raises Drop for a tie and for what says nothing."""
-    said = {}
+    said = _said_by(row, sides, options, meanings)
+    found = [number(row.get(column)) for column in sides.scores] if sides.scores else []
+    first, second = (value for value in (found if len(found) == 2 else (None, None)))
+    if first is not None and second is not None and sides.direction == "down":
+        first, second = -first, -second
+    if said:
+        place = next(iter(said.values()))
+        if not isinstance(place, int):
+            raise Drop("tie", f"{next(iter(said))} says so")
+    elif first is None or second is None:
+        raise Drop("wrong_label", f"nothing says which is better: {', '.join(sides.deciding or sides.scores or ())}")
+    else:
+        place = int(second > first)
+    if sides.scores is None:
+        return place, {} if options.min_score_gap is None else {"kept_without_scores": True}
+    return place, check_gap(*((first, second) if place == 0 else (second, first)), options)
+
+
+def _said_by(row: RowDict, sides: Sides, options: Options, meanings: Any) -> dict[str, int | str]:
+    """What each deciding column says. Raises Drop where they disagree, and for text that names neither side."""
+    said: dict[str, int | str] = {}
     for column in sides.deciding:
         value = row.get(column)
         if value is None or value == "" or value == []:
             continue
-        place = _place(value, column, sides, options, meanings)
+        place = _place(value, column, row, sides, options, meanings)
         if place is not None:
             said[column] = place
         elif len(sides.deciding) == 1 and sides.scores is None:
             raise Drop("wrong_label", f"{column} says {str(value)[:60]!r}, which names neither answer")
     if len(set(said.values())) > 1:
-        raise Drop("wrong_label", "the labels disagree: " + ", ".join(f"{c} says {_said(p)}" for c, p in said.items()))
-    scores = [number(row.get(column)) for column in sides.scores] if sides.scores else [None, None]
-    if sides.direction == "down":
-        scores = [None if score is None else -score for score in scores]
-    if said:
-        place = next(iter(said.values()))
-        if place == "tie":
-            raise Drop("tie", f"{next(iter(said))} says so")
-    elif None in scores:
-        raise Drop("wrong_label", f"nothing says which is better: {', '.join(sides.deciding or sides.scores or ())}")
-    else:
-        place = int(scores[1] > scores[0])
-    if sides.scores is None:
-        return place, {} if options.min_score_gap is None else {"kept_without_scores": True}
-    return place, check_gap(scores[place], scores[1 - place], options)
+        words = ", ".join(f"{column} says {_word(place)}" for column, place in said.items())
+        raise Drop("wrong_label", f"the labels disagree: {words}")
+    return said
 
 
-def _place(value: Any, column: str, sides: Sides, options: Options, meanings: Mapping[str, Any]) -> int | str | None:
+def _place(value: Any, column: str, row: RowDict, sides: Sides, options: Options, meanings: Any) -> int | str | None:
     found = _number(value)
     if options.labels:
         meant = options.labels.get(str(value).strip() if found is None else f"{found:g}")
         if meant is not None:
-            return "tie" if meant == "tie" else _PLACES[meant]
+            return {"first": 0, "second": 1}.get(meant, "tie")
     if found is None:
-        return place_of(value, sides)
+        place = _named_beside(value, row, sides) if isinstance(value, str) else None
+        return place_of(value, sides) if place is None else place
+    if meanings is None:  # not bound to a file yet, so any number will do
+        return 0
     meaning = meanings.get(column, {})
     if meaning == "signed":
         return "tie" if found == 0 else int(found > 0)
@@ -312,7 +157,25 @@ def _place(value: Any, column: str, sides: Sides, options: Options, meanings: Ma
     return meaning.get(found)
 
 
-def _said(place: int | str) -> str:
+def _named_beside(value: str, row: RowDict, sides: Sides) -> int | None:
+    """The side of which another column says the same, as model_a and model_b where the winner is a model's name."""
+    for pair in _beside(tuple(row), sides):
+        hits = [isinstance(row[column], str) and row[column].strip() == value.strip() for column in pair]
+        if hits[0] != hits[1]:
+            return hits.index(True)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _beside(columns: tuple[str, ...], sides: Sides) -> tuple[tuple[str, str], ...]:
+    named = canonical(columns)
+    others = (
+        (column, named.get(found[1][0])) for key, column in named.items() if (found := with_mark(key, *sides.marks))
+    )
+    return (sides.columns, *((first, second) for first, second in others if second is not None))
+
+
+def _word(place: int | str) -> str:
     return place if isinstance(place, str) else ("first", "second")[place]
 
 

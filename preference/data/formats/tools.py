@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from preference.data.formats.base import RANKED, Drop, Format, Options, Pair, RowDict, number, take
-from preference.data.formats.decide import Sides, place_of
 from preference.data.formats.messages import pair_of_context, reply_of, text_of, turns_of
 from preference.data.formats.named import question_of
 from preference.data.formats.scores import pick
+from preference.data.formats.sides import Sides
 from preference.data.formats.trl import pair_of_prompt
+from preference.data.formats.verdict import place_of
 
 
 def nova(row: RowDict, options: Options) -> Iterator[Pair]:
@@ -76,8 +77,10 @@ def paddle(row: RowDict, options: Options) -> Iterator[Pair]:
     """Turns of the user in src, of the assistant in tgt; two responses, of which the higher `sort` is better."""
     source, responses, order = take(row, "src", "response", "sort")
     questions, answers = _texts(source), _texts(row.get("tgt") or [])
-    sorts = [number(value) for value in order] if isinstance(order, (list, tuple)) else []
-    if len(sorts) != 2 or None in sorts or not isinstance(responses, (list, tuple)) or len(responses) != 2:
+    sorts = (
+        [found for value in order if (found := number(value)) is not None] if isinstance(order, (list, tuple)) else []
+    )
+    if len(sorts) != 2 or not isinstance(responses, (list, tuple)) or len(responses) != 2:
         raise Drop("wrong_type", "response and sort must be lists of two")
     if sorts[0] == sorts[1]:
         raise Drop("tie", "both responses have the same sort")
@@ -92,7 +95,9 @@ def paddle(row: RowDict, options: Options) -> Iterator[Pair]:
 
 
 def _texts(value: Any) -> list[str]:
-    found = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else [None]
+    found: list[Any] = (
+        [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else [None]
+    )
     if not all(isinstance(text, str) for text in found):
         raise Drop("wrong_type", "src, tgt and response must be text or lists of texts")
     return found
@@ -138,12 +143,13 @@ def label_studio(row: RowDict, options: Options) -> Iterator[Pair]:
     results = list(_comparisons(annotations))
     if not results:
         raise Drop("wrong_label", "nobody has compared the two answers")
-    names = tuple(str(results[0].get("to_name")).split(","))
-    if len(names) != 2 or not all(isinstance(data.get(name), str) for name in names):
-        raise Drop("missing_key", f"the data has no texts called {' and '.join(names)}"[:200])
+    first, _, second = str(results[0].get("to_name")).partition(",")
+    names = (first, second)
+    if not all(isinstance(data.get(name), str) for name in names):
+        raise Drop("missing_key", f"the data has no texts called {first[:80]} and {second[:80]}")
     sides = Sides(names, ("left", "right"), (), None)
     place = place_of([result.get("value") for result in results], sides)
-    if place is None or place == "tie":
+    if not isinstance(place, int):
         raise Drop("wrong_label" if place is None else "tie", "the annotators do not prefer one of the answers")
     yield Pair(question_of(data, names), data[names[place]], data[names[1 - place]])
 
@@ -173,6 +179,7 @@ PADDLE = Format(
     needs=("src", "response", "sort"),
     answers=frozenset({"response"}),
     pairs=paddle,
+    sure=True,
     reads=lambda row: ("tgt",),
 )
 HALOS = Format(
@@ -181,6 +188,7 @@ HALOS = Format(
     needs=("prompt", "output_A", "output_B", "label", "type|prompt_key|reward_difference"),
     answers=frozenset({"output_A", "output_B"}),
     pairs=halos,
+    sure=True,
 )
 SUMMARIES = Format(
     name="summarize",
