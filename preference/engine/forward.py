@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from preference.engine.attention import EngineError, packed_row
+from preference.engine.attention import packed_row
 from preference.engine.head import target_logps, token_logps
+from preference.engine.masks import EngineError
 from preference.engine.states.install import keep_tree_in_recomputation
 from preference.engine.states.tree import Tree, over
 from preference.losses import PairLogps
@@ -64,7 +65,10 @@ def _packed_forward(self: PreTrainedModel, packed: Mapping[str, Any], kwargs: di
     backbone = self.model if self.base_model is self else self.base_model
     if "runs" in packed:
         keep_tree_in_recomputation(self)
-        with packed_row(packed), over(Tree(packed)):
+        if not getattr(self, "packed_states", False):  # a layer with a state reads the mask's values
+            # Without a mask transformers reads the values of the position ids, to look for packed sequences.
+            inputs["attention_mask"] = torch.ones_like(packed["input_ids"], dtype=torch.bool)
+        with packed_row(packed, getattr(self, "packed_attention", "auto")), over(Tree(packed)):
             out = backbone(**inputs, position_ids=packed["position_ids"], use_cache=False)
     else:
         out = backbone(**inputs, use_cache=False)
@@ -106,7 +110,7 @@ def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> PairLogps:
         model: prepared by `prepare_model`, in any wrapper whose forward reaches it.
     """
     logps_T = model(input_ids=batch["input_ids"], packed=batch)[batch["score_at"]]
-    sums = torch.segment_reduce(logps_T, "sum", lengths=batch["scored"].flatten(), initial=0.0).view(-1, 3)
+    sums = torch.segment_reduce(logps_T, "sum", lengths=batch["scored"].flatten(), initial=0.0, unsafe=True).view(-1, 3)
     lengths = batch["lengths"].to(sums.dtype)
     prompt, chosen, rejected = sums.unbind(1)
     weight = batch["weight"].to(sums.dtype)

@@ -4,9 +4,9 @@ With E = exp(logits - max), s its row sums, y the targets and g the gradient of 
 
     d hidden_t = g_t (W[y_t] - E_t W / s_t)        d W = sum over t of g_t (onehot(y_t) - E_t / s_t) hidden_t^T
 
-E is computed once, in rows that stay in cache, and both gradients are plain matrix products with it: the factors g
-and 1/s are applied on the small side. For a frozen head the bracket of d hidden is finished in the forward and E is
-dropped.
+E is computed once, in blocks of rows whose size is the device's (engine/sides.py), and both gradients are plain matrix
+products with it: the factors g and 1/s are applied on the small side. For a frozen head the bracket of d hidden is
+finished in the forward and E is dropped.
 """
 
 from __future__ import annotations
@@ -16,34 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preference.engine.sides import side_of
+
 KEEP_BYTES = 2**30  # E up to this size is kept for the backward; a larger one is computed again in blocks of this size
-MATMUL_ROWS = 256  # rows of one matrix product in the forward
-CACHE_ELEMENTS = 2**22  # logits that the element-wise steps handle at once: 16 MiB in fp32, about a last-level cache
-
-
-def _exp_rows(logits_CV: Tensor, ids_C: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw logits become E times the softcap's slope, in place. Returns target log-probs, sums, target slopes, [C]."""
-    wide = torch.promote_types(logits_CV.dtype, torch.float32)
-    rows = max(1, CACHE_ELEMENTS // logits_CV.shape[1])
-    found = []
-    for raw, ids in zip(logits_CV.split(rows), ids_C.split(rows), strict=True):
-        x = raw.to(wide)
-        if scale != 1.0:
-            x.mul_(scale)
-        if cap is not None:
-            x.div_(cap).tanh_()
-            slope = 1 - x.square()
-            x.mul_(cap)
-        target, top = x.gather(1, ids[:, None])[:, 0], x.amax(1, keepdim=True)
-        total = x.sub_(top).exp_().sum(1)
-        target_slope = torch.ones_like(total)
-        if cap is not None:
-            x.mul_(slope)
-            target_slope = slope.gather(1, ids[:, None])[:, 0]
-        if x is not raw:
-            raw.copy_(x)
-        found.append((target - top[:, 0] - total.log(), total, target_slope))
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor) -> Tensor:
@@ -61,12 +36,13 @@ def _exp_block(
     scale: float,
     cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill a block of E; returns as `_exp_rows`."""
+    """Fill a block of E; returns as `exp_rows`."""
+    side = side_of(out_RV.device.type)
     found = []
-    for start in range(0, len(ids_R), MATMUL_ROWS):
-        part = slice(start, start + MATMUL_ROWS)
+    for start in range(0, len(ids_R), side.head_rows):
+        part = slice(start, start + side.head_rows)
         _logits(hidden_RD[part], weight_VD, bias_V, out_RV[part])
-        found.append(_exp_rows(out_RV[part], ids_R[part], scale, cap))
+        found.append(side.exp_rows(out_RV[part], ids_R[part], scale, cap))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
@@ -81,9 +57,10 @@ class _TokenLogps(torch.autograd.Function):
         bias = None if bias_V is None else bias_V.to(dtype)
         tokens, vocabulary = len(hidden), len(weight)
         ctx.frozen = not (need_weight or need_bias)
-        ctx.rows = max(MATMUL_ROWS, KEEP_BYTES // (vocabulary * dtype.itemsize))
+        rows = side_of(hidden.device.type).head_rows
+        ctx.rows = max(rows, KEEP_BYTES // (vocabulary * dtype.itemsize))
         keep = not ctx.frozen and tokens <= ctx.rows
-        block = tokens if keep else min(tokens, MATMUL_ROWS)
+        block = tokens if keep else min(tokens, rows)
         exp_RV = hidden.new_empty(block, vocabulary)
         pulls, found = [], []
         for start in range(0, tokens, block):

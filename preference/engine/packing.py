@@ -164,13 +164,17 @@ def _pack_shared(pairs: Sequence[Pair]) -> tuple[dict[str, Any], list[np.ndarray
     query_sizes = [int(sizes[first:last].sum()) for first, last, _ in row.chains]
     key_sizes = [int(sizes[seen].sum()) for seen in keys]
     cumulative = [np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in (query_sizes, key_sizes)]
+    key_at = np.concatenate([runs[i] for seen in keys for i in seen])
+    uses = np.bincount(key_at, minlength=int(sizes.sum()))
     return {
         "input_ids": torch.from_numpy(np.concatenate(row.ids))[None],
         "position_ids": torch.from_numpy(_ragged_arange(np.array(row.begins), sizes))[None],
         "runs": sizes.tolist(),
         "begins": row.begins,
         "chains": row.chains,
-        "key_at": torch.from_numpy(np.concatenate([runs[i] for seen in keys for i in seen])),
+        "key_at": torch.from_numpy(key_at),
+        "key_order": torch.from_numpy(np.argsort(key_at, kind="stable")),
+        "key_starts": torch.from_numpy(np.concatenate([[0], uses.cumsum()])),
         "cu_queries": torch.from_numpy(cumulative[0]),
         "cu_keys": torch.from_numpy(cumulative[1]),
         "longest": (max(query_sizes), max(key_sizes)),
@@ -213,8 +217,9 @@ def pack_pairs(pairs: Sequence[Pair], *, share_prompt: bool = True, prompt_logps
         pair in turn; scored [B, 3], how many of each kind; lengths [B, 3], prompt_len (p-1), chosen and rejected
         tokens; weight [B]. The packed row has besides: runs and begins, the tokens of each run and the position of its
         first; chains, triples (first run, run
-        behind the last, the runs before it that it sees); and for varlen attention kernels key_at, cu_queries,
-        cu_keys and longest, the most queries and keys of a chain.
+        behind the last, the runs before it that it sees); and for varlen attention kernels key_at [M], cu_queries,
+        cu_keys and longest, the most queries and keys of a chain; key_order [M] and key_starts [N+1], the places in
+        key_at of each token in turn, and where each token's begin.
 
     Raises:
         PackingError: an empty prompt or answer.

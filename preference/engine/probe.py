@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from preference.engine.attention import EngineError, installed
-from preference.engine.cpu import memory
-from preference.engine.cpu.gated import lighten_gated_layers
-from preference.engine.cpu.linear import lighten_linear_layers
-from preference.engine.cpu.lora import join_adapters
-from preference.engine.cpu.norm import lighten_norms
+from preference.engine.attention import installed
 from preference.engine.forward import causal_lm, pair_logps, patch_forward
 from preference.engine.head import target_logps
+from preference.engine.masks import EngineError
 from preference.engine.packing import MIN_SHARED, pack_pairs
+from preference.engine.sides import Side, side_of
 from preference.engine.states.install import install
 
 log = logging.getLogger(__name__)
@@ -37,10 +34,24 @@ TOKEN_LAYERS = {"mlp", "moe"}  # each token by itself
 
 @dataclass(frozen=True)
 class Engine:
-    """How a model is run. share_prompt: in one packed row; else in two padded rows per pair. reason: why not shared."""
+    """How a model is run.
+
+    Attributes:
+        share_prompt: in one packed row; else in two padded rows per pair. reason: why not shared.
+        attention: how the attention of a packed row is computed, one of the side's `implementations`.
+    """
 
     share_prompt: bool
     reason: str = ""
+    attention: str = "auto"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `prepare` is asked for."""
+
+    share_prompt: bool
+    attention: str
 
 
 def _prompt_learning(model: nn.Module) -> bool:
@@ -121,11 +132,12 @@ def packed_logps(model: nn.Module, pairs: list[dict[str, list[int]]], share_prom
     return torch.stack([logps.prompt_B, logps.chosen_B, logps.rejected_B], dim=1)
 
 
-def _difference(model: nn.Module, lm: PreTrainedModel, share_prompt: bool) -> str:
+def _difference(model: nn.Module, lm: PreTrainedModel, share_prompt: bool, autocast: torch.dtype | None) -> str:
     """How the packed forward differs from the plain one on the probe; "" if by rounding alone."""
     pairs = _probe_pairs(lm.config.get_text_config().vocab_size)
-    low = {p.dtype for p in lm.parameters()} - {torch.float32, torch.float64}
-    with _evaluating(model):
+    low = autocast or {p.dtype for p in lm.parameters()} - {torch.float32, torch.float64}
+    kind = next(lm.parameters()).device.type
+    with _evaluating(model), torch.autocast(kind, autocast, enabled=autocast is not None):
         plain = plain_logps(model, pairs)
         try:
             packed = packed_logps(model, pairs, share_prompt)
@@ -144,49 +156,74 @@ def _can_be_probed(lm: PreTrainedModel) -> bool:
     return all(not p.is_meta and p.numel() and not isinstance(p, DTensor) for p in lm.parameters())
 
 
-def _choose(model: nn.Module, lm: PreTrainedModel, share_prompt: bool) -> Engine:
-    reason = _why_not_shared(model, lm, install(lm)) if share_prompt else "share_prompt=false"
+def _differences(model: nn.Module, lm: PreTrainedModel, share_prompt: bool, autocast: torch.dtype | None) -> str:
+    """`_difference` in the weights' own precision, which shows most, and in the run's, whose kernels a GPU runs."""
+    reason = _difference(model, lm, share_prompt, None)
+    if autocast and not reason and next(lm.parameters()).device.type != "cpu":  # a CPU runs the same code in both
+        reason = _difference(model, lm, share_prompt, autocast)
+    return reason
+
+
+def _choose(model: nn.Module, lm: PreTrainedModel, wanted: Wanted, autocast: torch.dtype | None, side: Side) -> Engine:
+    lm.packed_states = install(lm)
+    reason = _why_not_shared(model, lm, lm.packed_states) if wanted.share_prompt else "share_prompt=false"
     probed = _can_be_probed(lm)
     if not reason:
         with installed(lm) as keep:
-            reason = _difference(model, lm, True) if probed else ""
-            if not reason:
-                keep()
-                return Engine(True)
-    difference = _difference(model, lm, False) if probed else ""
+            ways = side.implementations if wanted.attention == "auto" else (wanted.attention,)
+            for lm.packed_attention in ways:
+                found = _differences(model, lm, True, autocast) if probed else ""
+                if not found:
+                    keep()
+                    if reason:
+                        log.warning("%s: attn_implementation=%s (%s)", type(lm).__name__, lm.packed_attention, reason)
+                    return Engine(True, attention=lm.packed_attention)
+                reason = reason or found
+    if wanted.attention != "auto":
+        raise EngineError(f"attn_implementation={wanted.attention} does not serve {type(lm).__name__}: {reason}; "
+                          "attn_implementation=auto takes what does")  # fmt: skip
+    difference = _differences(model, lm, False, autocast) if probed else ""
     if difference:
         raise EngineError(f"{type(lm).__name__} cannot be run by the packed engine ({difference}): use engine=trl")
     return Engine(False, reason)
 
 
-def prepare_model(model: nn.Module, *, share_prompt: bool = True, device: str | None = None) -> Engine:
+def prepare_model(
+    model: nn.Module,
+    *,
+    share_prompt: bool = True,
+    device: str | None = None,
+    autocast: torch.dtype | None = None,
+    attention: str = "auto",
+) -> Engine:
     """Make `model` (a causal LM, PEFT-wrapped or not) ready for `pair_logps`. Calling it again changes nothing.
 
     Args:
         share_prompt: False lays every pair out as two rows even where its prompt could be shared.
         device: the kind of device that it will run on, if it is not there yet.
+        autocast: the run's; a GPU takes other kernels under it, so the model is compared under it too.
+        attention: how a packed row's attention is computed, one of the device's `Side.implementations`.
 
     Returns:
         How it will be run; `share_prompt` of it goes to `pack_pairs`. The same on all ranks.
 
     Raises:
-        EngineError: the model cannot be run exactly; the message names engine=trl.
+        EngineError: the model cannot be run exactly; the message names engine=trl. Or `attention` is not to be had.
     """
-    lm = causal_lm(model)
-    if not hasattr(lm, "packed_engine") or lm.packed_engine[0] != share_prompt:
+    lm, wanted = causal_lm(model), Wanted(share_prompt, attention)
+    if not hasattr(lm, "packed_engine") or lm.packed_engine[0] != wanted:
         _refuse_by_config(lm)
-        if (device or next(lm.parameters()).device.type) == "cpu":
-            memory.keep_freed_memory()
-            if all(p.numel() for p in lm.parameters()):  # not while ZeRO-3 has them dealt out
-                lighten_gated_layers(lm)
-                lighten_linear_layers(lm)
-                lighten_norms(lm)
-                join_adapters(model)
+        kind = device or next(lm.parameters()).device.type
+        side = side_of(kind)
+        if attention not in side.implementations:
+            raise EngineError(f"attn_implementation={attention} is not to be had on {kind}, where it can be "
+                              f"{' or '.join(side.implementations)}")  # fmt: skip
+        side.lighten(lm)
         patch_forward(lm)
-        choice = [_choose(model, lm, share_prompt)]
+        choice = [_choose(model, lm, wanted, autocast, side)]
         if dist.is_available() and dist.is_initialized():  # a rank whose weights are elsewhere could not measure
             dist.broadcast_object_list(choice, src=0)
-        lm.packed_engine = (share_prompt, choice[0])
+        lm.packed_engine, lm.packed_attention = (wanted, choice[0]), choice[0].attention
     engine = lm.packed_engine[1]
     if engine.reason and share_prompt:
         log.warning("%s: prompts are not shared (%s); slower, same result", type(lm).__name__, engine.reason)

@@ -28,8 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference.arguments import Arguments
 from preference.engine.batching import Cut, TrainingPlan
-from preference.engine.cpu.lora import hold_frozen
 from preference.engine.forward import _score, causal_lm
+from preference.engine.layers.lora import hold_frozen
 from preference.engine.packing import pack_pairs
 from preference.engine.probe import prepare_model
 from preference.losses import Objective

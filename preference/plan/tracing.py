@@ -117,8 +117,11 @@ class _Meter(TorchDispatchMode):
         return out
 
 
-def _materialize(model: nn.Module) -> None:
-    """Give every parameter and buffer on the meta device a fake tensor; tied ones stay tied."""
+def materialize(model: nn.Module, device: str) -> None:
+    """Give every parameter and buffer on the meta device a fake tensor on `device`; tied ones stay tied.
+
+    To be called under a FakeTensorMode.
+    """
     fakes: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -126,7 +129,7 @@ def _materialize(model: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in fakes:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     parameter = isinstance(tensor, nn.Parameter)
                     fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if parameter else fake
                 tensors[name] = fakes[id(tensor)]
@@ -163,12 +166,13 @@ class PaperModel:
 
     Args:
         model: on the meta device, with its adapter and as the engine wants it (`prepare_model`). It is changed.
+        device: kind of device whose operators are followed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.mode = model, FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self, model: nn.Module, device: str = "cpu") -> None:
+        self.model, self.mode, self.device = model, FakeTensorMode(allow_non_fake_inputs=True), device
         with self.mode:
-            _materialize(model)
+            materialize(model, device)
         model.train()
 
     def trace(self, batch: Mapping[str, Any], loss: Loss, *, accumulating: bool = False) -> Trace:
@@ -200,7 +204,9 @@ class PaperModel:
     def _run(self, batch: Mapping[str, Any], loss: Loss, accumulating: bool, layers: nn.ModuleList) -> Trace:
         with self.mode, _Meter() as meter:
             fakes = {
-                key: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+                key: torch.empty(value.shape, dtype=value.dtype, device=self.device)
+                if isinstance(value, Tensor)
+                else value
                 for key, value in batch.items()
             }
             for parameter in self.model.parameters():

@@ -33,8 +33,8 @@ from preference.engine.batching import (
     row_lengths,
     shared_prefix,
 )
-from preference.engine.cpu.lora import hold_frozen
 from preference.engine.forward import causal_lm, pair_logps
+from preference.engine.layers.lora import hold_frozen
 from preference.engine.probe import prepare_model
 from preference.losses import Objective, Totals, objective_share
 from preference.train.gradients import clip, exact_norm

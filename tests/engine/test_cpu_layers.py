@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from preference.engine.cpu.gated import _Gated, lighten_gated_layers
-from preference.engine.cpu.linear import cast_once, lighten_linear_layers
-from preference.engine.cpu.lora import _Adapted, hold_frozen, join_adapters
 from preference.engine.cpu.norm import _RMSNorm, lighten_norms
+from preference.engine.layers.gated import _Gated, lighten_gated_layers
+from preference.engine.layers.linear import cast_once, lighten_linear_layers
+from preference.engine.layers.lora import _Adapted, hold_frozen, join_adapters
 from preference.engine.probe import prepare_model
 from tiny import tiny_model
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from preference.engine.cpu.linear import PLAIN
+from preference.engine.layers.linear import PLAIN
 
 
 class _RMSNorm(torch.autograd.Function):

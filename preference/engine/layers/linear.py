@@ -1,9 +1,9 @@
-"""Linear layers on a CPU that keep less for the backward, with less casting under autocast.
+"""Linear layers that keep less for the backward, with less casting under autocast.
 
 Autocast casts the input anew for every layer that reads it (query, key and value; gate and up) and keeps each copy for
 the backward, and it keeps the cast weights until then too. Here layers that read the same tensor share its cast, and a
 trained weight is cast again in the backward: the same products, the same numbers, less memory. An input that can be
-made again (engine/cpu/gated.py) is not kept.
+made again (engine/layers/gated.py) is not kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from preference.engine.cpu.gated import make_again, product_step
+from preference.engine.layers.gated import make_again, product_step
 
 PLAIN = (nn.Parameter, Tensor, FakeTensor)  # types of weights that are what they look like; a dry run's are fake
 

@@ -11,6 +11,7 @@ The numbers are those of Hu et al. 2021 (arXiv 2106.09685), eq. 3, rounded once 
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from preference.engine.cpu.gated import product_step
-from preference.engine.cpu.linear import PLAIN, cast_once, rows_again
+from preference.engine.layers.gated import product_step
+from preference.engine.layers.linear import PLAIN, cast_once, rows_again
 
 
 class _Adapted(torch.autograd.Function):
@@ -69,7 +70,10 @@ def _plain_adapter(layer: LoraLinear) -> str | None:
     return name if plain and not layer.base_layer.weight.requires_grad else None
 
 
-def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def adapted_forward(
+    step: type[torch.autograd.Function], self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The forward of a LoRA layer that runs as `step` (`_Adapted`, or a device's own) where that is the same."""
     autocast = torch.is_autocast_enabled(x.device.type)
     base = self.base_layer
     if self.disable_adapters and not self.merged and not autocast:  # the weight may be held in another dtype than x
@@ -80,11 +84,11 @@ def _forward(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(self).forward(self, x, *args, **kwargs)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    out = _Adapted.apply(x, base.weight, base.bias, a, b, float(self.scaling[name]), dtype)
+    out = step.apply(x, base.weight, base.bias, a, b, float(self.scaling[name]), dtype)
     return out if autocast else out.to(x.dtype)
 
 
-def _joined(model: nn.Module) -> list[LoraLinear]:
+def joined(model: nn.Module) -> list[LoraLinear]:
     return [m for m in model.modules() if type(m) is LoraLinear and type(m.base_layer) is nn.Linear]
 
 
@@ -94,9 +98,9 @@ def join_adapters(model: nn.Module) -> int:
     What a layer does is asked at each call: adapters that are merged, mixed, with dropout or a variant (DoRA) go PEFT's
     way.
     """
-    layers = _joined(model)
+    layers = joined(model)
     for layer in layers:
-        layer.forward = types.MethodType(_forward, layer)
+        layer.forward = types.MethodType(functools.partial(adapted_forward, _Adapted), layer)
     return len(layers)
 
 
@@ -107,7 +111,7 @@ def hold_frozen(model: nn.Module, dtype: torch.dtype) -> int:
     keeps its own. Returns how many bytes it saves.
     """
     saved = 0
-    for layer in _joined(model):
+    for layer in joined(model):
         weight = layer.base_layer.weight
         if not weight.requires_grad and weight.dtype == torch.float32 and not layer.lora_variant:
             saved += weight.nbytes

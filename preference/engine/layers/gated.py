@@ -10,7 +10,9 @@ step in place of its input.
 from __future__ import annotations
 
 import copy
+import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,23 +21,35 @@ from torch import Tensor, nn
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
+class GatedProduct:
+    """act(gate) * up and its gradients, all of one shape, in torch's operators."""
+
+    @staticmethod
+    def make(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+        return act(gate) * up
+
+    @staticmethod
+    def gradients(gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            acted = act(gate)
+        (d_gate,) = torch.autograd.grad(acted, gate, grad * up)
+        return d_gate, acted.detach() * grad
+
+
 class _Gated(torch.autograd.Function):
     """gate and up, both [..., I] -> act(gate) * up; `act` works on each element."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module, product: type[GatedProduct]) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.act, ctx.inputs = act, None
-        return act(gate) * up
+        ctx.act, ctx.product, ctx.inputs = act, product, None
+        return product.make(gate, up, act)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gate, up), ctx.inputs = _inputs(ctx), None
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            acted = ctx.act(gate)
-        (d_gate,) = torch.autograd.grad(acted, gate, grad * up)
-        return d_gate, acted.detach() * grad, None
+        return *ctx.product.gradients(gate, up, ctx.act, grad), None, None
 
 
 def product_step(x: Tensor) -> Any:
@@ -53,13 +67,13 @@ def make_again(step: Any) -> Tensor:
     """The output of a step that `product_step` gave, before that step's own backward."""
     gate, up = _inputs(step)
     with torch.no_grad():
-        return step.act(gate) * up
+        return step.product.make(gate, up, step.act)
 
 
-def _forward(self: nn.Module, x: Tensor) -> Tensor:
+def _forward(self: nn.Module, x: Tensor, product: type[GatedProduct] = GatedProduct) -> Tensor:
     if not torch.is_grad_enabled():
         return type(self).forward(self, x)
-    return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
+    return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn, product))
 
 
 class _Line(nn.Module):
@@ -88,9 +102,15 @@ def _is_gated(module: nn.Module) -> bool:
             return False
 
 
-def lighten_gated_layers(model: nn.Module) -> int:
-    """Let gated feed-forward layers run as above where a gradient is wanted; returns how many were found the same."""
+def lighten_gated_layers(
+    model: nn.Module, product: Callable[[nn.Module], type[GatedProduct]] = lambda act: GatedProduct
+) -> int:
+    """Let gated feed-forward layers run as above where a gradient is wanted; returns how many were found the same.
+
+    Args:
+        product: the device's way of computing the product for an activation.
+    """
     layers = [m for m in model.modules() if _is_gated(m)]
     for layer in layers:
-        layer.forward = types.MethodType(_forward, layer)
+        layer.forward = types.MethodType(functools.partial(_forward, product=product(layer.act_fn)), layer)
     return len(layers)

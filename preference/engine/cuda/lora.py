@@ -1,0 +1,78 @@
+"""A linear layer and its LoRA adapter as one step of autograd, in the fewest products that a GPU can do it with.
+
+The arithmetic is that of engine/layers/lora.py. The adapter's scale is a factor of products that are made anyway, and
+gradients of float32 adapters are summed and written in float32 by the products themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from preference.engine.layers.gated import product_step
+from preference.engine.layers.linear import cast_once, rows_again
+from preference.engine.layers.lora import adapted_forward, joined
+
+
+def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, summed in float32."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    if dtype == torch.float32 and a.device.type == "cuda" and _writes_float32():
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+@functools.cache
+def _writes_float32() -> bool:
+    return "dtype" in torch.ops.aten.mm.overloads()
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b in one product."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+class Adapted(torch.autograd.Function):
+    """x [..., I], frozen weight [O, I] and bias [O] or None, A [R, I], B [O, R] -> [..., O] in `dtype`."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, a, b, scale, dtype):
+        x_NI = cast_once(x, dtype).reshape(-1, x.shape[-1])
+        weight_OI, a_RI, b_OR = (w.detach().to(dtype) for w in (weight, a, b))
+        h_NR = _scaled(x_NI, a_RI.t(), scale)
+        y_NO = torch.mm(x_NI, weight_OI.t()) if bias is None else torch.addmm(bias.to(dtype), x_NI, weight_OI.t())
+        y_NO.addmm_(h_NR, b_OR.t())
+        ctx.step, ctx.dtype = product_step(x), dtype
+        ctx.save_for_backward(x_NI if ctx.step is None else None, h_NR, weight_OI, a_RI, b_OR)
+        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, a.dtype, b.dtype)
+        return y_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        x_NI, h_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        x_dtype, a_dtype, b_dtype = ctx.dtypes
+        grad_NO = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
+        g_NR = _scaled(grad_NO, b_OR, ctx.scale)
+        d_x = d_a = d_b = None
+        if ctx.needs_input_grad[3]:
+            x_NI = rows_again(ctx) if x_NI is None else x_NI
+            d_a = wide_product(g_NR.t(), x_NI, a_dtype)
+        if ctx.needs_input_grad[4]:
+            d_b = wide_product(grad_NO.t(), h_NR, b_dtype)
+        if ctx.needs_input_grad[0]:
+            x_NI = None  # before as much is taken for its gradient
+            d_x = torch.mm(grad_NO, weight_OI).addmm_(g_NR, a_RI).view(ctx.shape).to(x_dtype)
+        return d_x, None, None, d_a, d_b, None, None
+
+
+def join_adapters(model: nn.Module) -> int:
+    """Let every LoRA layer over a plain linear one run as one step, where that is the same; returns how many."""
+    layers = joined(model)
+    for layer in layers:
+        layer.forward = types.MethodType(functools.partial(adapted_forward, Adapted), layer)
+    return len(layers)

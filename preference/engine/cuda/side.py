@@ -1,0 +1,30 @@
+"""CUDA's side of the engine. Triton is imported here and below, and nowhere else.
+
+Which memory savers a GPU keeps is decided by the paper trace (benchmarks/paper_gpu.py, benchmarks/LOG.md).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from preference.engine.cuda.attention import attend
+from preference.engine.cuda.gated import product_for
+from preference.engine.cuda.kernels import exp_rows
+from preference.engine.cuda.lora import join_adapters
+from preference.engine.cuda.norm import fuse_norms
+from preference.engine.layers.gated import lighten_gated_layers
+from preference.engine.layers.linear import lighten_linear_layers
+from preference.engine.sides import Side
+
+HEAD_ROWS = 4096
+
+
+def lighten(model: nn.Module) -> None:
+    if all(p.numel() for p in model.parameters()):  # not while ZeRO-3 has them dealt out
+        lighten_gated_layers(model, product_for)
+        lighten_linear_layers(model)
+        fuse_norms(model)
+        join_adapters(model)
+
+
+CUDA = Side(attend, exp_rows, HEAD_ROWS, lighten, ("auto", "varlen", "flex", "sdpa"))
