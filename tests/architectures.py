@@ -23,7 +23,7 @@ import transformers  # noqa: E402
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-from preference.engine.attention import EngineError  # noqa: E402
+from preference.engine.masks import EngineError  # noqa: E402
 from preference.engine.probe import (  # noqa: E402
     packed_logps,
     plain_logps,

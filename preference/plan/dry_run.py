@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from preference.arguments import STRATEGIES, Arguments
-from preference.engine.attention import EngineError
 from preference.engine.batching import row_lengths, shared_prefix
+from preference.engine.masks import EngineError
 from preference.losses import Objective
 from preference.models.hardware import Hardware
 from preference.plan.estimate import ENGINES, Estimator, Memory, Work, changed, memory_rate, plan_work

@@ -7,7 +7,7 @@ import torch
 from architectures import ROOT, build, examine
 from test_packing import random_pairs
 
-from preference.engine.attention import EngineError
+from preference.engine.masks import EngineError
 from preference.engine.packing import pack_pairs
 from preference.engine.probe import packed_logps, plain_logps, prepare_model
 from tiny import tiny_model

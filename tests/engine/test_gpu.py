@@ -11,8 +11,9 @@ from test_packing import dense_attention, related_pairs
 from training import logged, lora, make_pairs, make_trainer
 
 from preference.engine import attention
-from preference.engine.attention import PackedMask
+from preference.engine.cuda import attention as cuda
 from preference.engine.forward import pair_logps
+from preference.engine.masks import PackedMask
 from preference.engine.packing import pack_pairs
 from preference.engine.probe import prepare_model
 from preference.losses import Objective, Totals, objective_share
@@ -30,13 +31,15 @@ def moved(batch: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("heads, key_heads", [(4, 4), (4, 2)])
 def test_attention(monkeypatch: pytest.MonkeyPatch, heads, key_heads, window, dtype, bound) -> None:
-    """Values and gradients; in 16 bits they come from the varlen kernel."""
+    """Values and gradients; in 16 bits they come from the varlen kernel, in float32 from FlexAttention."""
     calls = []
-    varlen = attention._varlen
-    monkeypatch.setattr(attention, "_varlen", lambda *args: calls.append(args) or varlen(*args))
+    for name, kernel in list(cuda.WAYS.items()):
+        monkeypatch.setitem(
+            cuda.WAYS, name, lambda *args, name=name, kernel=kernel: calls.append(name) or kernel(*args)
+        )
     batch = pack_pairs(related_pairs(5))
     torch.manual_seed(0)
-    shapes = [(1, h, batch["input_ids"].shape[1], 8) for h in (heads, key_heads, key_heads)]
+    shapes = [(1, h, batch["input_ids"].shape[1], 16) for h in (heads, key_heads, key_heads)]
     exact = [torch.randn(shape).to(dtype).double().requires_grad_() for shape in shapes]
     inputs = [x.detach().to(DEVICE, dtype).requires_grad_() for x in exact]
     found = attention.packed_attention(torch.nn.Module(), *inputs, PackedMask(moved(batch), window))
@@ -49,7 +52,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, heads, key_heads, window, dt
     )
     for a, b in pairs:
         assert relative(a.detach().double().cpu(), b.detach()) < bound
-    assert len(calls) == (dtype != torch.float32)
+    assert calls == ["flex" if dtype == torch.float32 else "varlen"]
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import pickle
 import random
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 from preference.engine import attention, head
-from preference.engine.attention import PackedMask
 from preference.engine.cpu import attention as segment_attention
 from preference.engine.forward import pair_logps
+from preference.engine.masks import PackedMask
 from preference.engine.packing import PackingError, pack_pairs, packed_length
 from preference.engine.probe import packed_logps, plain_logps, prepare_model
+from preference.engine.sides import side_of
 from tiny import tiny_model
 
 PAIRS = [
@@ -58,6 +60,8 @@ def test_layout_of_a_row() -> None:
     assert batch["cu_queries"].tolist() == [0, 1, 2, 6, 9]
     assert batch["cu_keys"].tolist() == [0, 1, 2, 6, 11]
     assert batch["key_at"].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 6, 7, 8]
+    assert batch["key_order"].tolist() == [0, 1, 2, 6, 3, 7, 4, 5, 8, 9, 10]
+    assert batch["key_starts"].tolist() == [0, 1, 2, 4, 6, 7, 8, 9, 10, 11]
     assert batch["longest"] == (4, 5)
 
 
@@ -180,13 +184,11 @@ def test_segment_attention_is_attention(monkeypatch, whole, block, heads, key_he
     for run in (
         attention.packed_attention(module, *inputs, mask),
         attention.packed_attention(module, *inputs, mask, softcap=1e9),  # branch by branch, written out
-        varlen_on_cpu(monkeypatch, inputs, mask) if chunk is None else None,
     ):
-        if run is not None:
-            assert torch.allclose(run, dense, atol=1e-7)
-            want = torch.autograd.grad(dense, inputs, grad, retain_graph=True)
-            for a, b in zip(torch.autograd.grad(run, inputs, grad), want, strict=True):
-                assert torch.allclose(a, b, atol=1e-6)
+        assert torch.allclose(run, dense, atol=1e-7)
+        want = torch.autograd.grad(dense, inputs, grad, retain_graph=True)
+        for a, b in zip(torch.autograd.grad(run, inputs, grad), want, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.parametrize("whole", [0, 256])
@@ -223,7 +225,7 @@ def dense_attention(query, key, value, batch, window, chunk) -> torch.Tensor:
     ])  # fmt: skip
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = (query @ key.transpose(2, 3) * 8**-0.5).masked_fill(~keep, float("-inf"))
+    scores = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).masked_fill(~keep, float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
@@ -239,38 +241,15 @@ def paths_of(batch) -> list[list[int]]:
     return paths
 
 
-def varlen_on_cpu(monkeypatch, inputs, mask) -> torch.Tensor:
-    """The CUDA path over a stand-in that does what torch documents of varlen_attn: causal from the bottom right."""
-
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        outputs = []
-        for a, b, c, d in zip(cu_seq_q[:-1], cu_seq_q[1:], cu_seq_k[:-1], cu_seq_k[1:], strict=True):
-            assert b - a <= max_q and d - c <= max_k
-            q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-            at = torch.arange(d - c)
-            back = at[-(b - a) :, None] - at
-            left = window_size[0] if window_size[0] >= 0 else len(at)
-            hidden = (back < -window_size[1]) | (back > left)
-            scores = (q @ k.transpose(1, 2) * scale).masked_fill(hidden, float("-inf"))
-            outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
-        return torch.cat(outputs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "varlen_attn", varlen_attn)
-        attention._varlen_options.cache_clear()
-        out = attention._varlen(*(x[0] for x in inputs), mask, 8**-0.5)[None]
-    attention._varlen_options.cache_clear()
-    return out
-
-
 @pytest.mark.parametrize("keep_bytes", [1, 2**30])
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("scale, cap, bias", [(1.0, None, False), (0.3, 2.0, True)])
-def test_head_is_log_softmax(monkeypatch, keep_bytes, frozen, scale, cap, bias) -> None:
+@pytest.mark.parametrize("scale, cap, bias, side", [(1.0, None, False, "cpu"), (0.3, 2.0, True, "cpu"),
+                                                    (0.3, 2.0, True, "cuda"), (0.3, 2.0, False, "xpu")])  # fmt: skip
+def test_head_is_log_softmax(monkeypatch, keep_bytes, frozen, scale, cap, bias, side) -> None:
     """Values and gradients of the head in small blocks, kept or computed again, against log_softmax."""
     monkeypatch.setattr(head, "KEEP_BYTES", keep_bytes)
-    monkeypatch.setattr(head, "MATMUL_ROWS", 5)
-    monkeypatch.setattr(head, "CACHE_ELEMENTS", 100)
+    monkeypatch.setattr("preference.engine.cpu.side.CACHE_ELEMENTS", 100)
+    monkeypatch.setattr(head, "side_of", lambda device: dataclasses.replace(side_of(side), head_rows=5))
     torch.manual_seed(0)
     hidden = torch.randn(17, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(30, 8, dtype=torch.float64, requires_grad=not frozen)
