@@ -7,7 +7,7 @@ costs some ten operators a chain and no padding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ def _places(runs: list[range], chosen: list[list[int]]) -> tuple[np.ndarray, np.
 
 def _pad(mask: PackedMask, device: torch.device) -> _Padded:
     starts = [0, *accumulate(mask.layout["runs"])]
-    runs = [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    runs = [range(a, b) for a, b in pairwise(starts)]
     chains = mask.layout["chains"]
     query_at, queries = _places(runs, [list(range(first, last)) for first, last, _ in chains])
     key_at, keys = _places(runs, [[*before, *range(first, last)] for first, last, before in chains])

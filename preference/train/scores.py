@@ -43,8 +43,8 @@ class PairScores:
     def add(self, rows_B: Tensor, logps: PairLogps) -> None:
         """`rows_B`: each pair's place in the set; pairs of weight 0 only fill up a batch."""
         values_B2 = torch.stack([logps.chosen_B, logps.rejected_B], dim=1).float()
-        kept_B = logps.weight_B > 0
-        self.sums_N2[rows_B[kept_B]] = values_B2[kept_B]
+        kept_B1 = (logps.weight_B > 0)[:, None]  # not as an index: its size would have to be known on the host
+        self.sums_N2.index_add_(0, rows_B, torch.where(kept_B1, values_B2, 0.0))
 
     def read(self, accelerator: Any) -> np.ndarray:
         """[N, 2] float32 (chosen, rejected), on every rank."""

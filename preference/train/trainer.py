@@ -36,6 +36,7 @@ from preference.engine.batching import (
 from preference.engine.forward import causal_lm, pair_logps
 from preference.engine.layers.lora import hold_frozen
 from preference.engine.probe import prepare_model
+from preference.engine.transfer import to_device
 from preference.losses import Objective, Totals, objective_share
 from preference.train.gradients import clip, exact_norm
 from preference.train.guarded import GuardedTrainer
@@ -121,7 +122,7 @@ class PairTrainer(GuardedTrainer):
         self.objective = objective
         self.max_tokens = max_tokens_per_micro_batch
         self.accumulation = args.gradient_accumulation_steps
-        self.engine = prepare_model(model, share_prompt=share_prompt)
+        self.engine = prepare_model(_on_device(model, args), share_prompt=share_prompt, **_run_of(args))
         super().__init__(
             model=model,
             args=_trainer_arguments(args),
@@ -159,7 +160,7 @@ class PairTrainer(GuardedTrainer):
             plan,
             PackSteps(self.engine.share_prompt, self.objective.needs_prompt, reference),
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            pin_memory=False,  # engine/transfer.py pins each micro-batch whole
             persistent_workers=persistent,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context if args.dataloader_num_workers else None,
@@ -236,7 +237,7 @@ class PairTrainer(GuardedTrainer):
         return torch.stack(losses).sum()
 
     def _share(self, model: Any, batch: dict[str, Any], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self._prepare_inputs(batch)
+        batch = to_device(batch, self.args.device)
         reference = None
         if self.references and self.references.live:
             with reference_model(self.model, self.accelerator.unwrap_model(self.model)) as frozen:
@@ -308,7 +309,7 @@ class PairTrainer(GuardedTrainer):
         with torch.no_grad():
             for batch in inputs["micro_batches"]:
                 if self.eval_metrics is None:
-                    batch = self._prepare_inputs(batch)
+                    batch = to_device(batch, self.args.device)
                     self.collecting.add(batch["rows"], pair_logps(model, batch))
                 else:
                     _, metrics = self._share(model, batch, inputs["totals"])
@@ -344,6 +345,21 @@ class PairTrainer(GuardedTrainer):
         if self.args.include_num_input_tokens_seen != "no":
             tokens = torch.tensor(inputs["num_tokens"], device=self.args.device)
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum").item())
+
+
+def _run_of(args: TrainingArguments) -> dict[str, Any]:
+    """What `prepare_model` is told of the run: its device and autocast."""
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return {"device": args.device.type, "autocast": autocast}
+
+
+def _on_device(model: Any, args: TrainingArguments) -> Any:
+    """The model where it will run, so that the engine is compared there; strategies that deal it out move it."""
+    dealt_out = args.deepspeed or args.fsdp
+    weights = list(model.parameters())
+    if args.device.type == "cpu" or dealt_out or any(p.is_meta or p.device.type != "cpu" for p in weights):
+        return model
+    return model.to(args.device)
 
 
 def _trainer_arguments(args: TrainingArguments) -> TrainingArguments:

@@ -18,6 +18,7 @@ from preference.engine.masks import PackedMask
 from preference.engine.packing import PackingError, pack_pairs, packed_length
 from preference.engine.probe import packed_logps, plain_logps, prepare_model
 from preference.engine.sides import side_of
+from preference.engine.transfer import _in_one_copy, to_device
 from tiny import tiny_model
 
 PAIRS = [
@@ -272,3 +273,13 @@ def test_head_under_autocast_is_the_models_head() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(packed_logps(model, pairs, True), plain_logps(model, pairs), rtol=0.01, atol=0.1)
         assert pair_logps(model, pack_pairs(pairs)).chosen_B.dtype == torch.float32
+
+
+def test_one_copy_brings_every_tensor_of_a_batch() -> None:
+    batch = pack_pairs(related_pairs(3))
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    there = _in_one_copy(tensors, torch.device("cpu"), pinned=False)
+    assert there.keys() == tensors.keys() and len({x.untyped_storage().data_ptr() for x in there.values()}) == 1
+    for name, tensor in tensors.items():
+        assert there[name].dtype == tensor.dtype and torch.equal(there[name], tensor)
+    assert to_device(batch, torch.device("cpu"))["runs"] == batch["runs"]

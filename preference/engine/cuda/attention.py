@@ -23,15 +23,15 @@ VARLEN_CAPABILITY, FLEX_CAPABILITY = (8, 0), (7, 5)
 
 
 @functools.cache
-def _varlen_ops() -> tuple[Any, Any] | None:
-    """torch's varlen kernel, forward and backward; None where this torch has none that takes a window and a scale."""
+def _varlen_ops() -> tuple[Any, ...]:
+    """torch's varlen kernel, forward and backward; empty where this torch has none that takes a window and a scale."""
     try:
         import torch.nn.attention.varlen
     except ImportError:  # torch < 2.10
-        return None
+        return ()
     ops = torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
     names = [{argument.name for argument in op.default._schema.arguments} for op in ops]
-    return ops if all({"window_size", "scale"} <= known for known in names) else None
+    return ops if all({"window_size", "scale"} <= known for known in names) else ()
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -49,7 +49,7 @@ def takes_varlen(query: Tensor, value: Tensor, mask: PackedMask, scores: Scores)
         and size % 8 == 0
         and not (mask.chunk and mask.layout["longest"][1] > mask.chunk)
         and capability(query.device) >= VARLEN_CAPABILITY
-        and _varlen_ops() is not None
+        and bool(_varlen_ops())
     )
 
 
