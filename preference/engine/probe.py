@@ -165,7 +165,7 @@ def _differences(model: nn.Module, lm: PreTrainedModel, share_prompt: bool, auto
 
 
 def _choose(model: nn.Module, lm: PreTrainedModel, wanted: Wanted, autocast: torch.dtype | None, side: Side) -> Engine:
-    lm.packed_states = install(lm)
+    lm.packed_states = wanted.share_prompt and install(lm)
     reason = _why_not_shared(model, lm, lm.packed_states) if wanted.share_prompt else "share_prompt=false"
     probed = _can_be_probed(lm)
     if not reason:
