@@ -22,7 +22,8 @@ from preference.engine.forward import causal_lm, pair_logps, patch_forward
 from preference.engine.head import target_logps
 from preference.engine.masks import EngineError
 from preference.engine.packing import MIN_SHARED, pack_pairs
-from preference.engine.sides import Side, side_of
+from preference.engine.side import Side
+from preference.engine.sides import side_of
 from preference.engine.states.install import install
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from preference.engine.layers.gated import lighten_gated_layers
 from preference.engine.layers.linear import lighten_linear_layers
 from preference.engine.layers.lora import join_adapters
 from preference.engine.masks import PackedMask, Scores
-from preference.engine.sides import Side
+from preference.engine.side import Side
 
 HEAD_ROWS = 256
 CACHE_ELEMENTS = 2**22  # logits that the element-wise steps handle at once: 16 MiB in fp32, about a last-level cache

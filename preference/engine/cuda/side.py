@@ -14,7 +14,7 @@ from preference.engine.cuda.lora import join_adapters
 from preference.engine.cuda.norm import fuse_norms
 from preference.engine.layers.gated import lighten_gated_layers
 from preference.engine.layers.linear import lighten_linear_layers
-from preference.engine.sides import Side
+from preference.engine.side import Side
 
 HEAD_ROWS = 4096
 
