@@ -123,7 +123,7 @@ class DataReport:
             first = self.examples[reason][0]
             place = f"{first['file']}:{first['line']}"
             lines.append(f"  dropped {count:>6} {reason}, first at {place} {first['detail'][:120]}".rstrip())
-        lines += self._unread_lines()
+        lines += self.unread_lines()
         lines += [f"  note: {count} x {name}" for name, count in self.notes.most_common()]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         for name, content in self.sections.items():
@@ -132,7 +132,7 @@ class DataReport:
             lines += [f"    {key}: {_one_line(value)}" for key, value in blocks.items()]
         return printable("\n".join(lines))
 
-    def _unread_lines(self) -> list[str]:
+    def unread_lines(self) -> list[str]:
         columns: dict[str, list[tuple[str, str]]] = {}
         for file, entry in self.files.items():
             for column, example in entry.get("unread", {}).items():

@@ -172,11 +172,16 @@ def describe_pair(row: dict[str, Any], tokenizer: Any, max_chars: int = 2000) ->
         ids = [int(i) for i in row[f"{side}_ids"]]
         lines += [f"{side} (learned between ⟦ and ⟧)", f"⟦{_shortened(decode(tokenizer, ids), max_chars)}⟧"]
         ends = ids[:3] + ids[-2:] if len(ids) > 5 else ids
-        shown = [f"{decode(tokenizer, [i])!r}={i}" for i in ends]
+        shown = [f"{_token(decode(tokenizer, [i]))}={i}" for i in ends]
         if len(ids) > 5:
             shown.insert(3, "…")
         lines.append(f"  tokens: {' '.join(shown)}")
     return "\n".join(lines)
+
+
+def _token(text: str) -> str:
+    """A token for the eye; one that is a part of a character's bytes has no text of its own."""
+    return "(bytes)" if "\ufffd" in text else repr(text)
 
 
 def _shortened(text: str, max_chars: int) -> str:

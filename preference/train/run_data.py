@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from preference.arguments import Arguments
+from preference.data.headline import headline
 from preference.data.report import DataReport
 from preference.data.row import Row
 from preference.data.rows import load_rows
@@ -64,7 +65,7 @@ def load_data(
     finally:
         if save_report:
             report.save(Path(args.run.output_dir) / "data_report.json")
-    say(report.summary())
+    say(headline(report))
     return train_set, eval_set, {f"{row.file}:{row.line}": row.question or row.prompt for row in eval_rows or ()}
 
 
