@@ -68,6 +68,7 @@ def main() -> None:
     with on_every_rank():
         train_set, eval_set, questions = load_data(args, conversation, tokenizer, save_report=save_report, say=say)
     setup.compare_data(train_set, eval_set)
+    setup.check_length(args, training, len(train_set or ()))
     say(f"\nthe first pair, as the model sees it:\n{describe_pair((train_set or eval_set)[0], tokenizer)}\n")
     if args.run.dry_run:
         say(on_paper(args, source, hardware, setup.objective_of(args), training, train_set))
@@ -96,10 +97,11 @@ def main() -> None:
             evaluation.run("base")
             samples.answer("base")
     if start:
+        stop.start_training()
         done = trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
         results = done.metrics | {"train_steps": done.global_step}
         if stop.stopping:
-            raise StoppedBySignal
+            raise StoppedBySignal(done.global_step)
         signals.phase = "finishing"
         save(trainer, conversation)
     evaluation.run("tuned")

@@ -15,9 +15,14 @@ from preference.arguments.run import RunArguments
 from preference.data.formats import choose
 from preference.flags.declaration import ArgumentError, flags_of
 from preference.flags.words import Given, read_words
+from preference.optimization.keywords import OptimizationError, keywords
+from preference.optimization.optimizers import check_optimizer, is_projected
+from preference.optimization.schedules import BY_EVALUATION, check_schedule, warmup_length
 
 GROUPS = {"model": ModelArguments, "data": DataArguments, "objective": ObjectiveArguments, "run": RunArguments}
 FLAGS = flags_of(GROUPS)
+UNKNOWN = 10**6  # optimizer steps, before the data is read
+LARGE = 10**10  # parameters, before the model is loaded: the lowest of the default learning rates
 
 
 @dataclass
@@ -60,6 +65,11 @@ class Arguments:
         if self.run.learning_rate is not None:
             return self.run.learning_rate
         return 5e-6 if not self.model.use_peft else 1e-3 if parameters < 5e8 else 2e-4
+
+    def check_schedule(self, steps: int) -> None:
+        """Raises OptimizationError if the learning rate over `steps` steps cannot be had or trains nothing."""
+        options = keywords(self.run.lr_scheduler_kwargs)
+        check_schedule(self.run.lr_scheduler_type, self.run.warmup_steps, steps, options, self.learning_rate(LARGE))
 
 
 def parse_arguments(words: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> Arguments:
@@ -142,10 +152,31 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield "nothing to do: do_train and do_eval are both false"
     if data.train_file_dir is None and data.dataset_name is None:
         yield "no training data: set train_file_dir or dataset_name"
+    yield from _faults_of_steps(args)
     try:
         choose(**data.reading())
     except ValueError as error:
         yield f"data_format, {', '.join(list(data.reading())[1:])}: {error}"
+
+
+def _faults_of_steps(args: Arguments) -> Iterator[str]:
+    """What transformers would refuse after the model has been loaded: optimizers and schedules lacking arguments."""
+    run, default = args.run, FLAGS
+    if not run.do_train:
+        return
+    if run.lr_scheduler_type in BY_EVALUATION and not (run.do_eval and run.eval_steps):
+        yield f"lr_scheduler_type={run.lr_scheduler_type} changes when an evaluation is done: set eval_steps"
+    if is_projected(run.optim) and args.model.use_peft:
+        yield f"optim={run.optim} trains all weights through a projection: use_peft=false, or another optim"
+    try:
+        if run.max_steps > 0:
+            warmup_length(run.warmup_steps, run.max_steps)
+        if run.lr_scheduler_type != default["lr_scheduler_type"].default or run.lr_scheduler_kwargs:
+            args.check_schedule(run.max_steps if run.max_steps > 0 else UNKNOWN)
+        if run.optim != default["optim"].default or run.optim_args:
+            check_optimizer(run.optim, run.optim_args, run.optim_target_modules)
+    except OptimizationError as error:
+        yield str(error)
 
 
 def _show_help() -> None:
@@ -164,7 +195,8 @@ def _show_help() -> None:
             default = (
                 "unset" if flag.default is None else str(flag.default).lower() if flag.kind is bool else flag.default
             )
-            metavar = "{" + ",".join(flag.names) + "}" if flag.choices else flag.kind.__name__
+            named = flag.choices and not callable(flag.choices)  # a library that knows them is not imported for this
+            metavar = "{" + ",".join(flag.names) + "}" if named else flag.kind.__name__
             text = f"{flag.help} (default: {default})".replace("%", "%%")
             group.add_argument(f"--{flag.name}", metavar=metavar, help=text)
     parser.print_help()

@@ -6,8 +6,19 @@ from dataclasses import dataclass
 
 from preference.arguments.unused import NO_CHECKPOINTS, NO_EVALUATION, NO_TRAINING
 from preference.flags.declaration import Unused, flag
+from preference.optimization.keywords import keywords
+from preference.optimization.optimizers import is_projected, optimizer_names
+from preference.optimization.schedules import NO_KEYWORDS, NO_WARMUP, schedule_names
 
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "zero3_offload")
+
+WITHOUT_WARMUP = Unused(lambda a: a.run.lr_scheduler_type in NO_WARMUP, "this lr_scheduler_type has no warm-up")
+WITHOUT_KEYWORDS = Unused(lambda a: a.run.lr_scheduler_type in NO_KEYWORDS, "this lr_scheduler_type takes none")
+
+
+def _whole_from_1(text: str) -> None:
+    if float(text) >= 1 and float(text) % 1:
+        raise ValueError("from 1 on it is a whole number of steps, below 1 a share of them")
 
 
 @dataclass
@@ -77,18 +88,28 @@ class RunArguments:
     )
     lr_scheduler_type: str = flag(
         "cosine",
-        "shape of the learning rate: cosine, linear, constant_with_warmup, ...",
+        "shape of the learning rate, by its name in transformers: cosine, linear, constant_with_warmup, ...",
         topic="steps",
+        choices=schedule_names,
         unused=(NO_TRAINING,),
         identity=True,
         peers=("lr_scheduler", "scheduler"),
     )
+    lr_scheduler_kwargs: str | None = flag(
+        None,
+        "the schedule's own arguments: num_decay_steps=100,min_lr_ratio=0.1 or JSON",
+        topic="steps",
+        check=keywords,
+        unused=(NO_TRAINING, WITHOUT_KEYWORDS),
+        identity=True,
+    )
     warmup_steps: float = flag(
         0.1,
-        "warm-up: below 1 a share of all steps, else a number of steps",
+        "warm-up from above 0: below 1 a share of all steps, else a number of steps",
         topic="steps",
         least=0,
-        unused=(NO_TRAINING,),
+        check=_whole_from_1,
+        unused=(NO_TRAINING, WITHOUT_WARMUP),
         identity=True,
         peers=("warmup_ratio", "num_warmup_steps"),
     )
@@ -97,11 +118,27 @@ class RunArguments:
     )
     optim: str = flag(
         "adamw_torch_fused",
-        "optimizer, by its name in transformers",
+        "optimizer, by its name in transformers: adamw_torch, adafactor, sgd, paged_adamw_8bit, ...",
         topic="steps",
+        choices=optimizer_names,
         unused=(NO_TRAINING,),
         identity=True,
         peers=("optimizer",),
+    )
+    optim_args: str | None = flag(
+        None,
+        "the optimizer's own arguments: momentum=0.9",
+        topic="steps",
+        check=keywords,
+        unused=(NO_TRAINING,),
+        identity=True,
+    )
+    optim_target_modules: str | None = flag(
+        None,
+        "layers whose gradients GaLore and APOLLO project: all-linear or q_proj,v_proj,...",
+        topic="steps",
+        unused=(NO_TRAINING, Unused(lambda a: not is_projected(a.run.optim), "this optim projects no gradients")),
+        identity=True,
     )
     max_grad_norm: float = flag(
         1.0,

@@ -41,7 +41,7 @@ def run_script(main: Callable[[], None], name: str) -> None:
         from preference.launch.signals import StoppedBySignal
 
         if isinstance(error, StoppedBySignal):
-            leave_after_signal()
+            leave_after_signal(error.step)
         tell_of_failure()
         let_the_cause_speak(error, name)
         if not isinstance(error, PreferenceError):  # a fault of the program: its traceback is wanted
@@ -68,7 +68,7 @@ def leave_if_stopped() -> None:
         sys.exit(0)
 
 
-def leave_after_signal() -> None:
+def leave_after_signal(step: int) -> None:
     """End with the code that says: start it again and it resumes.
 
     torchrun takes any code but 0 for a failure, and would start the processes anew; its launcher gives the code.
@@ -76,9 +76,12 @@ def leave_after_signal() -> None:
     from preference.launch.signals import EXIT_STOPPED
 
     if ELASTIC and not STOP_FILE.exists():  # torchrun's own SIGTERM: another node has come
-        say("torchrun starts the processes anew; they resume from the checkpoint")
+        say("torchrun starts the processes anew" + ("; they resume from the checkpoint" if step else ""))
         sys.exit(1)
-    say("stopped by a signal; the same command resumes from the checkpoint")
+    if step:
+        say(f"stopped by a signal; the same command resumes from the checkpoint of step {step}")
+    else:
+        say("stopped by a signal before a step was trained: there is nothing to resume; the same command starts again")
     if STOP_FILE is not None:
         STOP_FILE.touch()
     sys.exit(EXIT_STOPPED if STOP_FILE is None else 0)

@@ -12,25 +12,34 @@ from typing import Any
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
+PHASES = {
+    "evaluating": "stopping now; no step was trained, so there is no new checkpoint to resume from",
+    "training": "stopping after this step, with a checkpoint",
+    "finishing": "nearly done",
+}
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: start it again and it resumes
 ECHO = 2.0  # seconds in which another signal is taken for the same one: launchers forward what the group got anyway
 
 
 class StoppedBySignal(Exception):
-    """Training was stopped by a signal, on all ranks at the same step."""
+    """A run was stopped by a signal, on all ranks at the same step; `step` is 0 if none was trained."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped by a signal after step {step}")
+        self.step = step
 
 
 class StopSignals:
     """Handlers for the whole process. Until they are installed a signal just ends it: there is nothing to save yet.
 
     Attributes:
-        phase: "training", or "finishing", when what is left is soon done and is done.
+        phase: "evaluating" before training, "training", or "finishing": what is left is soon done, and is done.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.at = 0.0
-        self.phase = "training"
+        self.phase = "evaluating"
 
     def install(self) -> StopSignals:
         for number in SIGNALS:
@@ -41,8 +50,7 @@ class StopSignals:
         name = signal.Signals(number).name
         if self.received is None:
             self.received, self.at = name, time.monotonic()
-            what = "stopping after this step, with a checkpoint" if self.phase == "training" else "nearly done"
-            self._say(f"{name}: {what}; a second signal stops at once\n")
+            self._say(f"{name}: {PHASES[self.phase]}; a second signal stops at once\n")
         elif time.monotonic() - self.at > ECHO:
             self._say(f"{name} again: stopping at once; the last checkpoint stands\n")
             os._exit(128 + number)

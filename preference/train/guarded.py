@@ -9,6 +9,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from preference.launch.signals import StoppedBySignal
+from preference.optimization.schedules import make_schedule
 from preference.train import sharding
 from preference.train.checkpoints import CheckpointWriter
 from preference.train.stalls import waiting_for_rows
@@ -35,6 +36,7 @@ class GuardedTrainer(Trainer):
     - _evaluate: an evaluation that a signal breaks off ends in a checkpoint (train/stopping.py);
     - create_accelerator_and_postprocess: accelerate passes over FSDP on CPU processes, and under FSDP rounds
       log-probabilities and gradients to the mixed precision (train/sharding.py);
+    - create_scheduler: the warm-up starts above 0 (optimization/schedules.py);
     - create_optimizer: the optimizer is made over the shards, and a forward pass leaves some layers gathered;
     - _save: gathered from its shards, a weight that two layers share comes twice;
     - train, evaluation_loop: a model may be evaluated before it is trained, which accelerate does not expect under
@@ -89,6 +91,16 @@ class GuardedTrainer(Trainer):
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled:
             sharding.keep_float32(self.accelerator)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            args, options = self.args, self.args.lr_scheduler_kwargs or {}
+            name, optimizer = args.lr_scheduler_type.value, optimizer or self.optimizer
+            schedule = make_schedule(
+                name, optimizer, args.warmup_steps, num_training_steps, options, args.learning_rate
+            )
+            self.lr_scheduler, self._created_lr_scheduler = schedule, True  # the Trainer drops what it made itself
+        return self.lr_scheduler
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_fsdp_enabled:

@@ -52,6 +52,8 @@ def run_identity(args: Arguments, trainer: Any, template: Any) -> dict[str, Any]
         "bf16": training.bf16,
         "pairs per optimizer step": pairs,
     }
+    if args.run.warmup_steps:
+        identity["first learning rate of the warm-up"] = "above 0"  # it was 0 once, in checkpoints that lack this line
     if args.objective.engine == "trl":  # TRL's objective depends on how a batch is cut
         identity["micro-batches"] = f"{training.per_device_train_batch_size} pairs on {training.world_size} processes"
     return identity

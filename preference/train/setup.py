@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from preference.losses import Objective
 from preference.models.hardware import Hardware, batch_plan
 from preference.models.loading import add_adapter, load_model
 from preference.models.parameters import count_parameters
+from preference.optimization.keywords import keywords
 from preference.train.identity import run_identity
 from preference.train.reference import data_fingerprint
 from preference.train.resuming import Start, resolve_start
@@ -37,9 +39,12 @@ def training_arguments(args: Arguments, hardware: Hardware, world_size: int, rep
         max_steps=run.max_steps,
         learning_rate=args.run.learning_rate or 0.0,  # load_trainer fills it in: it depends on the model
         lr_scheduler_type=run.lr_scheduler_type,
+        lr_scheduler_kwargs=keywords(run.lr_scheduler_kwargs),
         warmup_steps=run.warmup_steps,
         weight_decay=run.weight_decay,
         optim=run.optim,
+        optim_args=run.optim_args,
+        optim_target_modules=_modules(run.optim_target_modules),
         max_grad_norm=run.max_grad_norm,
         eval_strategy="steps" if run.do_eval and run.eval_steps else "no",
         eval_steps=run.eval_steps or None,
@@ -63,6 +68,18 @@ def training_arguments(args: Arguments, hardware: Hardware, world_size: int, rep
         **checkpointing,
         **({} if run.dry_run else strategy_options(run.strategy, world_size)),
     )
+
+
+def _modules(names: str | None) -> str | list[str] | None:
+    return names if names is None or names == "all-linear" else [name.strip() for name in names.split(",")]
+
+
+def check_length(args: Arguments, training: TrainingArguments, pairs: int) -> None:
+    """Raises OptimizationError if a run over so many pairs is too short for its learning rate's schedule."""
+    if args.run.do_train:
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+        of_epochs = math.ceil(math.ceil(pairs / batch) * args.run.num_train_epochs)
+        args.check_schedule(args.run.max_steps if args.run.max_steps > 0 else of_epochs)
 
 
 def objective_of(args: Arguments) -> Objective:

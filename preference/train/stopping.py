@@ -27,6 +27,12 @@ class StopTogether(TrainerCallback):
             return flag
         return self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum").item() > 0
 
+    def start_training(self) -> None:
+        """Raises StoppedBySignal on all ranks if a signal came before."""
+        if self._anyone():
+            raise StoppedBySignal(0)
+        self.signals.phase = "training"
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Here, as the watchdog has just waited for the device: another wait costs next to nothing.
         self.stopping = self.stopping or self._anyone()
@@ -37,6 +43,6 @@ class StopTogether(TrainerCallback):
             control.should_evaluate = False
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.signals.phase == "training" and self._anyone():
+        if self.signals.phase != "finishing" and self._anyone():
             self.stopping = True
-            raise StoppedBySignal
+            raise StoppedBySignal(state.global_step)

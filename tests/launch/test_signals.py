@@ -99,14 +99,15 @@ def test_an_evaluation_is_broken_off(tmp_path, signals):
 
 def test_a_second_signal_stops_at_once_but_an_echo_does_not():
     code = (
-        "import os, signal, time\nfrom preference.launch import signals\nsignals.ECHO = 0.2\n"
-        "s = signals.StopSignals().install()\n"
+        "import os, signal, sys, time\nfrom preference.launch import signals\nsignals.ECHO = 0.2\n"
+        "s = signals.StopSignals().install()\ns.phase = sys.argv[1]\n"
         "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); print('working', flush=True)\n"
         "time.sleep(0.4); os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('still', flush=True)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 128 + signal.SIGTERM and done.stdout == "working\n"
-    assert "stopping after this step" in done.stderr and "at once" in done.stderr
+    for phase, said in (("training", "stopping after this step"), ("evaluating", "no new checkpoint to resume from")):
+        done = subprocess.run([sys.executable, "-c", code, phase], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 128 + signal.SIGTERM and done.stdout == "working\n"
+        assert said in done.stderr and "at once" in done.stderr
 
 
 # ---- several processes, through the wrapper

@@ -83,7 +83,9 @@ def test_stopping_without_a_trainer(accelerator):
     assert not control.should_training_stop
     signals.received = "SIGTERM"
     with pytest.raises(StoppedBySignal):
-        stop.on_prediction_step(None, None, control)
+        stop.on_prediction_step(None, SimpleNamespace(global_step=0), control)
+    with pytest.raises(StoppedBySignal):
+        stop.start_training()
     stop.on_step_end(None, None, control)
     assert control.should_save and control.should_training_stop and not control.should_evaluate
 
