@@ -12,6 +12,7 @@ The prompt is written by the template that the model was trained with, and answe
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -94,7 +95,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 def command() -> None:
     """The console script."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
     except KeyboardInterrupt:

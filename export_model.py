@@ -205,8 +205,17 @@ def write_gguf_files(
     name = Path(args.output).resolve().name
     file = f"{name}-{args.gguf}.gguf"
     bos = writes_bos(template, tokenizer)
-    options = dict(stop_ids=stops, writes_bos=bos, name=name, prompts=prompts_of(template))
-    share, note = write_gguf(folder / file, model, tokenizer, quantization=args.gguf, **options)
+    prompts = prompts_of(template)
+    share, note = write_gguf(
+        folder / file,
+        model,
+        tokenizer,
+        quantization=args.gguf,
+        stop_ids=stops,
+        writes_bos=bos,
+        name=name,
+        prompts=prompts,
+    )
     say(f"{file}: read back, every tensor as written (largest error {share:.2f} of what {args.gguf} allows)")
     if note:
         say(f"note: {note}")
@@ -219,7 +228,9 @@ def write_gguf_files(
 
 def copy_licence(origin: str | None, folder: Path) -> None:
     """A derived model carries the licence of its base, where that lies in the base's folder."""
-    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*") if origin else ():
+    if origin is None:
+        return
+    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"):
         for file in Path(origin).glob(pattern):
             shutil.copy(file, folder / file.name)
 

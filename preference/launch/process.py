@@ -75,7 +75,7 @@ def leave_after_signal(step: int) -> None:
     """
     from preference.launch.signals import EXIT_STOPPED
 
-    if ELASTIC and not STOP_FILE.exists():  # torchrun's own SIGTERM: another node has come
+    if ELASTIC and STOP_FILE is not None and not STOP_FILE.exists():  # torchrun's own SIGTERM: another node has come
         say("torchrun starts the processes anew" + ("; they resume from the checkpoint" if step else ""))
         sys.exit(1)
     if step:

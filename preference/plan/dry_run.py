@@ -188,7 +188,7 @@ def _fitting(setup: Setup, plan: Plan, strategy: str, world: int, room: float) -
         args = changed(plan.args, changes)
         estimator = setup.estimator(args) if changes else plan.estimator
         cuts = list(_cuts(setup, plan, args))
-        tries = [({}, plan.pairs, plan.accumulation)] * bool(changes) + cuts
+        tries: list[tuple[dict[str, Any], int, int]] = [({}, plan.pairs, plan.accumulation)] * bool(changes) + cuts
         for at, (cut, pairs, accumulation) in enumerate([tries[-1], *tries] if tries else []):
             need = setup.plan(changed(args, cut), pairs, accumulation, estimator).memory(strategy, world).peak
             if need > room and at == 0:

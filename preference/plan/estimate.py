@@ -336,7 +336,8 @@ def memory_rate(device: torch.device, seconds: float = 0.2) -> float:
     """Bytes a second that a large element-wise operation reads and writes, the best of what fits in `seconds`."""
     size = 2**24 if device.type == "cpu" else 2**28
     source, target = (torch.ones(size, device=device) for _ in range(2))
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         target.copy_(source)

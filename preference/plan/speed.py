@@ -35,7 +35,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
         generator = torch.Generator(device).manual_seed(0)  # of its own: the run's random numbers stay as they are
         a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
         multiply()  # allocates, and picks a kernel
-        times, end = [], time.perf_counter() + seconds
+        times: list[float] = []
+        end = time.perf_counter() + seconds
         while len(times) < 3 or time.perf_counter() < end:
             times.append(multiply())
     return 2 * size**3 / min(times)

@@ -145,16 +145,22 @@ class Evaluation:
         if hasattr(self.trainer, "scores"):  # TRL's trainers keep no figures of single pairs
             self.sums[who] = self.trainer.scores["eval"]
 
+    @property
+    def pairs(self) -> Dataset:
+        """The evaluation set, where there are figures of it."""
+        assert self.eval_set is not None
+        return self.eval_set
+
     def lengths(self) -> np.ndarray:
         """[N, 2]: tokens of the chosen and rejected answers."""
-        columns = (self.eval_set["chosen_ids"], self.eval_set["rejected_ids"])
+        columns = (self.pairs["chosen_ids"], self.pairs["rejected_ids"])
         return np.array([[len(ids) for ids in column] for column in columns]).T
 
     def analysis(self) -> dict[str, Any]:
         """`analyse` over all pairs, by source file and by script; {} where there are no figures of single pairs."""
         if not self.sums:
             return {}
-        places = list(self.eval_set["source"])
+        places = list(self.pairs["source"])
         groups = {
             "source": [place.rpartition(":")[0] for place in places],
             "script": [script_of(self.questions[place]) for place in places],
@@ -165,5 +171,5 @@ class Evaluation:
         """`worst_pairs` of one of the models."""
         if who not in self.sums:
             return []
-        rows = [row | {"question": self.questions[row["source"]]} for row in self.eval_set]
+        rows = [row | {"question": self.questions[row["source"]]} for row in self.pairs]
         return worst_pairs(mean_margins(self.sums[who], self.lengths()), rows)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -68,6 +69,7 @@ class Plot:
         text = re.sub(r'(url\(|href=")#', rf"\1#{self.name}-", text)
         text = re.sub(r"#0000([ef]\d)", r"var(--\1)", text)
         size = re.search(r'viewBox="[^"]+"', text)
+        assert size, "matplotlib writes a viewBox"
         head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {size.group()} '
         return head + f'role="img" aria-label="{self.title}">' + text[text.index(">") + 1 :]
 
@@ -118,7 +120,7 @@ class Plot:
         return figure
 
 
-def _save(figure: Figure, kind: str, **options: object) -> bytes:
+def _save(figure: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue()
@@ -138,7 +140,7 @@ def _draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
         axes.plot(x, running_mean(y, len(y) // 12), color=colour, linewidth=1.8, label=label)
     for marker, (name, points) in zip("oDs^v", curve.evaluation.items(), strict=False):
         if points:
-            options = {"marker": marker, "markersize": 5, "linestyle": "--", "linewidth": 0.9}
+            options: dict[str, Any] = {"marker": marker, "markersize": 5, "linestyle": "--", "linewidth": 0.9}
             label = f"{curve.label}, {name}" if curve.label else name
             axes.plot(*zip(*points, strict=True), color=colour, markerfacecolor="none", label=label, **options)
 

@@ -21,8 +21,8 @@ def hints(history: Sequence[Mapping[str, Any]], max_steps: int) -> Iterator[tupl
 
 def _ends(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float] | None:
     """Means over the first and the last quarter of the entries; None where one of them lacks the metric."""
-    values = [entry.get(name) for entry in entries]
-    if not values or None in values:
+    values = [entry[name] for entry in entries if entry.get(name) is not None]
+    if not values or len(values) < len(entries):
         return None
     n = max(2, len(values) // 4)
     return fmean(values[:n]), fmean(values[-n:])

@@ -258,7 +258,7 @@ def _side_by_side(runs: Iterable[Run], prefix: str) -> list[tuple[str, list[str]
 
 def _tiles(run: Run) -> list[tuple[str, str]]:
     """The figures at the head of the page."""
-    tiles = []
+    tiles: list[tuple[str, str]] = []
     for prefix in run.sets[:1]:
         for row in _before_after(run.get("all_results.json"), prefix):
             if row["label"] in ("preference accuracy", "loss"):
@@ -312,7 +312,7 @@ def _shared_samples(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     """run.json without its levels; what differs between any two runs is left out."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in facts.items():
         flat |= value if isinstance(value, dict) else {name: value}
     return {name: value for name, value in flat.items() if name not in ("output_dir", "started")}

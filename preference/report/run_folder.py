@@ -93,7 +93,7 @@ class Run:
             if prefix or "loss" in record:
                 value = record.get(head + metric)
                 loss, nll = record.get(f"{head}loss"), record.get(f"{head}nll_loss")
-                if metric == "preference_part" and None not in (loss, nll):
+                if metric == "preference_part" and loss is not None and nll is not None:
                     value = loss - self.likelihood_weight * nll
                 if value is not None:
                     found[record["step"]] = value

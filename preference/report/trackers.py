@@ -48,7 +48,7 @@ def begin_reporting(
     Raises:
         ReportingError: a tracker refuses, for instance because nobody is logged in.
     """
-    places = {
+    places: dict[str, dict[str, str | Path]] = {
         "tensorboard": {"TENSORBOARD_LOGGING_DIR": output_dir / "runs" / run_name},
         "wandb": {"WANDB_DIR": output_dir, "WANDB_CONSOLE": "off"},
         "swanlab": {"SWANLAB_LOGDIR": output_dir / "swanlog", "SWANLAB_TERMINAL_PROXY_TYPE": "none"},

@@ -6,7 +6,7 @@ Text that a person types never becomes a control token: it is encoded as trainin
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -85,7 +85,7 @@ class Chat:
             dropped += 1
         return turn, dropped
 
-    def stream(self, turn: Turn, seed: int, within: Within = nullcontext) -> Iterator[str]:
+    def stream(self, turn: Turn, seed: int, within: Within = nullcontext) -> Generator[str, None, None]:
         """Pieces of the answer as they are written. Closing the iterator stops the model after its next token.
 
         `within` is entered around the generation. Raises whatever the generation raised.

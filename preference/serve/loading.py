@@ -163,8 +163,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError) as error:
         raise LoadingError(f"{where} has no tokenizer that can be loaded: {error}") from error
-    if not tokenizer.chat_template and source.file("chat_template.jinja"):  # a checkpoint of a run: the run's own
-        tokenizer.chat_template = source.file("chat_template.jinja").read_text(encoding="utf-8")
+    template = source.file("chat_template.jinja")
+    if not tokenizer.chat_template and template:  # a checkpoint of a run: the run's own
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

@@ -122,7 +122,7 @@ def modelfile(gguf_name: str, conv: Conversation | None, stops: Sequence[str], b
     """
     template = go_template(conv, bos) if conv is not None else None
     lines = [f"FROM ./{gguf_name}"]
-    if template is None:
+    if conv is None or template is None:
         lines += [
             "# The template that this model was trained with cannot be written in Ollama's template language, so there",
             "# is no TEMPLATE here: the GGUF file carries it, and Ollama uses it only if it knows it. Look at",

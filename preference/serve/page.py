@@ -77,7 +77,8 @@ def serve(models: Models, args: Namespace) -> None:
             gradio.Warning(str(error), duration=None)
 
     def talk(speakers: list[tuple[str, Chat, Within]], turn: Turn) -> Iterator[list[dict]]:
-        seed, shown = next(seeds), []
+        seed = next(seeds)
+        shown: list[dict[str, Any]] = []
         for title, speaker, within in speakers:
             shown.append({"role": "assistant", "content": "", "metadata": {"title": title} if speakers[1:] else {}})
             with closing(speaker.stream(turn, seed, within)) as pieces:

@@ -45,7 +45,7 @@ def _gemma(name: str, models: str, start: str, stop: str, **changes) -> Conversa
     """Gemma: the assistant is called model, BOS is written, EOS is not the end of a turn."""
     tokens, user = ("<bos>", start, stop), (start + "user\n", stop + "\n")
     base = Conversation(name, models, user, start + "model\n", stop, stop + "\n", tokens, ("", "\n\n"), "first")
-    return replace(base, **({"begin": "<bos>", "strip": "UR", "alternates": True} | changes))
+    return replace(replace(base, begin="<bos>", strip="UR", alternates=True), **changes)
 
 
 def _deepseek(name: str, models: str, **changes) -> Conversation:
@@ -82,6 +82,9 @@ _PHI4 = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
 _TURN, _END = "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"  # Command R
 _ROLES = ("<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
 
+_PHI4_ROLES = ("<|im_start|>system<|im_sep|>", "<|im_start|>user<|im_sep|>", "<|im_start|>assistant<|im_sep|>")
+_COMMAND_R = (_TURN + _ROLES[0], _TURN + _ROLES[1], _TURN + _ROLES[2])
+
 _TABLE = [
     _chatml("chatml", "generic ChatML: OpenHermes, MiniCPM4, many fine-tunes"),
     _chatml("qwen2", "Qwen1.5, Qwen2 Instruct", default_system="You are a helpful assistant."),
@@ -113,7 +116,7 @@ _TABLE = [
         system_place="turn",
     ),
     _tagged("phi3", "Phi-3 mini", *_TAGS, "\n", "<|end|>", "<|end|>\n", assistant="<|assistant|>\n"),
-    _tagged("phi4", "Phi-4 14B", *(f"<|im_start|>{role}<|im_sep|>" for role in ("system", "user", "assistant")),
+    _tagged("phi4", "Phi-4 14B", *_PHI4_ROLES,
             "", "<|im_end|>", "<|im_end|>", tokens=_PHI4),
     _tagged("phi4_mini", "Phi-4 mini", *_TAGS, "", "<|end|>", "<|end|>"),
     _deepseek("deepseek_v2", "DeepSeek LLM, V2, Coder-V2", system=("", "\n\n"), user=("User: ", "\n\n"),
@@ -133,7 +136,7 @@ _TABLE = [
     _chatml("smollm2", "SmolLM2 Instruct", default_system=_SMOLLM2),
     _chatml("minicpm3", "MiniCPM3-4B", skip_empty="S"),
     _role_lines("falcon3", "Falcon3 Instruct", "<|endoftext|>"),
-    _tagged("command_r", "Command R, R+ v01, Aya Expanse", *(_TURN + role for role in _ROLES), "", _END, _END,
+    _tagged("command_r", "Command R, R+ v01, Aya Expanse", *_COMMAND_R, "", _END, _END,
             begin="<BOS_TOKEN>", tokens=("<BOS_TOKEN>", _TURN, *_ROLES, _END), strip="UR", alternates=True),
     _tagged("exaone3_5", "EXAONE 3.5 Instruct", *_EXAONE[:3], "", _EXAONE[3], _EXAONE[3] + "\n",
             user=("[|user|]", "\n"), default_system=""),

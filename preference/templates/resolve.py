@@ -292,7 +292,7 @@ def chat_template_to_save(conv: Conversation | AutoConversation, tokenizer: PreT
 
     The tokenizer's own where the two agree, for it may know tools and images too; else the one `conv` writes.
     """
-    if tokenizer.chat_template and (conv.name == "auto" or first_difference(conv, tokenizer) is None):
+    if tokenizer.chat_template and (isinstance(conv, AutoConversation) or first_difference(conv, tokenizer) is None):
         return tokenizer.get_chat_template()
     return conv.jinja()
 

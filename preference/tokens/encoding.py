@@ -268,7 +268,7 @@ def _renamed_backend(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
 
 def flatten(rows: Sequence[Ids]) -> tuple[np.ndarray, np.ndarray]:
     """Lists of ids as one int32 array and its len(rows) + 1 offsets (many times faster than handing lists to Arrow)."""
-    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+    offsets: np.ndarray = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     flat = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1]))
     return flat, offsets
