@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-ENGINES = ("trl", "packed")
+ENGINES = ("trl", "packed", "rows")  # rows: the packed engine without sharing, as for models that it cannot share
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -133,7 +133,8 @@ def make_trainer(engine: str, args: argparse.Namespace, callback: Any, folder: s
         return make_trl_trainer(load_model(args), training, **common)
     from preference.train.trainer import PairTrainer
 
-    return PairTrainer(load_model(args), training, max_tokens_per_micro_batch=args.max_tokens_per_micro_batch, **common)
+    options = dict(max_tokens_per_micro_batch=args.max_tokens_per_micro_batch, share_prompt=engine == "packed")
+    return PairTrainer(load_model(args), training, **options, **common)
 
 
 def work(engine: str, args: argparse.Namespace, pipe: Any, folder: str) -> None:

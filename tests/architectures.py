@@ -151,10 +151,12 @@ the common ones.
   prompt) once for all of them. Full, sliding-window and chunked attention, grouped heads, capped scores, learned sinks,
   mixtures of experts; and layers that carry a state from token to token (gated delta rule, Kimi's delta attention,
   Mamba 1 and 2, short convolutions, lightning attention): each answer starts from the state in which its prompt ended,
-  and gradients flow back through it ([how](#layers-that-carry-a-state)).
+  and gradients flow back through it ([how](#layers-that-carry-a-state)). Bloom, CodeGen, Falcon, GPT-J, MPT and XGLM,
+  whose attention is code of their own (ALiBi among it), run under one mask for the whole row: exact as well, but the
+  memory of their scores grows with the square of a row, which `max_tokens_per_micro_batch` bounds.
 - **rows**: two right-padded rows per pair; the objective, the head and the batches are the engine's all the same. For
-  models that pick keys by an index of their own, bias attention by distance in their own code, or do not use
-  transformers' AttentionInterface. (Both answers in one row without sharing would be wrong for all of these.)
+  models that pick keys by an index of their own, or whose own code counts distances or positions by the place in a
+  row. (Both answers in one row without sharing would be wrong for all of these.)
 - **refused**: the engine stops with a message that names `engine=trl`. Encoders used as decoders without
   `is_decoder`, and heads that are more than a projection.
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from preference.engine.attention import packed_row
 from preference.engine.head import target_logps, token_logps
 from preference.engine.masks import EngineError
+from preference.engine.own_attention import has_own_attention, row_inputs
 from preference.engine.states.install import keep_tree_in_recomputation
 from preference.engine.states.tree import Tree, over
 from preference.losses import PairLogps
@@ -65,11 +66,16 @@ def _packed_forward(self: PreTrainedModel, packed: Mapping[str, Any], kwargs: di
     backbone = self.model if self.base_model is self else self.base_model
     if "runs" in packed:
         keep_tree_in_recomputation(self)
-        if not getattr(self, "packed_states", False):  # a layer with a state reads the mask's values
-            # Without a mask transformers reads the values of the position ids, to look for packed sequences.
-            inputs["attention_mask"] = torch.ones_like(packed["input_ids"], dtype=torch.bool)
-        with packed_row(packed, getattr(self, "packed_attention", "auto")), over(Tree(packed)):
-            out = backbone(**inputs, position_ids=packed["position_ids"], use_cache=False)
+        tree = Tree(packed)
+        if has_own_attention(self):
+            inputs |= row_inputs(backbone, tree, packed["position_ids"])
+        else:
+            inputs["position_ids"] = packed["position_ids"]
+            if not getattr(self, "packed_states", False):  # a layer with a state reads the mask's values
+                # Without a mask transformers reads the values of the position ids, to look for packed sequences.
+                inputs["attention_mask"] = torch.ones_like(packed["input_ids"], dtype=torch.bool)
+        with packed_row(packed, getattr(self, "packed_attention", "auto")), over(tree):
+            out = backbone(**inputs, use_cache=False)
     else:
         out = backbone(**inputs, use_cache=False)
     hidden = out.last_hidden_state[:, -packed["input_ids"].shape[1] :]  # behind the virtual tokens of prompt tuning

@@ -21,6 +21,7 @@ from preference.engine.attention import installed
 from preference.engine.forward import causal_lm, pair_logps, patch_forward
 from preference.engine.head import target_logps
 from preference.engine.masks import EngineError
+from preference.engine.own_attention import has_own_attention
 from preference.engine.packing import MIN_SHARED, pack_pairs
 from preference.engine.side import Side
 from preference.engine.sides import side_of
@@ -68,7 +69,7 @@ def _why_not_shared(model: nn.Module, lm: PreTrainedModel, states: bool) -> str:
         return "virtual tokens of prompt tuning stand before each sequence"
     if other:
         return f"its {other[0]} layers are of a kind that the engine does not know"
-    if not lm._can_set_attn_implementation():
+    if not lm._can_set_attn_implementation() and not has_own_attention(lm):
         return f"{type(lm).__name__} does not use transformers' AttentionInterface"
     return ""
 
@@ -168,10 +169,12 @@ def _differences(model: nn.Module, lm: PreTrainedModel, share_prompt: bool, auto
 def _choose(model: nn.Module, lm: PreTrainedModel, wanted: Wanted, autocast: torch.dtype | None, side: Side) -> Engine:
     lm.packed_states = wanted.share_prompt and install(lm)
     reason = _why_not_shared(model, lm, lm.packed_states) if wanted.share_prompt else "share_prompt=false"
-    probed = _can_be_probed(lm)
+    probed, own = _can_be_probed(lm), has_own_attention(lm)
+    ways = side.implementations if wanted.attention == "auto" else (wanted.attention,)
+    if own:
+        ways, reason = ways[:1], reason if wanted.attention == "auto" else "its attention is code of its own"
     if not reason:
-        with installed(lm) as keep:
-            ways = side.implementations if wanted.attention == "auto" else (wanted.attention,)
+        with contextlib.nullcontext(lambda: None) if own else installed(lm) as keep:
             for lm.packed_attention in ways:
                 found = _differences(model, lm, True, autocast) if probed else ""
                 if not found:

@@ -14,7 +14,8 @@ from tiny import tiny_model
 
 SHARED = "llama qwen2 qwen3 qwen3_moe mistral mixtral gemma gemma2 gemma3_text phi phi3 olmo2 gpt2 gpt_oss".split()
 SHARED += "gpt_neox granite cohere2 stablelm smollm3 glm4 llama4_text".split()
-ROWS = ["bloom", "falcon", "rwkv", "axk2", "gptj"]
+SHARED += "qwen3_5_text lfm2 nemotron_h minimax bloom falcon xglm".split()
+ROWS = ["rwkv", "axk2", "gpt_neo"]
 REFUSED = ["bert", "modernbert-decoder"]
 
 

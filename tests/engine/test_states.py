@@ -115,3 +115,15 @@ def test_generation_is_as_before(arch: str) -> None:
     packed_logps(model, draw((9, 2, 3)), True)
     assert torch.equal(model.generate(ids, **options), before)
     assert torch.equal(model(ids).logits, logits)
+
+
+OWN_ATTENTION = {"bloom": {}, "mpt": {}, "falcon": {}, "falcon, alibi": {"alibi": True}, "gptj": {}, "codegen": {}}
+OWN_ATTENTION |= {"gpt_neox_japanese": {}}  # xglm does not run in double precision; the table has it
+
+
+@pytest.mark.parametrize("arch", OWN_ATTENTION)
+def test_attention_of_a_models_own(arch: str) -> None:
+    """Biases by distance, learned and rotary positions: each by the place in the sequence, not in the row."""
+    model = double(arch.split(",")[0], **OWN_ATTENTION[arch])
+    assert prepare_model(model).share_prompt
+    compare(model, eight_pairs(), rtol=1e-5, atol=1e-6)

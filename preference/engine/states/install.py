@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from preference.engine import own_attention
 from preference.engine.states.kinds import FORWARDS, FUNCTIONS
 from preference.engine.states.tree import current, over
 
@@ -34,7 +35,7 @@ def install(model: nn.Module) -> bool:
     found = False
     for name in sorted({type(module).__module__ for module in model.modules()}):
         file = vars(sys.modules[name])
-        for function, packed in FUNCTIONS.items():
+        for function, packed in (FUNCTIONS | own_attention.FUNCTIONS).items():
             if function in file:
                 found = True
                 if not hasattr(file[function], "packed"):

@@ -67,7 +67,10 @@ class Tree:
     """The runs of a packed row by levels.
 
     Args:
-        layout: a packed batch; of it runs and chains are read.
+        layout: a packed batch; of it runs, begins and chains are read.
+
+    Attributes:
+        length, longest: tokens of the row, and of its longest sequence.
     """
 
     def __init__(self, layout: Mapping[str, Any]) -> None:
@@ -75,6 +78,8 @@ class Tree:
         self.length = sum(self.sizes)
         self.starts = [0, *accumulate(self.sizes)]
         self.parents = _parents(layout["chains"], len(self.sizes))
+        self.begins: list[int] = layout["begins"]
+        self.longest = max(begin + size for begin, size in zip(self.begins, self.sizes, strict=True))
         self._made: dict[Any, Any] = {}
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
@@ -129,6 +134,30 @@ class Tree:
             places += range(len(order), len(order) + size)
             order += range(self.starts[run], self.starts[run + 1])
         return torch.tensor(order, device=device), torch.tensor(places, device=device)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """The position of each token in its sequence, [N]."""
+
+        def make() -> Tensor:
+            parts = [torch.arange(begin, begin + n) for begin, n in zip(self.begins, self.sizes, strict=True)]
+            return torch.cat(parts).to(device)
+
+        return self.once(("positions", device), make)
+
+    def visible(self, device: torch.device) -> Tensor:
+        """Which keys each token sees: earlier ones of its own run and of those that it follows; bool [N, N]."""
+        return self.once(("visible", device), lambda: self._visible(device))
+
+    def _visible(self, device: torch.device) -> Tensor:
+        keep = torch.ones(self.length, self.length, dtype=torch.bool).tril()
+        for run, size in enumerate(self.sizes):
+            hidden = torch.ones(self.length, dtype=torch.bool)
+            above = run
+            while above >= 0:
+                hidden[self.starts[above] : self.starts[above + 1]] = False
+                above = self.parents[above]
+            keep[self.starts[run] : self.starts[run] + size, hidden] = False
+        return keep.to(device)
 
     def _before(self, run: int, count: int) -> list[int]:
         """The last `count` tokens before a run; N for each that there is not."""
