@@ -139,6 +139,8 @@ def _difference(model: nn.Module, lm: PreTrainedModel, share_prompt: bool, autoc
     pairs = _probe_pairs(lm.config.get_text_config().vocab_size)
     low = autocast or {p.dtype for p in lm.parameters()} - {torch.float32, torch.float64}
     kind = next(lm.parameters()).device.type
+    if kind != "cpu" and getattr(lm, "packed_states", False):  # kernels of recurrences multiply in 10 bits (TF32)
+        low = True
     with _evaluating(model), torch.autocast(kind, autocast, enabled=autocast is not None):
         plain = plain_logps(model, pairs)
         try:
