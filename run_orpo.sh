@@ -51,7 +51,7 @@ max_steps="${max_steps:--1}"                           # a number of steps inste
 learning_rate="${learning_rate:-auto}"                 # auto: LoRA 2e-4 (1e-3 below 0.5 B parameters), all weights 5e-6
 eval_steps="${eval_steps:-0}"                          # evaluate every that many steps; 0: before and after training only
 save_steps="${save_steps:-0}"                          # checkpoint every that many steps; 0: the final model alone
-resume="${resume:-auto}"                               # auto: go on with an unfinished run in output_dir; never; or a checkpoint's folder
+resume="${resume:-auto}"                               # auto: resume an unfinished run in output_dir; never; or a checkpoint's folder
 resume_anyway="${resume_anyway:-false}"                # true: also where settings, data or model have changed since
 bf16="${bf16:-auto}"                                   # auto: where the hardware multiplies bfloat16
 gradient_checkpointing="${gradient_checkpointing:-false}"  # true: long rows on a small GPU; a third slower
@@ -59,7 +59,7 @@ report_to="${report_to:-none}"                         # tensorboard, wandb, swa
 seed="${seed:-42}"
 do_train="${do_train:-true}"                           # false: only score the model on the evaluation files
 do_eval="${do_eval:-true}"                             # false: no table before -> after
-output_dir="${output_dir:-outputs/orpo}"               # an unfinished run there goes on from its checkpoint; a finished one's files are overwritten
+output_dir="${output_dir:-outputs/orpo}"               # an unfinished run there resumes from its checkpoint; a finished one's files are overwritten
 
 # ------------------------------------------------------------------------------------------------------------------------------
 set -eu

@@ -150,7 +150,7 @@ quiet=-q
 [ ! -t 2 ] || quiet=
 PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install ${quiet:+"$quiet"} \
     ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r "$here/$wanted" >&2 ||
-    fail "pip could not install $wanted (see above). Run the same command again: it goes on from where it stopped." \
+    fail "pip could not install $wanted (see above). Run the same command again: it resumes where it stopped." \
         "Behind a mirror or proxy set PIP_INDEX_URL or HTTPS_PROXY"
 
 for file in requirements.txt "$wanted"; do

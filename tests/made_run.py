@@ -35,7 +35,7 @@ def figures(step: int, prefix: str = "") -> dict[str, float]:
 def log(sets: tuple[str, ...] = ("eval",)) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = [{"event": "train_begin", "step": 0, "peak_tflops": 0.25}]
     for step in range(2, STEPS + 1, 2):
-        speed = {"pairs_per_second": 2.0, "tokens_per_second": 410.0 + step, "share_of_peak": 0.61, "memory_gib": 2.5}
+        speed = {"pairs_per_second": 2.0, "tokens_per_second": 410.0 + step, "mfu": 0.61, "memory_gib": 2.5}
         schedule = {"grad_norm": 4.0 + step % 3, "learning_rate": 5e-6 * (1 - step / STEPS)}
         records.append({"step": step, "seconds": 4.0 * step, "epoch": step / 30, **figures(step), **schedule, **speed})
         if step % 20 == 0:

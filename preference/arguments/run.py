@@ -170,7 +170,7 @@ class RunArguments:
     logging_steps: int = flag(5, "log every that many steps", least=1, peers=("log_every", "logging_strategy"))
     resume: str = flag(
         "auto",
-        "auto = go on from the latest checkpoint of an unfinished run in output_dir; never; or a checkpoint",
+        "auto = resume from the latest checkpoint of an unfinished run in output_dir; never; or a checkpoint",
         topic="checkpoints",
         unused=(NO_TRAINING,),
         peers=("auto_resume_from_checkpoints",),
@@ -196,7 +196,7 @@ class RunArguments:
     )
     lost_after: int = flag(
         60,
-        "seconds without a sign of life after which another machine counts as lost and the run ends (0: never)",
+        "seconds without a heartbeat after which another node counts as lost and the run ends (0: never)",
         topic="hardware",
         least=0,
     )

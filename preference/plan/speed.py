@@ -1,6 +1,6 @@
-"""How fast a run is: tokens and pairs a second, and the share of what the device can do at all.
+"""How fast a run is: tokens and pairs a second, and the MFU, of the measured peak.
 
-The share of the peak is (floating-point operations of the model's weight matrices) / (time x ranks x peak), where
+MFU (model FLOPs utilisation) is (floating-point operations of the model's weight matrices) / (time x ranks x peak), where
 - a matrix costs 2 operations per weight and token forward, 2 for the gradient of its input and, if it is trained, 2 for
   its own gradient; attention scores, norms, the optimizer and recomputation under gradient checkpointing are not
   counted, nor is the head where the loss does not read every token's prediction: the figure errs on the low side;
@@ -125,6 +125,6 @@ class SpeedMeter:
             tokens = (count - self.count) * self.tokens_per_count
             figures["tokens_per_second"] = tokens / seconds
             if self.flops_per_token and self.peak:
-                figures["share_of_peak"] = tokens * self.flops_per_token / (seconds * self.ranks * self.peak)
+                figures["mfu"] = tokens * self.flops_per_token / (seconds * self.ranks * self.peak)
         self.start(step, count, self.seconds + seconds)
         return figures

@@ -34,7 +34,7 @@ def _at_the_start(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[st
     if accuracy is not None and accuracy < 0.4:
         yield (
             "below_half",
-            f"accuracy starts at {accuracy:.0%}, below a coin's 50%: the model finds the rejected answers likelier, as "
+            f"accuracy starts at {accuracy:.0%}, below chance (50%): the model finds the rejected answers likelier, as "
             "is usual where they are in more common words. Training is there to turn it round; watch the trend",
         )
 
@@ -65,7 +65,7 @@ def _trends(train: Sequence[Mapping[str, Any]], max_steps: int) -> Iterator[tupl
     if late and accuracy and 0.45 <= accuracy[1] <= 0.55 and accuracy[1] - accuracy[0] < 0.05:
         yield (
             "at_chance",
-            f"accuracy is still {accuracy[1]:.0%}, what a coin reaches: learning_rate is too low, or the pairs differ "
+            f"accuracy is still {accuracy[1]:.0%}, chance level: learning_rate is too low, or the pairs differ "
             "in nothing that can be learned (noisy or swapped labels). Read some pairs; look at data_report.json",
         )
 
@@ -77,7 +77,7 @@ def _held_out(train: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[
         yield (
             "eval_rises",
             f"the evaluation loss is up from its best ({best['eval_loss']:.4g} at step {best['step']}): the model "
-            "begins to learn the training pairs by heart. Fewer epochs, or the checkpoint of that step, serve better",
+            "begins to overfit the training pairs. Fewer epochs, or the checkpoint of that step, serve better",
         )
     accuracy = _ends(train, "rewards/accuracies")
     if len(train) >= ENTRIES and accuracy and evaluations and evaluations[-1]["step"]:

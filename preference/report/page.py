@@ -41,7 +41,7 @@ CURVES = (
     (
         "accuracy",
         "Preference accuracy",
-        "Share of pairs whose chosen answer has the higher reward; 50% is a coin.",
+        "Share of pairs whose chosen answer has the higher reward; 50% is chance.",
         [("rewards/accuracies", "")],
         True,
     ),
@@ -88,7 +88,7 @@ SPEED = (
     ("train_runtime", "Training time", "{:,.0f} s"),
     ("pairs_per_second", "Pairs per second, median", "{:,.2f}"),
     ("tokens_per_second", "Tokens per second, median", "{:,.0f}"),
-    ("share_of_peak", "Share of the device's peak, median", "{:.0%}"),
+    ("mfu", "MFU (of the measured peak), median", "{:.0%}"),
     ("peak_tflops", "Measured peak of one device", "{:,.2f} TFLOP/s"),
     ("memory_gib", "Peak memory", "{:,.2f} GiB"),
     ("eval_runtime", "One evaluation", "{:,.1f} s"),

@@ -36,7 +36,7 @@ SHOWN = (
     ("learning_rate", "lr {:.1e}"),
     ("tokens_per_second", "{:,.0f} tok/s"),
     ("pairs_per_second", "{:.2f} pairs/s"),
-    ("share_of_peak", "{:.0%} of peak"),
+    ("mfu", "MFU {:.0%}"),
     ("memory_gib", "{:.1f} GiB"),
 )
 
@@ -147,7 +147,7 @@ class Progress(TrainerCallback):
 
     def _postfix(self, logs: Mapping[str, Any]) -> None:
         if self.bar is not None:
-            short = ("loss", "rewards/accuracies", "tokens_per_second", "share_of_peak")
+            short = ("loss", "rewards/accuracies", "tokens_per_second", "mfu")
             self.bar.set_postfix_str(", ".join(readable(logs, only=short)), refresh=False)
 
     def _lines(self, logs: Mapping[str, Any], state: Any) -> list[str]:

@@ -26,7 +26,7 @@ INPUTS = {
 SUMMARIES = {
     "pairs_per_second": median,
     "tokens_per_second": median,
-    "share_of_peak": median,
+    "mfu": median,
     "memory_gib": max,
     "peak_tflops": max,
 }

@@ -21,7 +21,7 @@ def test_wilson_interval(right, pairs, low, high):
 
 
 def test_length_alone_explains_nothing_at_equal_length():
-    """A model that only likes long answers is right where the chosen one is longer, and a coin toss without length."""
+    """A model that only likes long answers is right where the chosen one is longer, and at chance without length."""
     rng = np.random.default_rng(0)
     longer = rng.normal(30, 20, 2000)  # chosen is mostly longer
     only_length = 0.05 * longer + rng.normal(0, 0.01, 2000)

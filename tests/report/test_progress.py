@@ -53,7 +53,7 @@ def test_a_readable_line_per_log_and_nothing_else(finished):
     _, _, printed = finished
     steps = [line for line in printed if line.startswith("step ")]
     assert [line.split("  ")[0] for line in steps] == [f"step {i}/6" for i in range(1, 7)]
-    for word in ("loss ", "nll ", "accuracy ", "margin ", "grad ", "lr 1.0e-02", "tok/s", "pairs/s", "of peak", "left"):
+    for word in ("loss ", "nll ", "accuracy ", "margin ", "grad ", "lr 1.0e-02", "tok/s", "pairs/s", "MFU", "left"):
         assert word in steps[-1]
     assert steps[-1].endswith("0:00 left")
     rest = [line for line in printed if not line.startswith(("step ", "note: "))]
@@ -78,7 +78,7 @@ def test_metrics_file_holds_the_log_with_speed(finished):
     assert [record["step"] for record in records if "eval_loss" in record] == [0, 2, 4, 6]
     for record in train:
         assert record["pairs_per_second"] > 0 and record["tokens_per_second"] > 0 and record["memory_gib"] > 0.05
-        assert 0 < record["share_of_peak"] < 1
+        assert 0 < record["mfu"] < 1
     assert [record["seconds"] for record in train] == sorted(record["seconds"] for record in train)
     assert records[1]["event"] == "train_begin" and records[1]["peak_tflops"] > 0
 
@@ -120,7 +120,7 @@ def test_tokens_are_those_of_the_packed_rows(tmp_path, monkeypatch):
     assert [record["tokens_per_second"] for record in records] == [sum(counted[:2]) / 4, sum(counted[2:]) / 4]
     assert [record["pairs_per_second"] for record in records] == [2.0, 2.0]
     flops = flops_per_token(trainer.model, head=True)
-    assert records[0]["share_of_peak"] == pytest.approx(sum(counted[:2]) * flops / 4 / 1e9)
+    assert records[0]["mfu"] == pytest.approx(sum(counted[:2]) * flops / 4 / 1e9)
     assert records[-1]["seconds"] == 8.0
 
 
@@ -270,7 +270,7 @@ def test_speed_meter_leaves_out_what_is_no_training(monkeypatch):
     now[0] += 6
     meter.touch()
     figures = meter.read(10, 400.0)
-    assert figures == {"pairs_per_second": 8.0, "tokens_per_second": 20.0, "share_of_peak": 0.1}
+    assert figures == {"pairs_per_second": 8.0, "tokens_per_second": 20.0, "mfu": 0.1}
     assert meter.seconds == 40.0
     now[0] += 5
     assert meter.read(11, 400.0)["pairs_per_second"] == 1.6

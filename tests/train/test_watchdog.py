@@ -141,7 +141,7 @@ def test_a_spike_is_reported_with_its_rows(engine, tmp_path, caplog):
 
 @ENGINES
 def test_a_data_worker_that_stands_still_is_reported(engine, tmp_path, monkeypatch, caplog):
-    """It waits for a file that is written when the warning is there; then training goes on to its end."""
+    """It waits for a file that is written when the warning is there; then training continues to its end."""
     reported = tmp_path / "reported"
 
     class Watch(logging.Handler):
