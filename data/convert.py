@@ -22,10 +22,11 @@ from typing import IO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preference.data.formats import FORMATS, Format, Options, choose
+from preference.data.packed import Position
 from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.rows import Repeats, iter_rows
-from preference.data.sources import HUB, Position, find_sources
+from preference.data.sources import HUB, find_sources
 from preference.screen import shown
 from preference.tokens.lengths import TokenLengths
 
@@ -62,6 +63,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="a string in the column prompt is used as it stands, or "
         "is a question (default: as it stands where it begins or ends in a control token)",
     )
+    add("--encoding", help="what text files are written in, if not UTF-8: gb18030, utf-16-le, ...")
     add("--axis", choices=["better", "safer"], help="PKU-SafeRLHF: which label decides")
     add("--min-score-gap", type=float, metavar="G", help="drop scored pairs that differ by less (default: ties only)")
     add("--pairs", default="best-worst", choices=["best-worst", "all", "best-random"], help="pairs of a ranked list")
@@ -92,6 +94,7 @@ def options_of(args: argparse.Namespace) -> Options:
         split_system=args.split_system,
         seed=args.seed,
         rendered=args.rendered,
+        encoding=args.encoding,
         prompt_is_rendered={"true": True, "false": False}.get(args.prompt_is_rendered),
     )
 
@@ -142,7 +145,11 @@ def convert(
     A file appears whole or not at all; a pipe or device is written to as it is.
     """
     own = output.resolve()
-    sources = [source for source in find_sources(paths) if source.startswith(HUB) or Path(source).resolve() != own]
+    sources = [
+        source
+        for source in find_sources(paths, "convert", report)
+        if source.startswith(HUB) or Path(source).resolve() != own
+    ]
     progress = Progress(sources)
 
     def say_format(source: str, format: Format, why: str) -> None:

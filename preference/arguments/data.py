@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from preference.arguments.unused import NO_EVALUATION, NO_TRAINING
-from preference.data.formats import parse_columns, parse_labels
+from preference.data.formats import check_encoding, parse_columns, parse_labels
+from preference.data.inputs import parse_inputs
 from preference.flags.declaration import Unused, flag
 
 
@@ -16,13 +17,16 @@ class DataArguments:
 
     train_file_dir: str | None = flag(
         "data/train",
-        "a file, or a folder read recursively: .jsonl, .json, .gz, .csv, .parquet",
+        "files and folders (read recursively; .jsonl, .json, .csv, .parquet, packed or not), with commas; behind a "
+        "colon a cap or a share of the rows: a.jsonl:5000,b/:0.3",
+        check=parse_inputs,
         unused=(Unused(lambda a: a.data.dataset_name is not None, "dataset_name gives the training rows"),),
         peers=("dataset", "datasets", "dataset_dir", "train_file", "train_data", "data_path", "train_dataset"),
     )
     validation_file_dir: str | None = flag(
         None,
-        "the same for evaluation; unset: a part of the training rows is split off",
+        "the same for evaluation; unset: the test or validation split of a training folder, or a part of its rows",
+        check=parse_inputs,
         unused=(NO_EVALUATION,),
         peers=("eval_dataset", "val_dataset", "test_datasets", "validation_file", "eval_file"),
     )
@@ -69,6 +73,9 @@ class DataArguments:
         "pairs made of several ranked answers: best-worst, all, best-random",
         choices=("best-worst", "all", "best-random"),
     )
+    encoding: str | None = flag(
+        None, "what text files are written in, if not UTF-8: gb18030, utf-16-le, ...", check=check_encoding
+    )
     axis: str | None = flag(None, "PKU-SafeRLHF has two labels: which one decides", choices=("better", "safer"))
     min_score_gap: float | None = flag(None, "drop scored pairs whose scores differ by less", least=0)
     data_check: str = flag(
@@ -109,5 +116,5 @@ class DataArguments:
     def reading(self) -> dict[str, Any]:
         """The choices about reading files, by the names of their fields in `preference.data.formats.Options`."""
         names = ("columns", "labels", "ignore_columns", "pairs", "axis", "min_score_gap", "rendered",
-                 "prompt_is_rendered")  # fmt: skip
+                 "prompt_is_rendered", "encoding")  # fmt: skip
         return {"format": self.data_format, **{name: getattr(self, name) for name in names}}

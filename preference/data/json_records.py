@@ -7,6 +7,7 @@ the other lines, a broken element of an array leaves those before it and those a
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -54,6 +55,9 @@ def too_long(size: int, line: int) -> Fault:
 
 
 def as_record(line: int, value: Any) -> Record | Fault:
+    if isinstance(value, str) and value.lstrip()[:1] == "{":  # JSON that was written into a string once more
+        with contextlib.suppress(ValueError, RecursionError):
+            value = _DECODER.decode(value)
     if isinstance(value, dict):
         return Record(line, value)
     return Fault(line, "not_an_object", f"a row must be a JSON object, this is {_json_type(value)}")
@@ -98,7 +102,7 @@ def parse_line(line: int, raw: bytes) -> Record | Fault:
     except UnicodeDecodeError as error:
         return Fault(line, "invalid_utf8", f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8")
     try:
-        return as_record(line, _DECODER.decode(text))
+        return as_record(line, _decoded(text))
     except json.JSONDecodeError as error:
         return Fault(line, "broken_json", f"{error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
@@ -109,9 +113,36 @@ def parse_line(line: int, raw: bytes) -> Record | Fault:
         return Fault(line, "broken_json", str(error))
 
 
+# A string, or a comma in front of a bracket that closes, which JavaScript allows and JSON does not
+_STRING_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])', re.DOTALL)
+
+
+def _decoded(text: str) -> Any:
+    """The value of a line; a comma behind it or behind its last element is forgiven."""
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError:
+        if "," not in text:
+            raise
+        forgiven = without_commas(text.rstrip().removesuffix(","))
+        if forgiven == text:
+            raise
+        try:
+            return _DECODER.decode(forgiven)
+        except json.JSONDecodeError:
+            pass
+        raise
+
+
+def without_commas(text: str) -> str:
+    """The text with a space for each comma that stands in front of a closing bracket; its length stays the same."""
+    return _STRING_OR_COMMA.sub(lambda match: " " if match[0] == "," else match[0], text)
+
+
 # ------------------------------------------------------------------------------- arrays, concatenated objects
 
 _GAP = re.compile(r"[\s,\ufeff]*")
+_ANOTHER_LIST = re.compile(r'("(?:[^"\\]|\\.)*")\s*:\s*\[\s*\{')
 _FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:')
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
 _NEAR_END = 10  # an error this close to the end of the buffer may only mean that more is to come ("-Infinity" is 9)
@@ -120,10 +151,10 @@ _NEAR_END = 10  # an error this close to the end of the buffer may only mean tha
 class _Window:
     """A sliding window of text over a byte stream: `text[pos:]` is not consumed yet, `line` is the line of `pos`."""
 
-    def __init__(self, stream: BinaryIO):
+    def __init__(self, stream: BinaryIO, line: int = 1):
         self.stream = stream
         self.decode = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape").decode
-        self.text, self.pos, self.line = "", 0, 1
+        self.text, self.pos, self.line = "", 0, line
         self.ended = False
         self.stray_bytes = False  # seen anywhere so far; elements are then checked one by one
 
@@ -152,9 +183,12 @@ class _Window:
                 return False
 
 
-def json_values(stream: BinaryIO) -> Iterator[Record | Fault]:
-    """The elements of a JSON array (of any layout), or of objects written one behind the other."""
-    window = _Window(stream)
+def json_values(stream: BinaryIO, line: int = 1, wrapped: bool = False) -> Iterator[Record | Fault]:
+    """The elements of a JSON array (of any layout), or of objects written one behind the other.
+
+    `wrapped`: the array stands in an object, and the stream at its beginning, in this line; it ends where that closes.
+    """
+    window = _Window(stream, line)
     decode = _DECODER.raw_decode
     inside = False  # between [ and ]
     first_key: str | None = None
@@ -164,6 +198,12 @@ def json_values(stream: BinaryIO) -> Iterator[Record | Fault]:
         if opener == ("]" if inside else "["):
             inside = not inside
             window.advance(window.pos + 1)
+            if wrapped and not inside:
+                for match in _ANOTHER_LIST.finditer(window.text, window.pos):
+                    yield Fault(
+                        window.line, "other_list", f"the list under {match[1][:40]} beside the rows is not read"
+                    )
+                return
             continue
         line = window.line
         outcome = _next_value(window, decode)
@@ -199,6 +239,10 @@ def _next_value(window: _Window, decode: Any) -> Any:
                     return _Broken(len(window.text), "line_too_long", too_long(MAX_RECORD_BYTES, 0).detail)
                 window.more()
                 continue
+            if _closes_behind_comma(window.text, error.pos) and (found := _forgiven(window)) is not None:
+                value, end = found
+                window.advance(end)
+                return value
             line = window.line + window.text.count("\n", start, error.pos)
             reason = "nul_byte" if window.text[error.pos : error.pos + 1] == "\0" else "broken_json"
             return _Broken(max(error.pos, start + 1), reason, f"{error.msg.removesuffix(' at')} at line {line}")
@@ -221,6 +265,32 @@ def _next_value(window: _Window, decode: Any) -> Any:
         if stray:
             return Fault(line, "invalid_utf8", f"byte 0x{ord(stray.group()) - 0xDC00:02x} is not UTF-8")
         return value
+
+
+def _closes_behind_comma(text: str, at: int) -> bool:
+    """Whether a bracket closes behind a comma, at `at` or, where newer versions of json point at the comma, next."""
+    if text[at : at + 1] == ",":
+        return text[at + 1 : at + 100].lstrip()[:1] in ("}", "]")
+    return text[at : at + 1] in ("}", "]") and text[max(0, at - 100) : at].rstrip().endswith(",")
+
+
+def _forgiven(window: _Window) -> tuple[Any, int] | None:
+    """(value, its end) at the window's position if it can be read without the commas in front of closing brackets."""
+    size = 4096
+    while True:
+        piece = without_commas(window.text[window.pos : window.pos + size])
+        try:
+            value, end = _DECODER.raw_decode(piece)
+            return value, window.pos + end
+        except json.JSONDecodeError as error:
+            if not (error.msg.startswith("Unterminated string") or error.pos >= len(piece) - _NEAR_END):
+                return None  # broken in another way
+        except (ValueError, RecursionError):
+            return None
+        if window.pos + size < len(window.text):
+            size *= 4
+        elif len(window.text) - window.pos > MAX_RECORD_BYTES or not window.more():
+            return None
 
 
 def _resynchronise(window: _Window, at: int, first_key: str | None) -> None:

@@ -24,10 +24,11 @@ from preference.data.formats.base import Drop, Format, Pair, RowDict
 from preference.data.formats.messages import history_of, is_messages
 from preference.data.formats.split_system import split_system
 from preference.data.json_records import Fault, Record
+from preference.data.packed import Position
 from preference.data.rendered import TakeApart
 from preference.data.report import DataError, DataReport
 from preference.data.row import Row
-from preference.data.sources import Position, find_sources, iter_records
+from preference.data.sources import find_sources, iter_records
 from preference.data.text_stats import TextStats, pair_key, prompt_key
 from preference.data.unread import refusal, unread_columns
 
@@ -84,7 +85,7 @@ def iter_rows(
         raise ValueError(f"data_check must be drop or strict, not {data_check!r}")
     reading = _Reading(report, options or Options(), data_check == "strict")
     stats = TextStats()
-    for source in find_sources(paths):
+    for source in find_sources(paths, report=report):
         for row in reading.rows_of(source, on_file, on_record):
             if repeats is not None and (reason := repeats.reason(row)):
                 report.drop(reason, row.file, row.line)
@@ -180,7 +181,7 @@ class _Reading:
 
     def _records(self, source: str, position: Position | None = None) -> Iterator[Record | Fault]:
         """The records of `source` without the columns that the user wants ignored."""
-        records = iter_records(source, position)
+        records = iter_records(source, position, self.options.encoding)
         ignored = self.options.ignore_columns
         if not ignored:
             yield from records

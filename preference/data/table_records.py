@@ -11,9 +11,11 @@ from typing import Any, BinaryIO
 
 from preference.data.json_records import BOM, MAX_RECORD_BYTES, Fault, Record, read_lines
 from preference.data.report import DataError
+from preference.data.splits import choose, name_of
 from preference.data.written_values import broken_list, value_of
 
 BATCH_ROWS = 64
+SEPARATOR_LINE = re.compile(rb'"?sep=([,;\t|])"?\s*(?:\r?\n|\Z)')
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
 # ------------------------------------------------------------------------------------------------------- CSV
 
@@ -50,6 +52,9 @@ class _Lines:
 
 
 def csv_delimiter(head: bytes) -> str:
+    """What stands between the columns: what a first line `sep=;` says, which Excel reads, or else the most frequent."""
+    if match := SEPARATOR_LINE.match(head.removeprefix(BOM)):
+        return match[1].decode()
     first = head.split(b"\n", 1)[0]
     return max(",;\t", key=lambda char: first.count(char.encode()))
 
@@ -76,7 +81,9 @@ def csv_records(stream: BinaryIO, delimiter: str) -> Iterator[Record | Fault]:
             if header is None:
                 return
             continue
-        if not any(cells):
+        if not any(cells) or (
+            header is None and SEPARATOR_LINE.match(lines.record[0][1].encode("utf-8", "surrogateescape"))
+        ):
             continue
         line = lines.record[0][0]
         if header is None:
@@ -86,6 +93,10 @@ def csv_records(stream: BinaryIO, delimiter: str) -> Iterator[Record | Fault]:
                 return
             continue
         yield _csv_record(line, header, cells)
+
+
+def _says_separator(line: str) -> bool:
+    return SEPARATOR_LINE.match(line.encode("utf-8", "surrogateescape")) is not None
 
 
 def _csv_record(line: int, header: list[str], cells: list[str]) -> Record | Fault:
@@ -102,14 +113,14 @@ def _csv_record(line: int, header: list[str], cells: list[str]) -> Record | Faul
 # --------------------------------------------------------------------------------------- parquet, arrow folders
 
 
-def parquet_records(path: str) -> Iterator[Record | Fault]:
-    """The rows of a parquet file, numbered from 1."""
+def parquet_records(path: str, stream: BinaryIO | None = None) -> Iterator[Record | Fault]:
+    """The rows of a parquet file, numbered from 1; `stream`: its bytes, where the file is packed."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     row = 0
     try:
-        with pq.ParquetFile(path) as table:
+        with pq.ParquetFile(stream or path) as table:
             for batch in table.iter_batches(batch_size=BATCH_ROWS):
                 yield from _numbered(batch, row)
                 row += batch.num_rows
@@ -183,7 +194,12 @@ def _hub_rows(source: str, name: str, config: str | None, split: str | None) -> 
         raise DataError.at(source, 0, "hub_error", f"{type(error).__name__}: {_first_line(error)}") from error
     if not isinstance(loaded, IterableDatasetDict):
         return loaded
-    if "train" not in loaded and len(loaded) > 1:
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    names = [(str(split), str(split)) for split in loaded]
+    training = [split for split, _ in names if name_of(split).kind]
+    chosen = choose(source, names, "train").read if training else []
+    if len(chosen) != 1:
         choices = ", ".join(f"hub:{name}:{config or ''}:{split}" for split in loaded)
         raise DataError.at(source, 0, "ambiguous_split", f"say which split: {choices}")
-    return loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+    return loaded[chosen[0]]

@@ -9,11 +9,15 @@ from typing import Any
 
 from preference.arguments import Arguments
 from preference.data.headline import headline
+from preference.data.inputs import Input, keep, parse_inputs, take_wanted
 from preference.data.report import DataReport
 from preference.data.row import Row
 from preference.data.rows import load_rows
+from preference.data.sources import HUB, find, said
 from preference.data.text_stats import shared_prompts
 from preference.tokens.datasets import build_dataset, split_by_prompt
+
+Found = list[tuple[Input, list[str]]]  # inputs, each with its sources
 
 
 def load_data(
@@ -28,14 +32,16 @@ def load_data(
     training_source = f"hub:{data.dataset_name}" if data.dataset_name else data.train_file_dir
     held_out = args.run.do_eval and not args.evaluation_files and data.validation_split_percentage > 0
 
-    def load(source: Any, section: str) -> list[Row]:
-        return load_rows(
-            [source],
+    def load(found: Found, section: str) -> list[Row]:
+        sources = [source for _, read in found for source in read]
+        rows = load_rows(
+            sources,
             report,
             data_check=data.data_check,
             section=section,
             **data.reading(),
         )
+        return take_wanted(rows, found, args.run.seed, report)
 
     def build(rows: list[Row], limit: int, section: str) -> Any:
         return build_dataset(
@@ -52,13 +58,18 @@ def load_data(
         )
 
     try:
-        train_rows = load(training_source, "train_text") if args.run.do_train else None
-        if args.evaluation_files:
-            eval_rows = load(data.validation_file_dir, "evaluation_text") if args.run.do_eval else None
-        elif held_out and args.run.do_train:
+        training, own_split = find_inputs(training_source, "train" if args.run.do_train else "evaluate", report)
+        train_rows = load(training, "train_text") if args.run.do_train else None
+        eval_rows = None
+        if args.evaluation_files and args.run.do_eval:
+            evaluation, _ = find_inputs(data.validation_file_dir, "evaluate", report)
+            eval_rows = load(evaluation, "evaluation_text")
+        elif held_out and own_split and train_rows:
+            eval_rows = load([(Input(""), own_split)], "evaluation_text")
+        elif held_out and train_rows:
             train_rows, eval_rows = split_by_prompt(train_rows, data.validation_split_percentage, args.run.seed)
-        else:
-            eval_rows = None if args.run.do_train else load(training_source, "evaluation_text")
+        elif not args.run.do_train:
+            eval_rows = load(training, "evaluation_text")
         shared_prompts(train_rows or (), eval_rows or (), report)
         train_set = build(train_rows, data.max_train_samples, "train") if train_rows else None
         eval_set = build(eval_rows, data.max_eval_samples, "evaluation") if eval_rows else None
@@ -69,12 +80,24 @@ def load_data(
     return train_set, eval_set, {f"{row.file}:{row.line}": row.question or row.prompt for row in eval_rows or ()}
 
 
+def find_inputs(text: str, purpose: str, report: DataReport) -> tuple[Found, list[str]]:
+    """The sources of each input for a purpose, and those of a split beside them that evaluates what they train.
+
+    What is not read of a folder is said in the report. Raises DataError, ValueError.
+    """
+    found: Found = []
+    evaluation: list[str] = []
+    for one in [Input(text)] if text.startswith(HUB) else parse_inputs(text):
+        chosen = find(one.path, purpose)
+        found.append((one, chosen.read))
+        evaluation += chosen.evaluation
+        if chosen.left or chosen.evaluation:
+            report.warn(said(one.path, chosen))
+    return found, evaluation
+
+
 def sample(rows: list[Row], limit: int, seed: int, report: DataReport) -> list[Row]:
     """`limit` rows drawn with the seed, in their order; the head of a file is seldom like the rest of it."""
     if limit < 0 or limit >= len(rows):
         return rows
-    chosen = set(random.Random(seed).sample(range(len(rows)), limit))
-    for i, row in enumerate(rows):
-        if i not in chosen:
-            report.drop("not_sampled", row.file, row.line)
-    return [rows[i] for i in sorted(chosen)]
+    return keep(rows, set(random.Random(seed).sample(range(len(rows)), limit)), report)

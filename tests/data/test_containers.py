@@ -150,9 +150,12 @@ def test_saved_dataset_folders(tmp_path):
     assert [(row.question, row.line) for row in rows] == [("Third?", 1), (USER, 2)]
     assert len(read(tmp_path)[0]) == 2  # found in a folder, its side files are no data
     DatasetDict(train=data, test=data).save_to_disk(tmp_path / "two")
-    with pytest.raises(DataError, match="ambiguous_split.*train.*test"):
-        load_rows([tmp_path / "two"], DataReport())
-    assert len(read(tmp_path / "two" / "train")[0]) == 3
+    rows, report = read(tmp_path / "two")
+    assert len(rows) == 3 and "not read: test" in report.warnings[0]
+    assert len(read(tmp_path / "two" / "test")[0]) == 3
+    DatasetDict(a=data, b=data).save_to_disk(tmp_path / "three")
+    with pytest.raises(DataError, match="ambiguous_split.*a.*b"):
+        load_rows([tmp_path / "three"], DataReport())
 
 
 def test_message_columns_of_older_datasets(tmp_path):
@@ -171,7 +174,9 @@ def test_hub_ids(tmp_path, monkeypatch):
         if name == "none/there":
             raise FileNotFoundError("Dataset 'none/there' doesn't exist on the Hub")
         rows = datasets.Dataset.from_list([TRIPLE]).to_iterable_dataset()
-        names = ("train", "test") if name == "owner/name" else ("train_prefs", "test_prefs")
+        names = {"h4/uf": ("train_prefs", "train_gen", "test_prefs"), "x/y": ("one", "two")}.get(
+            name, ("train", "test")
+        )
         return rows if split else datasets.IterableDatasetDict(dict.fromkeys(names, rows))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -179,7 +184,8 @@ def test_hub_ids(tmp_path, monkeypatch):
     assert len(read("hub:owner/name:config:test")[0]) == len(read("hub:owner/name::test")[0]) == 1
     assert asked == [("owner/name", None, None, True), ("owner/name", "config", "test", True),
                      ("owner/name", None, "test", True)]  # fmt: skip
-    with pytest.raises(DataError, match="hub:h4/uf::train_prefs, hub:h4/uf::test_prefs"):
-        load_rows(["hub:h4/uf"], DataReport())
+    assert len(read("hub:h4/uf")[0]) == 1
+    with pytest.raises(DataError, match="hub:x/y::one, hub:x/y::two"):
+        load_rows(["hub:x/y"], DataReport())
     with pytest.raises(DataError, match="hub:none/there: hub_error.*doesn't exist"):
         load_rows(["hub:none/there"], DataReport())

@@ -323,12 +323,6 @@ def test_gzip_is_known_by_its_bytes(tmp_path):
     assert len(read(write(tmp_path, lines(triple(1)), "rows.jsonl.gz"))[0]) == 1
 
 
-@pytest.mark.parametrize("codec, why", [("utf-16", "UTF-16"), ("utf-16-le", "nul_byte"), ("utf-16-be", "nul_byte")])
-def test_utf_16_is_refused_not_misread(tmp_path, codec, why):
-    with pytest.raises(DataError, match=why):
-        load_rows([write(tmp_path, lines(triple(1)).decode().encode(codec))], DataReport())
-
-
 def test_unknown_choices_are_errors(tmp_path):
     path = write(tmp_path, lines(triple(1)))
     for choice in ({"data_check": "lax"}, {"format": "none"}, {"axis": "left"}, {"pairs": "x"}, {"columns": "x=y"}):

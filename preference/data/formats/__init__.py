@@ -31,6 +31,7 @@ from preference.data.formats.base import (
     Options,
     Pair,
     RowDict,
+    check_encoding,
     parse_labels,
     parse_names,
     shown_keys,
@@ -42,8 +43,8 @@ from preference.data.formats.refused import REFUSED, carried_beyond_text, set_as
 from preference.data.formats.scores import gap_of_any, score_columns
 from preference.data.formats.triple import TRIPLE
 
-__all__ = ["FORMATS", "Ask", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "choose",
-           "get_format", "parse_columns", "parse_labels", "parse_names", "read_row", "recognise"]  # fmt: skip
+__all__ = ["FORMATS", "Ask", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "check_encoding",
+           "choose", "get_format", "parse_columns", "parse_labels", "parse_names", "read_row", "recognise"]  # fmt: skip
 
 # The order is the order of recognition: a shape comes before the more general one that it would also match.
 _ALL = (

@@ -57,6 +57,7 @@ class Options:
     pairs: str = "best-worst"  # of a ranked list: best-worst | all | best-random
     split_system: bool = False  # take a system prompt out of the question where one is written into it
     seed: int = 0  # of best-random
+    encoding: str | None = None  # of text that is not UTF-8
     rendered: str | None = (
         None  # split | keep | strict: texts that a template was applied to; None: split where all are
     )
@@ -73,12 +74,22 @@ class Options:
             raise ValueError(f"pairs must be best-worst, all or best-random, not {self.pairs!r}")
         if self.rendered not in (None, "split", "keep", "strict"):
             raise ValueError(f"rendered must be split, keep or strict, not {self.rendered!r}")
+        if self.encoding is not None:
+            check_encoding(self.encoding)
         if self.min_score_gap is not None and not math.isfinite(self.min_score_gap):
             raise ValueError(f"min_score_gap must be a number, not {self.min_score_gap}")
         if self.columns and self.format not in ("auto", "columns"):
             raise ValueError(f"columns name the columns of a format of their own: not together with {self.format!r}")
         if named := self.ignore_columns & set((self.columns or {}).values()):
             raise ValueError(f"{sorted(named)[0]} is named by both columns and ignore_columns")
+
+
+def check_encoding(name: str) -> None:
+    """Raises ValueError for a name that is no encoding of text."""
+    try:
+        "a".encode(name).decode(name)
+    except (LookupError, UnicodeError) as error:
+        raise ValueError(f"no encoding of text is called {name!r}: gb18030, utf-16-le, big5, cp1252, ...") from error
 
 
 def parse_labels(text: str | Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,95 @@
+"""What `train_file_dir` and its kin name: files, folders and hub ids, each with a cap or a share of its rows.
+
+    data/a.jsonl:5000,data/b/:0.3,hub:owner/name
+
+5000 rows of the file at most, 30% of the folder's rows, all rows of the hub dataset.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from preference.data.report import DataReport
+from preference.data.row import Row
+
+
+@dataclass(frozen=True)
+class Input:
+    """A path, and how many of its rows are wanted: all, at most `cap`, or a `share` of them (above 0, below 1)."""
+
+    path: str
+    cap: int | None = None
+    share: float | None = None
+
+    def wanted(self, rows: int) -> int:
+        """How many of `rows` rows are taken."""
+        if self.share is not None:
+            return max(1, round(self.share * rows)) if rows else 0
+        return rows if self.cap is None else min(self.cap, rows)
+
+
+def parse_inputs(text: str) -> list[Input]:
+    """The inputs of a text. A path that exists is taken whole, whatever commas and colons it holds.
+
+    Raises ValueError for a cap or share that means nothing, and for an empty text.
+    """
+    if text.strip() and Path(text).exists():
+        return [Input(text)]
+    inputs = [_parse_input(part.strip()) for part in text.split(",") if part.strip()]
+    if not inputs:
+        raise ValueError("no file or folder is named")
+    paths = [one.path for one in inputs]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise ValueError(f"{twice} is named twice")
+    return inputs
+
+
+def _parse_input(part: str) -> Input:
+    path, colon, amount = part.rpartition(":")
+    if not colon or Path(part).exists() or not path:
+        return Input(part)
+    try:
+        number = float(amount)
+    except ValueError:
+        return Input(part)  # hub:owner/name:config, C:\data
+    if amount.strip().isdigit() and number >= 1:
+        return Input(path, cap=int(amount))
+    if math.isfinite(number) and 0 < number < 1:
+        return Input(path, share=number)
+    if number == 1:
+        return Input(path)
+    raise ValueError(f"{part}: behind the colon stands a number of rows (5000) or a share of them (0.3), not {amount}")
+
+
+def take_wanted(
+    rows: list[Row], inputs: Sequence[tuple[Input, Sequence[str]]], seed: int, report: DataReport
+) -> list[Row]:
+    """The rows that the inputs ask for, in their order; drawn from each with the seed: every process draws the same.
+
+    `inputs`: each with the sources that were read for it. Rows that are not drawn are dropped as not_sampled.
+    """
+    if all(one.cap is None and one.share is None for one, _ in inputs):
+        return rows
+    number_of = {source: number for number, (_, sources) in enumerate(inputs) for source in sources}
+    at: list[list[int]] = [[] for _ in inputs]
+    for i, row in enumerate(rows):
+        at[number_of[row.file]].append(i)
+    taken: set[int] = set()
+    for number, (one, _) in enumerate(inputs):
+        wanted = one.wanted(len(at[number]))
+        if one.cap is not None and wanted < one.cap:
+            report.warn(f"{one.path}: {one.cap} rows are asked for, and it has {wanted}")
+        taken.update(random.Random(f"{seed} {number}").sample(at[number], wanted))
+    return keep(rows, taken, report)
+
+
+def keep(rows: list[Row], taken: set[int], report: DataReport) -> list[Row]:
+    """The rows at the places `taken`; the others are dropped as not_sampled."""
+    for i, row in enumerate(rows):
+        if i not in taken:
+            report.drop("not_sampled", row.file, row.line)
+    return [row for i, row in enumerate(rows) if i in taken]
