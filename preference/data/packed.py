@@ -24,11 +24,18 @@ GZIP = b"\x1f\x8b"
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 _TAR_MAGIC = slice(257, 262)
 _STRAY = "preference.stray"
-codecs.register_error(_STRAY, lambda error: ("\udc80", error.end))  # one bad byte in the place of what is no text
 
 
 # What the libraries raise for data that is not what its first bytes say
 _ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, RuntimeError, KeyError)
+
+
+def _stray(error: UnicodeError) -> tuple[str, int]:
+    """One byte that is no UTF-8 in the place of what is no text."""
+    return "\udc80", error.end if isinstance(error, UnicodeDecodeError) else 0
+
+
+codecs.register_error(_STRAY, _stray)
 
 
 class Damaged(Exception):
@@ -92,7 +99,7 @@ def _head_of(stream: BinaryIO) -> bytes:
     return head
 
 
-def _member(raw: BinaryIO, path: str, name: str) -> io.BufferedReader:
+def _member(raw: io.BufferedReader, path: str, name: str) -> io.BufferedReader:
     try:
         if raw.peek(4)[:4] == b"PK\x03\x04":
             return io.BufferedReader(_Guarded(zipfile.ZipFile(raw).open(name), raw), HEAD)
@@ -229,7 +236,7 @@ _OPENERS: dict[bytes, Callable[[Any], io.RawIOBase]] = {
 class _Recoded(io.RawIOBase):
     """Text of another encoding as UTF-8. What is no text in it becomes a byte that is none in UTF-8 either."""
 
-    def __init__(self, stream: BinaryIO, encoding: str):
+    def __init__(self, stream: io.BufferedReader, encoding: str):
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder(encoding)(errors=_STRAY)
         self._text = b""

@@ -80,14 +80,14 @@ def load_data(
     return train_set, eval_set, {f"{row.file}:{row.line}": row.question or row.prompt for row in eval_rows or ()}
 
 
-def find_inputs(text: str, purpose: str, report: DataReport) -> tuple[Found, list[str]]:
+def find_inputs(text: str | None, purpose: str, report: DataReport) -> tuple[Found, list[str]]:
     """The sources of each input for a purpose, and those of a split beside them that evaluates what they train.
 
     What is not read of a folder is said in the report. Raises DataError, ValueError.
     """
     found: Found = []
     evaluation: list[str] = []
-    for one in [Input(text)] if text.startswith(HUB) else parse_inputs(text):
+    for one in [Input(text)] if text and text.startswith(HUB) else parse_inputs(text or ""):
         chosen = find(one.path, purpose)
         found.append((one, chosen.read))
         evaluation += chosen.evaluation
