@@ -68,7 +68,7 @@ def load_data(
             eval_rows = load([(Input(""), own_split)], "evaluation_text")
         elif held_out and train_rows:
             train_rows, eval_rows = split_by_prompt(train_rows, data.validation_split_percentage, args.run.seed)
-        elif not args.run.do_train:
+        elif not args.run.do_train and not args.evaluation_files:
             eval_rows = load(training, "evaluation_text")
         shared_prompts(train_rows or (), eval_rows or (), report)
         train_set = build(train_rows, data.max_train_samples, "train") if train_rows else None
