@@ -48,8 +48,6 @@ def main() -> None:
     # ---- this process, among those of the run
     leave_if_stopped()
     output_dir = Path(args.run.output_dir)
-    if not args.run.dry_run:
-        output_dir.mkdir(parents=True, exist_ok=True)
     hardware = detect(args.run.use_cpu)
     training = setup.training_arguments(args, hardware, WORLD_SIZE, trackers(args.run.report_to))
     join_deepspeed(args.run.strategy)
@@ -59,6 +57,8 @@ def main() -> None:
 
     # ---- load, check, render, tokenize, filter
     with on_every_rank():
+        if not args.run.dry_run:
+            setup.claim_output(args, RANK)
         if RANK == 0 and not args.run.dry_run:
             begin_reporting(training.report_to, output_dir, training.run_name, os.environ)
         source = find_model(args)
@@ -82,7 +82,7 @@ def main() -> None:
     for note in start.notes if start else ():
         say(note)
     signals = StopSignals().install()
-    stop = StopTogether(trainer, signals)
+    stop = StopTogether(trainer, signals, start.step if start else 0)
     trainer.add_callback(stop)
 
     # ---- evaluate, train, save, evaluate
@@ -103,7 +103,7 @@ def main() -> None:
         if stop.stopping:
             raise StoppedBySignal(done.global_step)
         signals.phase = "finishing"
-        save(trainer, conversation)
+        save(trainer, conversation, facts)
     evaluation.run("tuned")
     samples.answer("tuned")
 

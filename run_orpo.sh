@@ -59,7 +59,8 @@ report_to="${report_to:-none}"                         # tensorboard, wandb, swa
 seed="${seed:-42}"
 do_train="${do_train:-true}"                           # false: only score the model on the evaluation files
 do_eval="${do_eval:-true}"                             # false: no table before -> after
-output_dir="${output_dir:-outputs/orpo}"               # an unfinished run there resumes from its checkpoint; a finished one's files are overwritten
+output_dir="${output_dir:-outputs/orpo}"               # an unfinished run there resumes from its checkpoint
+overwrite_output_dir="${overwrite_output_dir:-false}"   # true: replace the result of a finished run in output_dir
 
 # ------------------------------------------------------------------------------------------------------------------------------
 set -eu

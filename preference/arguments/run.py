@@ -26,6 +26,9 @@ class RunArguments:
     """the run"""
 
     output_dir: str = flag("outputs/orpo", "where everything is written", peers=("out_dir", "save_dir"))
+    overwrite_output_dir: bool = flag(
+        False, "replace the result of a finished run in output_dir, once this run has one", topic="checkpoints"
+    )
     dry_run: bool = flag(
         False,
         "load no weights and train nothing: say what the run would do, need and take",

@@ -9,13 +9,17 @@ from typing import Any
 
 from preference.arguments import Arguments
 from preference.files import save_json
+from preference.integrity import MANIFEST
 from preference.launch.agreement import versions
 from preference.models.hardware import detect
 from preference.models.parameters import count_parameters
 
 
 def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any]:
-    """What is about to be trained, in numbers; run.json keeps it (the first rank writes it)."""
+    """What is about to be trained, in numbers.
+
+    The first rank writes them to run.json, unless that describes a model that this run has yet to replace.
+    """
     trainable, parameters = count_parameters(trainer.model)
     pairs = trainer.get_total_train_batch_size(trainer.args)
     facts = {
@@ -32,7 +36,7 @@ def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "versions": versions(),
     }
-    if trainer.is_world_process_zero():
+    if trainer.is_world_process_zero() and not (Path(args.run.output_dir) / MANIFEST).exists():
         save_json(Path(args.run.output_dir) / "run.json", facts)
     return facts
 

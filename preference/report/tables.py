@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from preference.models.names import public_name
+
 # metric, its name in the table, its format, whether more is better (None: neither)
 ROWS = (
     ("eval_loss", "loss", "{:.4f}", False),
@@ -126,7 +128,8 @@ def model_card(base_model: str, facts: Mapping[str, Any], results: Mapping[str, 
     flags = facts["arguments"]
     loss, adapter = flags["loss"], flags["use_peft"]
     weights = f"LoRA adapter, rank {flags['lora_rank']}" if adapter else "all weights"
-    data = flags["dataset_name"] or flags["train_file_dir"]
+    base_model = public_name(base_model)
+    data = flags["dataset_name"] or public_name(flags["train_file_dir"])
     head = {"base_model": base_model, "library_name": "peft" if adapter else "transformers"}
     lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items())]
     lines += ["tags:", "- preference-tuning", f"- {loss}", "---", ""]

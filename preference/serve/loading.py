@@ -19,6 +19,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from preference.errors import PreferenceError
 from preference.models.hardware import Hardware
+from preference.models.names import public_name
 from preference.models.starter import ROOT, ModelNotFound, resolve_model
 from preference.templates.resolve import resolve_template
 
@@ -68,14 +69,20 @@ def find_source(
     run_folder = _run_folder(Path(name))
     run = _read_json(run_folder / "run.json") if run_folder else {}
     config = find_adapter_config_file(name)
+    trained_on = run.get("arguments", {}).get("model_name_or_path")
     if config is not None:
-        base = base or _read_json(Path(config)).get("base_model_name_or_path")
+        base = base or _base_of(_read_json(Path(config)).get("base_model_name_or_path"), trained_on)
         if not base:
             raise LoadingError(f"{name} is an adapter that does not say whose: name its model with --base_model")
-    base = base or run.get("arguments", {}).get("model_name_or_path")
+    base = base or trained_on
     if not config and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise LoadingError(f"{name} holds neither config.json nor adapter_config.json: has the run ended?")
     return Source(name, config is not None, base, run, run_folder, trust_remote_code)
+
+
+def _base_of(written: str | None, trained_on: str | None) -> str | None:
+    """An adapter has the last part alone of a path outside the project; run.json, which stays here, has all of it."""
+    return trained_on if written and trained_on and public_name(trained_on) == written else written
 
 
 def _run_folder(folder: Path) -> Path | None:

@@ -17,10 +17,13 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from preference.errors import PreferenceError
-from preference.integrity import fault, read_manifest, sync, write_manifest
+from preference.integrity import MANIFEST, fault, read_manifest, sync, write_manifest
 from preference.models.parameters import full_size
 
 WRITING = ".writing"  # folder in output_dir for what is not complete yet, and for what is being deleted
+RESULT = "result"  # folder in WRITING: a model that is complete, on its way to output_dir
+# what is written of a model after it is saved, and says nothing of the next one
+DESCRIPTIONS = ("README.md", "report.html", "all_results.json", "evaluation.json", "samples.json", "worst_pairs.json")
 NAME = re.compile(r"checkpoint-(\d+)")
 SMALL_FILES = 64 << 20  # tokenizer, configuration and states beside the weights of a checkpoint, at most
 
@@ -61,8 +64,42 @@ def publish(temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
+def publish_result(temporary: Path, output_dir: Path) -> None:
+    """Move the files of a complete model from its folder into output_dir, in place of an earlier one's."""
+    committed = output_dir / WRITING / RESULT
+    shutil.rmtree(committed, ignore_errors=True)
+    temporary.rename(committed)
+    sync(committed.parent)
+    finish_result(output_dir)
+
+
+def finish_result(output_dir: Path) -> None:
+    """Do what is left of `publish_result` once the new model is complete; after a death in between it is done again.
+
+    What describes the earlier model goes first, its weights and the manifest last.
+    """
+    committed = output_dir / WRITING / RESULT
+    if (new := read_manifest(committed)) is None:  # nothing is left to move
+        shutil.rmtree(committed, ignore_errors=True)
+        return
+    before = (read_manifest(output_dir) or {}).get("files", {})
+    stale = {output_dir / name for name in [*before, *DESCRIPTIONS] if name not in new["files"]}
+    stale |= {path for path in output_dir.glob("*.safetensors*") if path.name not in new["files"]}
+    for path in stale:
+        path.unlink(missing_ok=True)
+    for name in sorted(new["files"], key=lambda name: (".safetensors" in name, name)):
+        if (committed / name).exists():
+            (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (committed / name).replace(output_dir / name)
+    sync(output_dir)
+    (committed / MANIFEST).replace(output_dir / MANIFEST)
+    sync(output_dir)
+    shutil.rmtree(committed)
+
+
 def recover(output_dir: Path) -> None:
-    """Clean up after a run that died while writing: a checkpoint that was complete gets its name, the rest goes."""
+    """Clean up after a run that died while writing: what was complete gets its name or place, the rest goes."""
+    finish_result(output_dir)
     writing = output_dir / WRITING
     for folder in checkpoint_folders(writing):
         if fault(folder) is None:
@@ -101,7 +138,7 @@ def check_disk(output_dir: Path, model: Any, args: Any, planned: int) -> None:
     weights, checkpoint = checkpoint_bytes(model, str(getattr(args.optim, "value", args.optim)))
     at_once = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # old ones go last
     present = sum(f.stat().st_size for path in checkpoint_folders(output_dir) for f in path.rglob("*") if f.is_file())
-    needed = max(0, at_once * checkpoint - present) + weights
+    needed = max(0, at_once * checkpoint - present) + weights + SMALL_FILES
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise CheckpointError(
@@ -146,33 +183,60 @@ class CheckpointWriter:
         Raises:
             CheckpointError: on all ranks; it could not be written. The checkpoints before stand.
         """
-        output_dir = Path(self.args.output_dir)
-        final = output_dir / f"checkpoint-{step}"
-        temporary = output_dir / WRITING / final.name
+        final = self.output_dir / f"checkpoint-{step}"
+
+        def save_there(folder: Path) -> None:
+            self.writing = folder.parent
+            try:
+                save()
+            finally:
+                self.writing = None
+
+        def finish(temporary: Path) -> None:
+            write_manifest(temporary, {"step": step, **self.run})
+            publish(temporary, final)
+            prune(self.output_dir, self.run.get("run"), self.args.save_total_limit)
+
+        self._write(final.name, save_there, finish)
+
+    def write_result(self, save: Callable[[Path], None]) -> None:
+        """Have `save` write the final model into the folder that it is given, and move it to output_dir once complete.
+
+        Raises:
+            CheckpointError: on all ranks; it could not be written. What output_dir held before stands.
+        """
+
+        def finish(temporary: Path) -> None:
+            write_manifest(temporary, self.run)
+            publish_result(temporary, self.output_dir)
+
+        self._write("the model", save, finish)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    def _write(self, name: str, save: Callable[[Path], None], finish: Callable[[Path], None]) -> None:
+        temporary = self.output_dir / WRITING / name
         if self.args.should_save:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         error: Exception | None = None
-        self.writing = temporary.parent
         try:
-            save()
+            save(temporary)
         except (OSError, RuntimeError, SafetensorError) as caught:  # torch reports a full disk as RuntimeError
             error = caught
-        finally:
-            self.writing = None
-        self._all_wrote(error, final)
+        self._all_wrote(error, name)
         if self.args.should_save:
             try:
                 if not any(temporary.glob("*.safetensors")):
                     raise OSError(f"the Trainer wrote no weights into {temporary}")
-                write_manifest(temporary, {"step": step, **self.run})
-                publish(temporary, final)
-                prune(output_dir, self.run.get("run"), self.args.save_total_limit)
+                finish(temporary)
             except OSError as caught:
                 error = caught
-        self._all_wrote(error, final)
+        self._all_wrote(error, name)
 
-    def _all_wrote(self, error: Exception | None, final: Path) -> None:
+    def _all_wrote(self, error: Exception | None, name: str) -> None:
         """Raises on every rank what went wrong on any."""
         if error is not None and self.gathers:
             faults = [self._fault(error)]
@@ -181,12 +245,12 @@ class CheckpointWriter:
         if not faults:
             return
         if self.args.should_save:
-            shutil.rmtree(final.parent / WRITING, ignore_errors=True)
-        good = next((path for path in checkpoint_folders(final.parent) if fault(path) is None), None)
+            shutil.rmtree(self.output_dir / WRITING, ignore_errors=True)
+        good = next((path for path in checkpoint_folders(self.output_dir) if fault(path) is None), None)
         kept = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
-        raise CheckpointError(f"{final.name} could not be written: {faults[0]}; {kept}") from error
+        raise CheckpointError(f"{name} could not be written: {faults[0]}; {kept}") from error
 
     def _fault(self, error: Exception) -> str:
-        free = shutil.disk_usage(self.args.output_dir).free
-        full = f"; {_gb(free)} are free on the disk of {self.args.output_dir}"
+        free = shutil.disk_usage(self.output_dir).free
+        full = f"; {_gb(free)} are free on the disk of {self.output_dir}"
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{full}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from preference.launch.signals import StoppedBySignal
+from preference.models.names import strip_folders
 from preference.optimization.schedules import make_schedule
 from preference.train import sharding
 from preference.train.checkpoints import CheckpointWriter
@@ -38,7 +40,8 @@ class GuardedTrainer(Trainer):
       log-probabilities and gradients to the mixed precision (train/sharding.py);
     - create_scheduler: the warm-up starts above 0 (optimization/schedules.py);
     - create_optimizer: the optimizer is made over the shards, and a forward pass leaves some layers gathered;
-    - _save: gathered from its shards, a weight that two layers share comes twice;
+    - _save: gathered from its shards, a weight that two layers share comes twice; and PEFT writes the base model's
+      whole path into what others will read;
     - train, evaluation_loop: a model may be evaluated before it is trained, which accelerate does not expect under
       DistributedDataParallel, FSDP2 and DeepSpeed. `eval_on_start` is no way around it: it evaluates what training
       has been resumed from, where the model as it was before training is wanted.
@@ -81,6 +84,8 @@ class GuardedTrainer(Trainer):
         if state_dict is not None:
             state_dict = sharding.without_copies(state_dict, self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            strip_folders(Path(output_dir or self.args.output_dir))
 
     # ---- before, during and after training
 

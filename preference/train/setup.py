@@ -17,6 +17,7 @@ from preference.models.loading import add_adapter, load_model
 from preference.models.parameters import count_parameters
 from preference.optimization.keywords import keywords
 from preference.train.identity import run_identity
+from preference.train.output_folder import claim, make_folder
 from preference.train.reference import data_fingerprint
 from preference.train.resuming import Start, resolve_start
 from preference.train.sharding import strategy_options
@@ -131,6 +132,20 @@ def compare_settings(args: Arguments) -> None:
 def compare_data(train_set: Any, eval_set: Any) -> None:
     sets = {"training data": train_set, "evaluation data": eval_set}
     compare_ranks({name: rows and (len(rows), data_fingerprint(rows)[:16]) for name, rows in sets.items()})
+
+
+def claim_output(args: Arguments, rank: int) -> None:
+    """output_dir is there on every node, and the first rank has made sure that it is this run's alone."""
+    make_folder(Path(args.run.output_dir))
+    if rank == 0:
+        inputs = {
+            "model_name_or_path": args.model.model_name_or_path,
+            "tokenizer_name_or_path": args.model.tokenizer_name_or_path,
+            "train_file_dir": args.data.train_file_dir,
+            "validation_file_dir": args.data.validation_file_dir,
+        }
+        run = args.run
+        claim(Path(run.output_dir), inputs, train=run.do_train, overwrite=run.overwrite_output_dir)
 
 
 def find_start(args: Arguments, trainer: Any, conversation: Any, restarted: bool) -> Start:

@@ -15,10 +15,14 @@ from preference.launch.signals import StoppedBySignal, StopSignals
 
 
 class StopTogether(TrainerCallback):
-    """Acts on a signal that any rank has received: after the step, on all ranks."""
+    """Acts on a signal that any rank has received: after the step, on all ranks.
 
-    def __init__(self, trainer: Any, signals: StopSignals) -> None:
-        self.accelerator, self.signals = trainer.accelerator, signals
+    Args:
+        start: the step of the checkpoint that training resumes from; 0: of none.
+    """
+
+    def __init__(self, trainer: Any, signals: StopSignals, start: int = 0) -> None:
+        self.accelerator, self.signals, self.start = trainer.accelerator, signals, start
         self.stopping = False
 
     def _anyone(self) -> bool:
@@ -30,7 +34,7 @@ class StopTogether(TrainerCallback):
     def start_training(self) -> None:
         """Raises StoppedBySignal on all ranks if a signal came before."""
         if self._anyone():
-            raise StoppedBySignal(0)
+            raise StoppedBySignal(self.start)
         self.signals.phase = "training"
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -45,4 +49,4 @@ class StopTogether(TrainerCallback):
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.signals.phase != "finishing" and self._anyone():
             self.stopping = True
-            raise StoppedBySignal(state.global_step)
+            raise StoppedBySignal(max(state.global_step, self.start))

@@ -13,7 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import orpo_train
 from conversation import get_conv_template
 from preference.data.rows import DataError
+from preference.integrity import fault
+from preference.launch import signals
 from preference.train.checkpoints import CheckpointError
+from preference.train.output_folder import OutputError
 from tiny import tiny_model, tiny_tokenizer
 
 ROWS = [
@@ -137,6 +140,25 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_a_finished_run_is_replaced_whole_only_when_that_is_asked_for(run, tmp_path, monkeypatch):
+    """Refused; then asked for, and stopped by a signal in the first evaluation; then asked for again."""
+    out, _ = run(use_peft="true")
+    names = ["run.json", "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"]
+    before = {name: (out / name).read_bytes() for name in names}
+    assert not any(str(tmp_path.parent).encode() in text for name, text in before.items() if name != "run.json")
+    with pytest.raises(OutputError, match="holds a finished run: .*overwrite_output_dir=true"):
+        run(use_peft="true")
+    again = {"overwrite_output_dir": "true", "learning_rate": "1e-2"}
+    with monkeypatch.context() as patch:
+        patch.setattr(signals.StopSignals, "install", lambda self: setattr(self, "received", "SIGTERM") or self)
+        with pytest.raises(signals.StoppedBySignal, match="after step 0"):
+            run(**again)
+    assert {name: (out / name).read_bytes() for name in names} == before
+    run(**again)
+    assert json.loads((out / "run.json").read_text())["learning_rate"] == 1e-2 and fault(out) is None
+    assert not (out / "adapter_model.safetensors").exists() and (out / "model.safetensors").exists()
+
+
 def test_resume_from_nothing_says_so(run):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         run(resume_from_checkpoint="last")
@@ -160,7 +182,7 @@ def test_bad_rows_are_named_and_the_others_train(run, tmp_path):
     }
     assert f"{file}:14" in said
     with pytest.raises(DataError, match=f"{file}:13"):
-        run(train_file_dir=file, data_check="strict")
+        run(train_file_dir=file, data_check="strict", output_dir=tmp_path / "strict")
 
 
 def test_every_family_of_datasets_trains_as_it_is(run, tmp_path):

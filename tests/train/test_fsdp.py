@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from launched import launch, wait_for_step
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_signals import EXIT_STOPPED, folder  # noqa: F401  a fixture
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from preference.engine import forward
 from preference.integrity import fault
@@ -52,12 +53,14 @@ def test_shared_out_weights_train_as_whole_ones_do(folder, tmp_path, use_peft): 
     assert all((expected[key] - actual[key]).abs().max() < 1e-5 for key in expected)
     checkpoint = shared / "checkpoint-4"
     assert fault(checkpoint) is None
-    if use_peft == "true":
-        from peft import AutoPeftModelForCausalLM as Auto
-    else:
-        from transformers import AutoModelForCausalLM as Auto
+
+    def load(path: Path) -> torch.nn.Module:
+        if use_peft == "false":
+            return AutoModelForCausalLM.from_pretrained(path)
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), path)
+
     ids = torch.tensor([[1, 5, 9]])
-    logits = [Auto.from_pretrained(path)(ids).logits for path in (alone, shared, checkpoint)]
+    logits = [load(path)(ids).logits for path in (alone, shared, checkpoint)]
     assert torch.allclose(logits[1], logits[0], atol=1e-4) and torch.equal(logits[1], logits[2])
 
 
