@@ -1,6 +1,7 @@
 """How fast a run is: tokens and pairs a second, and the MFU, of the measured peak.
 
-MFU (model FLOPs utilisation) is (floating-point operations of the model's weight matrices) / (time x ranks x peak), where
+MFU (model FLOPs utilisation) is (floating-point operations of the model's weight matrices) / (time x ranks x peak),
+where
 - a matrix costs 2 operations per weight and token forward, 2 for the gradient of its input and, if it is trained, 2 for
   its own gradient; attention scores, norms, the optimizer and recomputation under gradient checkpointing are not
   counted, nor is the head where the loss does not read every token's prediction: the figure errs on the low side;

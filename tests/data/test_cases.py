@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from preference.data.formats import Options
 from preference.data.rows import DataError, DataReport, iter_rows
+from preference.tokens import convert as script
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ROOT.parent / "shared" / "cases"
 FILES = sorted(path for folder in ("schema", "data") for path in (CASES / folder).glob("*"))
-sys.path.insert(0, str(ROOT / "data"))
-
-import convert as script  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not FILES, reason="../shared/cases is not there")
 # with a fault in some of their rows, which data_check=strict stops at

@@ -12,11 +12,10 @@ import pytest
 from format_rows import BAD, CHAT, GOOD, PAIR, PKU, ROWS, SHP, USER, real_samples
 from reading import lines, read, triple, write
 
+from preference.tokens import convert as script
+
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "datasets"
-sys.path.insert(0, str(ROOT / "data"))
-
-import convert as script  # noqa: E402
 
 
 def convert(capsys, *args) -> tuple[int, list[dict], dict, str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from format_rows import BAD, GOOD, PAIR, USER
@@ -16,10 +14,7 @@ from preference.data.formats.notations import STOPS
 from preference.data.formats.rendering import parse, without_stops
 from preference.data.rows import DataError, DataReport, load_rows
 from preference.templates.families import FAMILIES, ConversationError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
-
-import convert as script
+from preference.tokens import convert as script
 
 SYSTEM, HISTORY, QUESTION = "Be kind.", (("Hello", "Hi.\n\nAnd now?"), ("A: b", "c")), "What helps?\n\nSay it."
 

@@ -57,7 +57,7 @@ def test_every_module_of_the_wheel_imports(installed: Path, tmp_path: Path, root
 
 @pytest.mark.slow
 def test_the_commands_of_the_wheel_run(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for command in ("preference-train", "preference-chat", "preference-export"):
+    for command in ("preference-train", "preference-convert", "preference-chat", "preference-export"):
         done = run(installed, tmp_path, installed / "bin" / command, "--help")
         assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
     rows = '{"question": "What %d?", "response_chosen": "Good %d.", "response_rejected": "Bad."}\n'
