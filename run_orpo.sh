@@ -27,13 +27,13 @@ max_source_length="${max_source_length:-1024}"         # a pair is kept if promp
 max_target_length="${max_target_length:-512}"          # longer pairs are dropped and listed in data_report.json
 
 # ---- the objective
-loss="${loss:-orpo}"                                   # orpo needs no SFT before it; dpo, simpo, ipo, hinge start from a tuned model
+loss="${loss:-orpo}"                                   # orpo needs no SFT before it; dpo, simpo and 25 others (--help) start from a tuned model
 orpo_beta="${orpo_beta:-0.1}"                          # weight of the odds-ratio term: higher separates harder and writes worse
-nll_scope="${nll_scope:-sequence}"                     # sequence as TRL and the authors' code; answer; answer_per_pair as the paper
+nll_scope="${nll_scope:-auto}"                         # auto: sequence for orpo, as TRL and the authors' code; answer; answer_per_pair
 engine="${engine:-packed}"                             # packed: fast and light; trl: TRL's trainers, for comparison
 
 # ---- adapter or all weights
-use_peft="${use_peft:-true}"                           # true: LoRA, an eighth of the memory; false: all weights, learning_rate=5e-6
+use_peft="${use_peft:-true}"                           # true: LoRA, an eighth of the memory; false: all weights
 qlora="${qlora:-false}"                                # true: frozen weights in 4 bits (a GPU and bitsandbytes); 8 B fit in 12 GB
 load_in_4bit="${load_in_4bit:-false}"                  # the same under its other name
 target_modules="${target_modules:-all}"                # all linear layers, or a list: q_proj,v_proj
@@ -48,7 +48,7 @@ per_device_eval_batch_size="${per_device_eval_batch_size:-auto}"
 gradient_accumulation_steps="${gradient_accumulation_steps:-auto}"  # auto: 8 pairs per optimizer step on each device
 num_train_epochs="${num_train_epochs:-1}"              # more passes learn more and overfit: watch the evaluation
 max_steps="${max_steps:--1}"                           # a number of steps instead of epochs; -1: epochs
-learning_rate="${learning_rate:-auto}"                 # auto: LoRA 2e-4 (1e-3 below 0.5 B parameters), all weights 5e-6
+learning_rate="${learning_rate:-auto}"                 # auto: by loss, adapter and size; the run says which and why (docs/training.md)
 eval_steps="${eval_steps:-0}"                          # evaluate every that many steps; 0: before and after training only
 save_steps="${save_steps:-0}"                          # checkpoint every that many steps; 0: the final model alone
 resume="${resume:-auto}"                               # auto: resume an unfinished run in output_dir; never; or a checkpoint's folder

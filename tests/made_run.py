@@ -27,7 +27,7 @@ def figures(step: int, prefix: str = "") -> dict[str, float]:
         "rewards/chosen": -0.35 + 0.11 * done,
         "rewards/rejected": -0.32 - 0.04 * done,
         "rewards/margins": -0.03 + 0.15 * done,
-        "rewards/accuracies": 0.25 + 0.5 * done,
+        "preference/accuracies": 0.25 + 0.5 * done,
     }
     return {f"{prefix}{name}": value for name, value in values.items()}
 

@@ -27,8 +27,17 @@ def test_unknown_flag_suggests_the_nearest(word, near):
 
 def test_learning_rate_depends_on_what_is_trained():
     lora, full, given = ([], ["--use_peft", "false"], ["--learning_rate", "3e-5"])
-    rates = [parse_arguments(words).learning_rate(size) for words in (lora, full, given) for size in (135e6, 8e9)]
-    assert rates == [1e-3, 2e-4, 5e-6, 5e-6, 3e-5, 3e-5]
+    rates = [
+        parse_arguments(words).learning_rate(size).learning_rate
+        for words in (lora, full, given)
+        for size in (135e6, 8e9)
+    ]
+    assert rates == [1e-3, 1e-4, 1e-4, 8e-6, 3e-5, 3e-5]
+    dpo = [
+        parse_arguments(["--loss", "dpo", *words]).learning_rate(size) for words in (lora, full) for size in (1e8, 8e9)
+    ]
+    assert [recipe.learning_rate for recipe in dpo] == [1e-4, 1e-5, 5e-6, 5e-7]
+    assert all(recipe.source for recipe in dpo)
 
 
 def test_abbreviations_are_not_guessed():
@@ -43,6 +52,13 @@ def test_abbreviations_are_not_guessed():
         ["--loss", "dpo", "--orpo_beta", "0.1"],
         ["--beta", "0.2"],
         ["--loss", "dpo", "--nll_scope", "answer"],
+        ["--loss", "sft", "--beta", "1"],
+        ["--loss", "orpo,dpo", "--orpo_beta", "1"],
+        ["--loss", "kto", "--label_smoothing", "0.1"],
+        ["--sft_share", "0.3"],
+        ["--loss", "dpo", "--orpo_stages", "sft,align"],
+        ["--f_alpha", "0.3"],
+        ["--loss", "cpo", "--cpo_alpha", "2", "--nll_weight", "1"],
         ["--simpo_gamma", "1"],
         ["--engine", "trl", "--max_tokens_per_micro_batch", "512"],
         ["--validation_file_dir", "x", "--validation_split_percentage", "5"],
@@ -64,6 +80,10 @@ def test_a_flag_that_this_run_ignores_is_an_error(words):
         (["--qlora", "true", "--use_peft", "false"], "4-bit"),
         (["--engine", "trl", "--loss", "simpo"], "engine=packed"),
         (["--engine", "trl", "--nll_scope", "answer"], "engine=packed"),
+        (["--engine", "trl", "--orpo_stages", "sft,align"], "engine=packed"),
+        (["--loss", "dppo"], "did you mean"),
+        (["--loss", "dpo,simpo"], "different defaults for beta"),
+        (["--loss", "dpo:-1"], "positive number"),
         (["--max_target_length", "0"], "a whole number, at least 1; got '0'"),
         (["--do_train", "false", "--do_eval", "false"], "nothing to do"),
         (["stray"], "belongs to no flag"),

@@ -83,6 +83,7 @@ def make_trainer(
         "cache_dir",
         "callbacks",
         "max_length",
+        "schedule",
         "send_usage",
     )
     extra = {name: rest.pop(name) for name in ours if name in rest}

@@ -6,8 +6,23 @@ from dataclasses import dataclass
 
 from preference.arguments.unused import NOT_ORPO, NOT_PACKED
 from preference.flags.declaration import Unused, flag
+from preference.losses.objective import F_DIVERGENCES, NLL_SCOPES
+from preference.losses.schedule import RAMPS, STAGES
+from preference.losses.specs import LOSSES, has_beta, parse_loss, reads
 
-LOSSES = ("orpo", "dpo", "robust", "simpo", "ipo", "cpo", "hinge")
+WITH_STAGES = Unused(lambda a: a.objective.orpo_stages == "joint", "orpo_stages=joint has no stage of its own")
+
+
+def _unread(constant: str) -> Unused:
+    return Unused(lambda a: not reads(a.objective.loss, constant), f"only {_readers(constant)} read it")
+
+
+def _readers(constant: str) -> str:
+    return ", ".join(name for name, spec in LOSSES.items() if constant in spec.reads)
+
+
+def _is_loss(text: str) -> object:
+    return parse_loss(text)
 
 
 @dataclass
@@ -16,8 +31,8 @@ class ObjectiveArguments:
 
     loss: str = flag(
         "orpo",
-        "the objective",
-        choices=LOSSES,
+        f"the objective, or a weighted sum as in dpo:0.8,bco_pair:0.2: {', '.join(LOSSES)}",
+        check=_is_loss,
         identity=True,
         peers=("pref_loss", "loss_type", "rl", "rlhf_type", "stage"),
     )
@@ -28,43 +43,136 @@ class ObjectiveArguments:
         unused=(NOT_ORPO,),
         peers=("orpo_alpha", "orpo_lambda"),
     )
+    orpo_temperature: float = flag(
+        1.0,
+        "multiplies ORPO's log odds inside the sigmoid: higher leaves pairs that are right already alone",
+        above=0,
+        unused=(_unread("orpo_temperature"),),
+        identity=True,
+    )
+    orpo_stages: str = flag(
+        "joint",
+        "joint = likelihood and odds ratio together; sft,align = likelihood alone first, then the odds ratio",
+        choices=STAGES,
+        unused=(NOT_ORPO,),
+        identity=True,
+    )
+    sft_share: float = flag(
+        0.5, "share of the steps in the first of two stages", above=0, below=1, unused=(WITH_STAGES,), identity=True
+    )
+    align_nll: float = flag(
+        0.0, "weight of the likelihood in the second of two stages", least=0, unused=(WITH_STAGES,), identity=True
+    )
+    orpo_beta_schedule: str = flag(
+        "constant",
+        "constant, or linear = orpo_beta is reached at the end of the run",
+        choices=RAMPS,
+        unused=(NOT_ORPO,),
+        identity=True,
+    )
     beta: float | None = flag(
         None,
-        "strength of the other losses (unset: 0.1; simpo 2.0)",
+        "strength of the other losses (unset: 0.1; simpo, alphapo, cpo_simpo 2; sigmoid_norm 5; nca_pair 0.01)",
         auto=True,
         above=0,
-        unused=(Unused(lambda a: a.objective.loss == "orpo", "loss=orpo takes --orpo_beta"),),
+        unused=(
+            Unused(lambda a: a.objective.loss == "orpo", "loss=orpo takes --orpo_beta"),
+            Unused(lambda a: not has_beta(a.objective.loss), "this loss has no constant"),
+        ),
         peers=("pref_beta", "rl_beta", "dpo_beta", "simpo_beta"),
     )
-    nll_scope: str = flag(
-        "sequence",
-        "ORPO's NLL over: sequence = prompt and answer, answer = answer tokens, answer_per_pair = mean per pair",
-        choices=("sequence", "answer", "answer_per_pair"),
-        unused=(Unused(lambda a: a.objective.loss != "orpo", "only loss=orpo has a choice of NLL"),),
+    nll_scope: str | None = flag(
+        None,
+        "NLL over: sequence = prompt and answer (unset with orpo), answer = answer tokens (unset with others), "
+        "answer_per_pair = mean per pair (unset with rpo)",
+        choices=NLL_SCOPES,
+        auto=True,
+        unused=(Unused(lambda a: not a.nll_weight, "this loss has no likelihood term; nll_weight adds one"),),
         identity=True,
+    )
+    nll_weight: float | None = flag(
+        None,
+        "weight of the chosen answers' NLL beside any loss (unset: 1 for orpo, rpo, sft, slic, rrhf, cpo; others 0)",
+        auto=True,
+        least=0,
+        identity=True,
+        peers=("rpo_alpha", "pref_ftx", "sft_weight", "sft_loss_weight"),
     )
     simpo_gamma: float = flag(
         1.0,
         "SimPO's target margin, in units of the loss (the paper's gamma)",
         least=0,
-        unused=(Unused(lambda a: a.objective.loss != "simpo", "only loss=simpo has a target margin"),),
+        unused=(_unread("simpo_gamma"),),
         identity=True,
     )
     cpo_alpha: float = flag(
         1.0,
         "weight of CPO's likelihood term",
         least=0,
-        unused=(Unused(lambda a: a.objective.loss != "cpo", "only loss=cpo has a likelihood term of its own weight"),),
+        unused=(
+            _unread("cpo_alpha"),
+            Unused(lambda a: a.objective.nll_weight is not None, "nll_weight says it already"),
+        ),
         identity=True,
     )
     label_smoothing: float = flag(
         0.0,
-        "dpo, robust, simpo, cpo: share of labels taken to be flipped, below 0.5",
+        "share of labels taken to be flipped, below 0.5",
         least=0,
         below=0.5,
-        unused=(Unused(lambda a: a.objective.loss in ("orpo", "ipo", "hinge"), "this loss does not smooth labels"),),
+        unused=(_unread("label_smoothing"),),
         identity=True,
         peers=("dpo_label_smoothing", "label_smoothing_factor"),
+    )
+    score_margin: float = flag(
+        0.0,
+        "ask for a margin of that times a pair's score_margin column (ODPO), in units of the loss",
+        least=0,
+        unused=(_unread("score_margin"),),
+        identity=True,
+    )
+    alphapo_alpha: float = flag(
+        0.25, "AlphaPO's shape of the reward; 0 is SimPO", unused=(_unread("alphapo_alpha"),), identity=True
+    )
+    discopop_tau: float = flag(
+        0.05, "DiscoPOP's temperature", above=0, unused=(_unread("discopop_tau"),), identity=True
+    )
+    dpop_lambda: float = flag(
+        50.0,
+        "DPO-Positive's penalty on a chosen answer that loses probability",
+        least=0,
+        unused=(_unread("dpop_lambda"),),
+        identity=True,
+    )
+    length_penalty: float = flag(
+        0.01,
+        "rdpo: what each token that the chosen answer is longer by costs",
+        least=0,
+        unused=(_unread("length_penalty"),),
+        identity=True,
+    )
+    ld_alpha: float = flag(
+        1.0,
+        "LD-DPO: weight of the tokens beyond the shorter answer's length",
+        least=0,
+        most=1,
+        unused=(_unread("ld_alpha"),),
+        identity=True,
+    )
+    f_divergence: str = flag(
+        "reverse_kl",
+        "the divergence behind DPO and kin",
+        choices=F_DIVERGENCES,
+        unused=(_unread("f_divergence"),),
+        identity=True,
+        peers=("f_divergence_type",),
+    )
+    f_alpha: float = flag(
+        0.5,
+        "alpha of f_divergence=alpha_divergence",
+        unused=(Unused(lambda a: a.objective.f_divergence != "alpha_divergence", "alpha_divergence alone has it"),),
+        identity=True,
+        peers=("f_alpha_divergence_coef",),
     )
     engine: str = flag(
         "packed",

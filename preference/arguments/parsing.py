@@ -15,6 +15,8 @@ from preference.arguments.run import RunArguments
 from preference.data.formats import choose
 from preference.flags.declaration import ArgumentError, flags_of
 from preference.flags.words import Given, read_words
+from preference.losses.defaults import Recipe, recipe
+from preference.losses.specs import default_beta, default_nll_weight
 from preference.optimization.keywords import OptimizationError, keywords
 from preference.optimization.optimizers import check_optimizer, is_projected
 from preference.optimization.schedules import BY_EVALUATION, check_schedule, warmup_length
@@ -23,6 +25,10 @@ GROUPS = {"model": ModelArguments, "data": DataArguments, "objective": Objective
 FLAGS = flags_of(GROUPS)
 UNKNOWN = 10**6  # optimizer steps, before the data is read
 LARGE = 10**10  # parameters, before the model is loaded: the lowest of the default learning rates
+TRL_HAS_NOT = tuple(
+    (name, FLAGS[name].default)
+    for name in ("label_smoothing", "orpo_temperature", "orpo_stages", "orpo_beta_schedule", "ld_alpha", "f_divergence")
+)
 
 
 @dataclass
@@ -50,26 +56,33 @@ class Arguments:
     @property
     def beta(self) -> float:
         """The strength of the preference term, whatever its flag is called."""
-        if self.objective.loss == "orpo":
-            return self.objective.orpo_beta
-        return (
-            self.objective.beta if self.objective.beta is not None else 2.0 if self.objective.loss == "simpo" else 0.1
-        )
+        choice = self.objective
+        if choice.loss == "orpo":
+            return choice.orpo_beta
+        return choice.beta if choice.beta is not None else default_beta(choice.loss)
+
+    @property
+    def nll_weight(self) -> float:
+        """The weight of the chosen answers' likelihood."""
+        choice = self.objective
+        given = choice.nll_weight
+        return given if given is not None else default_nll_weight(choice.loss, choice.cpo_alpha)
 
     @property
     def resume(self) -> str:
         return self.run.resume_from_checkpoint or self.run.resume
 
-    def learning_rate(self, parameters: int) -> float:
-        """The peak learning rate for a model of so many parameters: adapters, and small models, bear a higher one."""
+    def learning_rate(self, parameters: int) -> Recipe:
+        """The peak learning rate for a model of so many parameters, and where it comes from."""
         if self.run.learning_rate is not None:
-            return self.run.learning_rate
-        return 5e-6 if not self.model.use_peft else 1e-3 if parameters < 5e8 else 2e-4
+            return Recipe(self.run.learning_rate, "given")
+        return recipe(self.objective.loss, adapter=self.model.use_peft, parameters=parameters)
 
     def check_schedule(self, steps: int) -> None:
         """Raises OptimizationError if the learning rate over `steps` steps cannot be had or trains nothing."""
         options = keywords(self.run.lr_scheduler_kwargs)
-        check_schedule(self.run.lr_scheduler_type, self.run.warmup_steps, steps, options, self.learning_rate(LARGE))
+        rate = self.learning_rate(LARGE).learning_rate
+        check_schedule(self.run.lr_scheduler_type, self.run.warmup_steps, steps, options, rate)
 
 
 def parse_arguments(words: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> Arguments:
@@ -142,10 +155,14 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield "4-bit weights cannot be trained themselves: use_peft=true adds an adapter, or drop qlora/load_in_4bit"
     if objective.engine == "trl" and objective.loss not in ("orpo", "dpo"):
         yield f"engine=trl offers loss=orpo and loss=dpo; loss={objective.loss} needs engine=packed"
-    if objective.engine == "trl" and objective.nll_scope != "sequence":
-        yield "engine=trl computes nll_scope=sequence alone; the other scopes need engine=packed"
-    if objective.engine == "trl" and objective.label_smoothing:
-        yield "engine=trl is run without label smoothing; engine=packed has it"
+    for name, value in (("nll_scope", "sequence"), ("nll_weight", None), *TRL_HAS_NOT):
+        found = getattr(objective, name)
+        if objective.engine == "trl" and found not in (value, None):
+            yield f"engine=trl computes no {name}={found}; engine=packed does"
+    try:
+        default_beta(objective.loss) if objective.beta is None else None
+    except ValueError as error:
+        yield str(error)
     if {"resume", "resume_from_checkpoint"} <= args.given:
         yield "resume and resume_from_checkpoint are the same flag: give one of them"
     if not (args.run.do_train or args.run.do_eval):

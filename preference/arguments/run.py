@@ -82,7 +82,7 @@ class RunArguments:
     )
     learning_rate: float | None = flag(
         None,
-        "peak learning rate (unset: 5e-6 for all weights; LoRA 2e-4, and 1e-3 below half a billion parameters)",
+        "peak learning rate (unset: by loss, LoRA or all weights, and size; the run says which and why)",
         topic="steps",
         auto=True,
         above=0,

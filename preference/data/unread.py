@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from preference.data.formats import columns_read, read_row
-from preference.data.formats.base import Drop, Format, Options, Pair, RowDict
+from preference.data.formats.base import PAIR_NUMBERS, Drop, Format, Options, Pair, RowDict
 from preference.data.formats.named import answer_columns
 from preference.data.formats.names import CANDIDATES, QUESTIONS, is_metadata, key_of
 
@@ -75,7 +75,7 @@ def _taken(format: Format, row: RowDict, options: Options, pairs: list[Pair]) ->
     candidates = {column for column in row if key_of(column) in CANDIDATES} if sides else set()
     known = [left_out for signature, left_out in _KNOWN if signature <= row.keys()]
     handled = {column for column in format.own if column in row}
-    return read.union(format.ignores, candidates - read, handled, *known)
+    return read.union(format.ignores, candidates - read, handled, PAIR_NUMBERS, *known)
 
 
 def _texts(pairs: list[Pair]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from preference.losses import Objective, Totals
 logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+PAIR_COLUMNS = ("pair_weight", "score_margin")  # a dataset may have them: a number for each pair, which the loss reads
 OPEN_BINS = (
     64  # micro-batches that a pair is tried in before a new one is begun; bounds the planning of a large evaluation set
 )
@@ -296,6 +297,9 @@ class PackSteps:
             pairs = [pair | {"weight": 0.0} for pair in pairs] if filler else pairs
             batch = pack_pairs(pairs, share_prompt=self.share_prompt, prompt_logps=self.prompt_logps)
             batch["rows"] = torch.tensor(rows)
+            for name in PAIR_COLUMNS:
+                if name in pairs[0]:
+                    batch[name] = torch.tensor([float(pair[name]) for pair in pairs])
             if self.reference is not None:
                 batch["reference"] = torch.from_numpy(self.reference[list(rows)])
             packed.append(batch)
@@ -316,8 +320,9 @@ def plan_loader(pairs: Any, plan: Sampler[list[Step]], collate: PackSteps, **opt
     It has a random generator of its own, so that starting an epoch does not move the global one (dropout after a
     resume).
     """
+    columns = [name for name in PAIR_COLUMNS if name in pairs.column_names]
     return DataLoader(
-        StepDataset(pairs.select_columns([*ID_COLUMNS, "source"])),
+        StepDataset(pairs.select_columns([*ID_COLUMNS, "source", *columns])),
         batch_sampler=plan,
         collate_fn=collate,
         generator=torch.Generator().manual_seed(0),

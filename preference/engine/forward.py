@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from preference.engine.attention import packed_row
+from preference.engine.batching import PAIR_COLUMNS
 from preference.engine.head import target_logps, token_logps
 from preference.engine.masks import EngineError
 from preference.engine.own_attention import has_own_attention, row_inputs
@@ -109,15 +110,23 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def pair_logps(model: nn.Module, batch: Mapping[str, Any]) -> PairLogps:
+def pair_logps(model: nn.Module, batch: Mapping[str, Any], *, tails: bool = False) -> PairLogps:
     """Log-probabilities of a batch of `pack_pairs`, whose tensors lie on the model's device.
 
     Args:
         model: prepared by `prepare_model`, in any wrapper whose forward reaches it.
+        tails: sum up what lies beyond the shorter answer's length besides, for LD-DPO.
     """
     logps_T = model(input_ids=batch["input_ids"], packed=batch)[batch["score_at"]]
-    sums = torch.segment_reduce(logps_T, "sum", lengths=batch["scored"].flatten(), initial=0.0, unsafe=True).view(-1, 3)
+    scored = batch["scored"]
+    sums = torch.segment_reduce(logps_T, "sum", lengths=scored.flatten(), initial=0.0, unsafe=True).view(-1, 3)
     lengths = batch["lengths"].to(sums.dtype)
     prompt, chosen, rejected = sums.unbind(1)
     weight = batch["weight"].to(sums.dtype)
-    return PairLogps(chosen, rejected, prompt, lengths[:, 1], lengths[:, 2], lengths[:, 0], weight)
+    columns = {f"{name}_B": batch[name].to(sums.dtype) for name in PAIR_COLUMNS if name in batch}
+    if tails:
+        shorter = scored[:, 1:].min(1).values
+        cut = torch.stack([scored[:, 0], shorter, scored[:, 1] - shorter, shorter, scored[:, 2] - shorter], dim=1)
+        parts = torch.segment_reduce(logps_T, "sum", lengths=cut.flatten(), initial=0.0).view(-1, 5)
+        columns |= {"chosen_tail_B": parts[:, 2], "rejected_tail_B": parts[:, 4]}
+    return PairLogps(chosen, rejected, prompt, lengths[:, 1], lengths[:, 2], lengths[:, 0], weight, **columns)

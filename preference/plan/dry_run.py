@@ -112,7 +112,7 @@ def _engine_options(args: Arguments) -> Iterator[tuple[str, Arguments | str]]:
     """(engine, arguments of this run with it, or why it cannot be had)."""
     choice = args.objective
     for engine in ENGINES:
-        if engine == "trl" and (choice.loss not in ("orpo", "dpo") or choice.nll_scope != "sequence"):
+        if engine == "trl" and (choice.loss not in ("orpo", "dpo") or choice.nll_scope not in (None, "sequence")):
             yield engine, f"TRL has no loss={choice.loss} with nll_scope={choice.nll_scope}"
         else:
             yield engine, changed(args, {"engine": engine})
@@ -259,9 +259,10 @@ def dry_run(args: Arguments, setup: Setup, pairs: int, accumulation: int, world:
             lines += [f"engine={engine}: no estimate ({error})", ""]
             continue
         if not any(line.startswith("model:") for line in lines):
+            rate = args.learning_rate(plan.estimator.parameters)
             lines += [
                 f"model: {plan.estimator.parameters / 1e6:,.1f} M parameters, {plan.estimator.trainable / 1e6:,.2f} M "
-                f"of them trained, learning rate {args.learning_rate(plan.estimator.parameters):g}",
+                f"of them trained, learning rate {rate.learning_rate:g} ({rate.source})",
                 f"optimizer steps: {plan.work.steps} of {pairs * accumulation} pairs on one device "
                 f"({pairs} per micro-batch x {accumulation}); on several, as many times more pairs a step",
                 f"this device, measured: {rates[0] / 1e12:.3g} TFLOP/s in {'bfloat16' if setup.bf16 else 'float32'} "

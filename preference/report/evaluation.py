@@ -1,9 +1,9 @@
 """What evaluation pairs say about a model beyond their means: confidence, length, sources, languages, worst pairs.
 
 A pair is judged by the mean token log-probabilities of its answers, which is what ORPO and SimPO compare: the margin
-is chosen minus rejected, and a pair is right if it is positive. Means still leave a trace of length (long answers hold
-more predictable tokens), so a second accuracy is taken after the margin's linear dependence on the difference in length
-has been regressed out: what would be right among answers of equal length.
+is chosen minus rejected, and a pair is right if it is positive (a tie counts half). Means still leave a trace of
+length (long answers hold more predictable tokens), so a second accuracy is taken after the margin's linear dependence
+on the difference in length has been regressed out: what would be right among answers of equal length.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ def mean_margins(sums_N2: np.ndarray, lengths_N2: np.ndarray) -> np.ndarray:
     return means_N2[:, 0] - means_N2[:, 1]
 
 
-def wilson(right: int, pairs: int, z: float = 1.96) -> tuple[float, float]:
+def right_pairs(margins_N: np.ndarray) -> float:
+    """Pairs whose margin is above 0; a tie is half a pair."""
+    return float((margins_N > 0).sum() + (margins_N == 0).sum() / 2)
+
+
+def wilson(right: float, pairs: int, z: float = 1.96) -> tuple[float, float]:
     """95% confidence interval of a share of `pairs` (Wilson 1927), which stays inside [0, 1] and is honest when few."""
     share, z2 = right / pairs, z * z
     centre = (share + z2 / (2 * pairs)) / (1 + z2 / pairs)
@@ -49,7 +54,7 @@ def _resampled(margins_N: np.ndarray, longer_N: np.ndarray, seed: int) -> dict[s
     """95% bootstrap intervals of the mean margin and of the accuracy at equal length."""
     draws = np.random.default_rng(seed).integers(0, len(margins_N), (RESAMPLES, len(margins_N)))
     means = margins_N[draws].mean(1)
-    controlled = [(without_length(margins_N[d], longer_N[d]) > 0).mean() for d in draws]
+    controlled = [right_pairs(without_length(margins_N[d], longer_N[d])) / len(margins_N) for d in draws]
     ends = [2.5, 97.5]
     return {
         "margin": np.percentile(means, ends).tolist(),
@@ -60,12 +65,12 @@ def _resampled(margins_N: np.ndarray, longer_N: np.ndarray, seed: int) -> dict[s
 def summarise(margins_N: np.ndarray, longer_N: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """Accuracy, margin and length-controlled accuracy of N pairs, with 95% intervals. JSON-ready."""
     margins_N, longer_N = np.asarray(margins_N, dtype=np.float64), np.asarray(longer_N, dtype=np.float64)
-    pairs, right = len(margins_N), int((margins_N > 0).sum())
+    pairs, right = len(margins_N), right_pairs(margins_N)
     return {
         "pairs": pairs,
         "accuracy": right / pairs,
         "margin": float(margins_N.mean()),
-        "length_controlled_accuracy": float((without_length(margins_N, longer_N) > 0).mean()),
+        "length_controlled_accuracy": right_pairs(without_length(margins_N, longer_N)) / pairs,
         "interval": {"accuracy": list(wilson(right, pairs)), **_resampled(margins_N, longer_N, seed)},
     }
 
@@ -100,7 +105,7 @@ def analyse(
 
 def table(analysis: Mapping[str, Any]) -> str:
     """The analysis for a terminal: a line for each group and model."""
-    lines = [f"{'':<30}{'pairs':>6}  {'accuracy (95%)':<24}{'at equal length (95%)':<26}{'margin':>8}"]
+    lines = [f"{'':<30}{'pairs':>6}  {'preference accuracy':<24}{'at equal length':<26}{'margin per token':>8}"]
     rows = [("all", analysis["all"])]
     rows += [(name, models) for way, found in analysis.items() if way != "all" for name, models in found.items()]
     for name, models in rows:

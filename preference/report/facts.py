@@ -26,6 +26,7 @@ def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any
         "arguments": args.values(),
         "beta": args.beta,
         "learning_rate": trainer.args.learning_rate,
+        "learning_rate_from": args.learning_rate(parameters).source,
         "template": conversation.name,
         "hardware": str(detect(args.run.use_cpu)),
         "bf16": trainer.args.bf16,
@@ -50,6 +51,9 @@ def headline(facts: Mapping[str, Any], train_set: Any) -> str:
     if flags["do_train"]:
         lines.append(
             f"training: {len(train_set)} pairs, {facts['pairs_per_step']} per optimizer step, loss={flags['loss']}, "
-            f"engine={flags['engine']}, learning rate {facts['learning_rate']:g}"
+            f"engine={flags['engine']}"
+        )
+        lines.append(
+            f"learning rate {facts['learning_rate']:g} ({facts['learning_rate_from']}), beta {facts['beta']:g}"
         )
     return "\n".join(lines)

@@ -30,7 +30,7 @@ def _ends(entries: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float
 
 def _at_the_start(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     untrained = evaluations[0] if evaluations and evaluations[0].get("step") == 0 else {}
-    accuracy = untrained.get("eval_rewards/accuracies")
+    accuracy = untrained.get("eval_preference/accuracies")
     if accuracy is not None and accuracy < 0.4:
         yield (
             "below_half",
@@ -41,7 +41,7 @@ def _at_the_start(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[tuple[st
 
 def _trends(train: Sequence[Mapping[str, Any]], max_steps: int) -> Iterator[tuple[str, str]]:
     chosen, rejected = _ends(train, "logps/chosen"), _ends(train, "logps/rejected")
-    margin, nll, accuracy = (_ends(train, name) for name in ("rewards/margins", "nll_loss", "rewards/accuracies"))
+    margin, nll, accuracy = (_ends(train, name) for name in ("rewards/margins", "nll_loss", "preference/accuracies"))
     if chosen and rejected and margin and all(b < a - 0.02 * abs(a) for a, b in (chosen, rejected)):
         if margin[1] > margin[0]:
             yield (
@@ -79,9 +79,9 @@ def _held_out(train: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[
             f"the evaluation loss is up from its best ({best['eval_loss']:.4g} at step {best['step']}): the model "
             "begins to overfit the training pairs. Fewer epochs, or the checkpoint of that step, serve better",
         )
-    accuracy = _ends(train, "rewards/accuracies")
+    accuracy = _ends(train, "preference/accuracies")
     if len(train) >= ENTRIES and accuracy and evaluations and evaluations[-1]["step"]:
-        unseen = evaluations[-1].get("eval_rewards/accuracies", 1.0)
+        unseen = evaluations[-1].get("eval_preference/accuracies", 1.0)
         if accuracy[1] - unseen > 0.2 and accuracy[1] > 0.8:
             yield (
                 "gap",

@@ -41,8 +41,8 @@ CURVES = (
     (
         "accuracy",
         "Preference accuracy",
-        "Share of pairs whose chosen answer has the higher reward; 50% is chance.",
-        [("rewards/accuracies", "")],
+        "Share of pairs whose chosen answer has the higher log-probability per token; 50% is chance.",
+        [("preference/accuracies", "")],
         True,
     ),
     (
@@ -55,7 +55,8 @@ CURVES = (
     (
         "margin",
         "Reward margin",
-        "Reward of chosen less reward of rejected. Grows while preferences are learned.",
+        "Reward of chosen less reward of rejected, as the loss defines it, beta included. Grows while preferences are "
+        "learned.",
         [("rewards/margins", "")],
         False,
     ),

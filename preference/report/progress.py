@@ -30,7 +30,7 @@ from preference.train.trainer import PairTrainer
 SHOWN = (
     ("loss", "loss {:.4f}"),
     ("nll_loss", "nll {:.4f}"),
-    ("rewards/accuracies", "accuracy {:.0%}"),
+    ("preference/accuracies", "accuracy {:.0%}"),
     ("rewards/margins", "margin {:+.4f}"),
     ("grad_norm", "grad {:.2f}"),
     ("learning_rate", "lr {:.1e}"),
@@ -147,7 +147,7 @@ class Progress(TrainerCallback):
 
     def _postfix(self, logs: Mapping[str, Any]) -> None:
         if self.bar is not None:
-            short = ("loss", "rewards/accuracies", "tokens_per_second", "mfu")
+            short = ("loss", "preference/accuracies", "tokens_per_second", "mfu")
             self.bar.set_postfix_str(", ".join(readable(logs, only=short)), refresh=False)
 
     def _lines(self, logs: Mapping[str, Any], state: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,27 +19,51 @@ from preference.models.names import public_name
 ROWS = (
     ("eval_loss", "loss", "{:.4f}", False),
     ("eval_nll_loss", "NLL of chosen", "{:.4f}", False),
-    ("eval_rewards/accuracies", "preference accuracy", "{:.1%}", True),
+    ("eval_preference/accuracies", "preference accuracy", "{:.1%}", True),
+    ("eval_preference/margins", "margin per token", "{:+.4f}", True),
     ("eval_log_odds_chosen", "log odds, chosen over rejected", "{:+.4f}", True),
+    ("eval_rewards/accuracies", "reward accuracy", "{:.1%}", True),
     ("eval_rewards/margins", "reward margin", "{:+.4f}", True),
     ("eval_logps/chosen", "log-probability of chosen", "{:+.3f}", None),
     ("eval_logps/rejected", "log-probability of rejected", "{:+.3f}", None),
 )
 
+MEANINGS = {
+    "preference accuracy": "pairs whose chosen answer has the higher log-probability per token (a tie is half a pair)",
+    "margin per token": "by how much it is higher, in nats",
+    "reward accuracy": "pairs whose chosen answer has the higher reward, as the loss defines it (a tie is half a pair)",
+    "reward margin": "by how much that is higher, beta included",
+}
+
+
+def _reward_is_scaled(prefix: str, *results: Mapping[str, float]) -> bool:
+    """Whether the rewards are log-probabilities per token times a constant, so that they say nothing of their own."""
+    names = (f"{prefix}_preference/margins", f"{prefix}_rewards/margins")
+    found = [tuple(figures[name] for name in names) for figures in results if all(name in figures for name in names)]
+    ratios = [reward / margin for margin, reward in found if margin]
+    return len(ratios) == len(results) and all(math.isclose(r, ratios[0], rel_tol=1e-4) and r for r in ratios)
+
 
 def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """A table of evaluation metrics, before -> after (after alone where there is no before); several sets in turn."""
+    """A table of evaluation metrics, before -> after (after alone where there is no before); several sets in turn.
+
+    Below it stands what its accuracies and margins mean. Rewards that are the margin per token times beta (orpo, simpo)
+    have no lines of their own.
+    """
     prefixes = sorted(
         {key[: -len("_loss")] for key in after if key.endswith("_loss") and not key.endswith("_nll_loss")}
     )
     lines: list[str] = []
+    shown: set[str] = set()
     for prefix in prefixes:
         title = "evaluation" if prefix == "eval" else prefix.removeprefix("eval_")
         lines.append(f"{title:<32}{'before':>12}{'after':>12}{'change':>12}" if before else title)
+        scaled = _reward_is_scaled(prefix, *filter(None, (before, after)))
         for key, label, form, better in ROWS:
             name = prefix + key.removeprefix("eval")
-            if name not in after:
+            if name not in after or (scaled and "rewards/" in name):
                 continue
+            shown.add(label)
             old, new = before.get(name), after[name]
             if old is None:
                 lines.append(f"{label:<32}{form.format(new):>12}")
@@ -46,6 +71,7 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> str:
             change = f"{(new - old) * 100:+.1f} pts" if "%" in form else f"{new - old:+.4f}"
             mark = "" if better is None or new == old else "  better" if (new > old) == better else "  worse"
             lines.append(f"{label:<32}{form.format(old):>12}{form.format(new):>12}{change:>12}{mark}")
+    lines += [f"({label}: {meaning})" for label, meaning in MEANINGS.items() if label in shown]
     return "\n".join(lines)
 
 
@@ -137,7 +163,7 @@ def model_card(base_model: str, facts: Mapping[str, Any], results: Mapping[str, 
     lines += [
         f"- **Weights**: {weights}, {facts['trainable']:,} of {facts['parameters']:,} parameters trained",
         f"- **Objective**: {loss}, beta {facts['beta']:g}"
-        + (f", NLL over {flags['nll_scope']}" if loss == "orpo" else ""),
+        + (f", NLL over {flags['nll_scope'] or 'sequence'}" if loss == "orpo" else ""),
         f"- **Data**: {data}; at most {flags['max_source_length'] + flags['max_target_length']} tokens a row",
         f"- **Steps**: {results.get('train_steps', 0):.0f} of {facts['pairs_per_step']} pairs, "
         f"peak learning rate {facts['learning_rate']:g} ({flags['lr_scheduler_type']}), seed {flags['seed']}",

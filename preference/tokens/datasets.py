@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import tokenizers
 from datasets import Dataset
 from datasets.table import InMemoryTable, MemoryMappedTable
 
+from preference.data.formats.base import PAIR_NUMBERS
 from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.splitting import split_by_prompt
@@ -89,7 +91,18 @@ def build_dataset(
     report.add_section(section, outcome["section"])
     if table.num_rows == 0:
         raise DataError(outcome["nothing_left"], reason="nothing_left")
-    return Dataset(table, fingerprint=fingerprint)
+    return Dataset(_with_numbers(table), fingerprint=fingerprint)
+
+
+def _with_numbers(table: Any) -> Any:
+    """The table without the columns of PAIR_NUMBERS that no row has; rows that lack one of the others get its rest."""
+    for name, rest in PAIR_NUMBERS.items():
+        at, column = table.column_names.index(name), table.column(name)
+        if column.null_count == table.num_rows:
+            table = table.remove_column(at)
+        elif column.null_count:
+            table = table.set_column(at, name, pc.fill_null(column, rest))
+    return table
 
 
 def _prepare(rows: Iterable[Row], batcher: PairBatcher, write: Write) -> dict[str, Any]:
@@ -159,6 +172,7 @@ def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
     digest.update(repr(settings).encode("utf-8", "surrogatepass"))
     for row in rows:
         fields = (row.question, row.chosen, row.rejected, row.system, row.history, row.prompt, row.file, row.line)
+        fields += tuple(row.extra.get(name) for name in PAIR_NUMBERS)
         digest.update(marshal.dumps(fields, 2))  # version 2 has no references, so equal rows give equal bytes
     return digest.hexdigest()
 

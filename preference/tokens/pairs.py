@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from preference.data.formats.base import PAIR_NUMBERS
 from preference.data.row import Row
 from preference.templates.conversation import ConversationError
 from preference.tokens.encoding import Encoder, Ids, flatten, free_sentinel
@@ -17,7 +18,10 @@ from preference.tokens.statistics import TokenStats
 SIDES = ("prompt", "chosen", "rejected")
 _IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
-    [(side, pa.string()) for side in SIDES] + [(f"{side}_ids", _IDS) for side in SIDES] + [("source", pa.string())]
+    [(side, pa.string()) for side in SIDES]
+    + [(f"{side}_ids", _IDS) for side in SIDES]
+    + [("source", pa.string())]
+    + [(name, pa.float32()) for name in PAIR_NUMBERS]  # null where a row has none
 )
 
 
@@ -31,6 +35,14 @@ class _Batch:
     look_alikes: dict[int, list[str]] = field(default_factory=dict)
     marked: dict[int, tuple[str, dict[str, str]]] = field(default_factory=dict)  # row -> sentinel, marked texts
     ids: dict[str, list[Ids]] = field(default_factory=dict)
+
+
+def _number(row: Row, name: str) -> float | None:
+    """A number that the row brings for the loss; the margin, where none is written, from the scores of its answers."""
+    scores = row.extra.get("score_chosen"), row.extra.get("score_rejected")
+    if name == "score_margin" and name not in row.extra and None not in scores:
+        return float(scores[0]) - float(scores[1])
+    return row.extra.get(name)
 
 
 class PairBatcher:
@@ -152,6 +164,7 @@ class PairBatcher:
             flat, offsets = flatten([batch.ids[side][i] for i in kept])
             columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=_IDS))
         columns.append(pa.array([f"{batch.rows[i].file}:{batch.rows[i].line}" for i in kept], pa.string()))
+        columns += [pa.array([_number(batch.rows[i], name) for i in kept], pa.float32()) for name in PAIR_NUMBERS]
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
     def _cut(self, batch: _Batch, i: int, stats: TokenStats) -> None:

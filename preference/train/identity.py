@@ -10,9 +10,11 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from preference.arguments import FLAGS, Arguments
+from preference.engine.batching import PAIR_COLUMNS
 from preference.train.reference import data_fingerprint
 
 SAMPLED = 64  # values of each tensor that go into the fingerprint of a model's weights
@@ -30,6 +32,15 @@ def weights_sample(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def numbers_fingerprint(dataset: Any) -> str:
+    """A hash of the numbers that pairs bring for the loss (weights, margins); "none" where they bring none."""
+    names = [name for name in PAIR_COLUMNS if name in dataset.column_names]
+    if not names:
+        return "none"
+    values = [np.asarray(dataset[name], dtype=np.float32).tobytes() for name in names]
+    return hashlib.sha256(b"".join([repr(names).encode(), *values])).hexdigest()[:16]
+
+
 def run_identity(args: Arguments, trainer: Any, template: Any) -> dict[str, Any]:
     """The identity of the run that `args` (preference.arguments) and `trainer` describe.
 
@@ -45,6 +56,7 @@ def run_identity(args: Arguments, trainer: Any, template: Any) -> dict[str, Any]
         "length of training": f"max_steps {run.max_steps}" if run.max_steps > 0 else f"{run.num_train_epochs:g} epochs",
         "training pairs": len(trainer.train_dataset),
         "tokens of the training pairs": data_fingerprint(trainer.train_dataset)[:16],
+        "numbers of the training pairs": numbers_fingerprint(trainer.train_dataset),
         "template": template.name,
         "stop text": template.stop_str,
         "tokenizer": f"{type(trainer.processing_class).__name__} of {len(trainer.processing_class)} tokens",

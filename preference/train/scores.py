@@ -40,12 +40,17 @@ class PairScores:
     def __init__(self, pairs: int, device: torch.device) -> None:
         self.sums_N2 = torch.zeros(pairs, 2, device=device)
 
-    def add(self, rows_B: Tensor, logps: PairLogps) -> None:
-        """`rows_B`: each pair's place in the set; pairs of weight 0 only fill up a batch."""
-        values_B2 = torch.stack([logps.chosen_B, logps.rejected_B], dim=1).float()
+    def add(self, rows_B: Tensor, logps: PairLogps, sums: tuple[Tensor, Tensor] | None = None) -> None:
+        """`rows_B`: each pair's place in the set; pairs of weight 0 only fill up a batch. `sums` instead of logps'."""
+        chosen_B, rejected_B = (logps.chosen_B, logps.rejected_B) if sums is None else sums
+        values_B2 = torch.stack([chosen_B, rejected_B], dim=1).float()
         kept_B1 = (logps.weight_B > 0)[:, None]  # not as an index: its size would have to be known on the host
         self.sums_N2.index_add_(0, rows_B, torch.where(kept_B1, values_B2, 0.0))
 
+    def reduced(self, accelerator: Any) -> Tensor:
+        """[N, 2] (chosen, rejected) on the device, on every rank."""
+        return accelerator.reduce(self.sums_N2, "sum")
+
     def read(self, accelerator: Any) -> np.ndarray:
         """[N, 2] float32 (chosen, rejected), on every rank."""
-        return accelerator.reduce(self.sums_N2, "sum").cpu().numpy()
+        return self.reduced(accelerator).cpu().numpy()

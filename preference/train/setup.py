@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import TrainingArguments, set_seed
 from preference.arguments import FLAGS, Arguments
 from preference.launch.agreement import code_fingerprint, compare_ranks, versions
 from preference.losses import Objective
+from preference.losses.schedule import Schedule
 from preference.models.hardware import Hardware, batch_plan
 from preference.models.loading import add_adapter, load_model
 from preference.models.parameters import count_parameters
@@ -84,14 +86,15 @@ def check_length(args: Arguments, training: TrainingArguments, pairs: int) -> No
 
 
 def objective_of(args: Arguments) -> Objective:
+    """The objective of a run in one stage; `schedule_of` has what changes on the way."""
+    constants = {field.name: getattr(args.objective, field.name) for field in fields(Objective) if field.name != "beta"}
+    return Objective(beta=args.beta, **constants)
+
+
+def schedule_of(args: Arguments) -> Schedule:
     choice = args.objective
-    return Objective(
-        loss=choice.loss,
-        beta=args.beta,
-        nll_scope=choice.nll_scope,
-        label_smoothing=choice.label_smoothing,
-        simpo_gamma=choice.simpo_gamma,
-        cpo_alpha=choice.cpo_alpha,
+    return Schedule(
+        objective_of(args), choice.orpo_stages, choice.sft_share, choice.orpo_beta_schedule, choice.align_nll
     )
 
 
@@ -101,7 +104,7 @@ def load_trainer(
     choice = args.objective
     set_seed(args.run.seed)
     model = load_model(source, args, hardware, training.bf16)
-    training.learning_rate = args.learning_rate(count_parameters(model)[1])
+    training.learning_rate = args.learning_rate(count_parameters(model)[1]).learning_rate
     if args.model.use_peft and args.run.do_train:
         model = add_adapter(model, args.model, args.run.seed)
     common = dict(
@@ -116,6 +119,7 @@ def load_trainer(
     return PairTrainer(
         model,
         training,
+        schedule=schedule_of(args),
         max_tokens_per_micro_batch=choice.max_tokens_per_micro_batch,
         share_prompt=choice.share_prompt,
         cache_dir=Path(args.model.cache_dir or "cache") / "reference",

@@ -2,7 +2,7 @@
 
 The Trainer's loop, schedules, checkpoints, logging and callbacks are used as they are. What differs: an item of the
 data loader is a whole optimizer step of one rank (engine/batching.py), `training_step` runs its micro-batches,
-and each contributes its exact share to the loss of the global batch (preference/losses.py). So loss, gradient and
+and each contributes its exact share to the loss of the global batch (preference/losses/share.py). So loss, gradient and
 logged metrics do not depend on how the global batch is cut into micro-batches, accumulation steps and ranks; and
 evaluation is exact in the same way, the set being one batch.
 """
@@ -37,7 +37,10 @@ from preference.engine.forward import causal_lm, pair_logps
 from preference.engine.layers.lora import hold_frozen
 from preference.engine.probe import prepare_model
 from preference.engine.transfer import to_device
-from preference.losses import Objective, Totals, objective_share
+from preference.losses import Objective, PairLogps, Totals, objective_share
+from preference.losses.answers import weighted_sums
+from preference.losses.schedule import Schedule
+from preference.train.coupled import couple_set, couple_step
 from preference.train.gradients import clip, exact_norm
 from preference.train.guarded import GuardedTrainer
 from preference.train.reference import References, reference_model
@@ -86,6 +89,8 @@ class PairTrainer(GuardedTrainer):
     Args:
         model: the model, already wrapped in its PEFT adapter if there is one. Its forward is extended
             (`prepare_model`).
+        objective, schedule: what is learned, and how it changes in the course of the run; evaluations measure what it
+            ends with.
         args: per_device_train_batch_size x gradient_accumulation_steps x ranks pairs make an optimizer step.
         train_dataset, eval_dataset: columns prompt_ids, chosen_ids, rejected_ids and source; eval_dataset may be
             several by name, whose metrics are then called eval_NAME_loss and so on.
@@ -107,6 +112,7 @@ class PairTrainer(GuardedTrainer):
         args: TrainingArguments,
         *,
         objective: Objective,
+        schedule: Schedule | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: Any = None,
@@ -119,6 +125,7 @@ class PairTrainer(GuardedTrainer):
         for name, is_set, why in REFUSED:
             if is_set(getattr(args, name, None)):
                 raise ValueError(f"{name}={getattr(args, name)} has no place in the packed engine: {why}")
+        self.schedule = schedule or Schedule(objective)
         self.objective = objective
         self.max_tokens = max_tokens_per_micro_batch
         self.accumulation = args.gradient_accumulation_steps
@@ -137,12 +144,16 @@ class PairTrainer(GuardedTrainer):
         self.references: References | None = None
         if objective.needs_reference:
             precision = f"{self.args.mixed_precision} {causal_lm(model).dtype}"
+            if objective.ld_alpha != 1:
+                precision += f" ld_alpha {objective.ld_alpha}"
             self.references = References(
                 model, self._reference_logps, how=reference, cache_dir=cache_dir, precision=precision
             )
         self.train_metrics = MetricSums()
         self.eval_metrics: MetricSums | None = None  # None: only scores are wanted, not the objective
         self.collecting: PairScores | None = None  # of the evaluation that is running
+        self.collecting_reference: PairScores | None = None
+        self.eval_coupled: dict[str, Tensor] | None = None  # by row of its set, for losses that need to know the batch
         # evaluation set -> [n, 2] (chosen, rejected) sums of log-probabilities, of its last evaluation
         self.scores: dict[str, np.ndarray] = {}
 
@@ -221,13 +232,15 @@ class PairTrainer(GuardedTrainer):
             self.optimizer.train()
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         options = {"scale_wrt_gas": False} if deepspeed else {}
-        totals, batches = inputs["totals"], inputs["micro_batches"]
+        totals, batches = inputs["totals"], [to_device(batch, self.args.device) for batch in inputs["micro_batches"]]
+        objective = self.schedule.at(self.state.global_step / max(self.state.max_steps, 1))
+        coupled = self._couple(model, batches) if objective.needs_batch else [None] * len(batches)
         losses = []
         for i, (batch, rows) in enumerate(zip(batches, inputs["source"], strict=True)):
             last = i == len(batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                share, metrics = self._share(model, batch, totals)
+                share, metrics = self._share(model, batch, totals, objective, coupled[i])
                 loss = share * self.args.world_size  # gradients are averaged over ranks, and shares are to be summed
                 self.watchdog.watch(loss, rows, self.state.global_step + 1)
                 self.accelerator.backward(loss, **options)
@@ -236,19 +249,40 @@ class PairTrainer(GuardedTrainer):
         self.train_metrics.steps += 1
         return torch.stack(losses).sum()
 
-    def _share(self, model: Any, batch: dict[str, Any], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = to_device(batch, self.args.device)
-        reference = None
-        if self.references and self.references.live:
-            with reference_model(self.model, self.accelerator.unwrap_model(self.model)) as frozen:
-                logps = pair_logps(frozen, batch)
-            reference = (logps.chosen_B, logps.rejected_B)
-        elif self.references:
-            reference = batch["reference"].unbind(1)
-        logps = pair_logps(model, batch)
+    def _logps(self, model: Any, batch: dict[str, Any]) -> PairLogps:
+        return pair_logps(model, batch, tails=self.objective.ld_alpha != 1)
+
+    def _reference_sums(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """(chosen, rejected) sums of the reference model, [B] each; None where the loss has none."""
+        if self.references is None:
+            return None
+        if not self.references.live:
+            return batch["reference"].unbind(1)
+        with reference_model(self.model, self.accelerator.unwrap_model(self.model)) as frozen:
+            return weighted_sums(self.objective, self._logps(frozen, batch))
+
+    def _couple(self, model: Any, batches: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """A first pass without gradient and without dropout, for losses that need to know their global batch."""
+        model.eval()
+        with torch.no_grad():
+            logps = [self._logps(model, batch) for batch in batches]
+        model.train()
+        references = [self._reference_sums(batch) for batch in batches]
+        return couple_step(self.objective, logps, references, self.args.process_index)
+
+    def _share(
+        self,
+        model: Any,
+        batch: dict[str, Any],
+        totals: Totals,
+        objective: Objective,
+        coupled: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        reference = self._reference_sums(batch)
+        logps = self._logps(model, batch)
         if self.collecting is not None:
             self.collecting.add(batch["rows"], logps)
-        return objective_share(self.objective, logps, totals, reference)
+        return objective_share(objective, logps, totals, reference, coupled)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.references:  # before a checkpoint is loaded over the reference's weights
@@ -293,14 +327,15 @@ class PairTrainer(GuardedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        self.eval_metrics = MetricSums()
-        self.collecting = PairScores(len(dataloader.dataset), self.args.device)
         try:
+            self._couple_set(dataloader, description)
+            self.eval_metrics = MetricSums()
+            self.collecting = PairScores(len(dataloader.dataset), self.args.device)
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
             self.scores[metric_key_prefix] = self.collecting.read(self.accelerator)
             means = self.eval_metrics.read(self.accelerator)
         finally:
-            self.collecting = self.eval_metrics = None
+            self.collecting = self.eval_metrics = self.eval_coupled = None
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 
@@ -308,13 +343,35 @@ class PairTrainer(GuardedTrainer):
         """Adds the batch's share to the set's metrics; there are no predictions to gather."""
         with torch.no_grad():
             for batch in inputs["micro_batches"]:
+                batch = to_device(batch, self.args.device)
                 if self.eval_metrics is None:
-                    batch = to_device(batch, self.args.device)
-                    self.collecting.add(batch["rows"], pair_logps(model, batch))
+                    self._collect(model, batch)
                 else:
-                    _, metrics = self._share(model, batch, inputs["totals"])
+                    whole = self.eval_coupled
+                    coupled = whole and {name: values_N2[batch["rows"]] for name, values_N2 in whole.items()}
+                    _, metrics = self._share(model, batch, inputs["totals"], self.schedule.last, coupled)
                     self.eval_metrics.add(metrics, 1 / inputs["totals"].pairs)
         return None, None, None
+
+    def _collect(self, model: Any, batch: dict[str, Any]) -> None:
+        logps = self._logps(model, batch)
+        self.collecting.add(batch["rows"], logps, weighted_sums(self.objective, logps))
+        if self.collecting_reference is not None:
+            self.collecting_reference.add(batch["rows"], logps, self._reference_sums(batch))
+
+    def _couple_set(self, dataloader: DataLoader, description: str) -> None:
+        """The first pass over an evaluation set, where the loss needs one."""
+        if not self.objective.needs_batch:
+            return
+        self.collecting, self.collecting_reference = (
+            PairScores(len(dataloader.dataset), self.args.device) for _ in range(2)
+        )
+        try:
+            super().evaluation_loop(dataloader, description, True)
+            sums = [scores.reduced(self.accelerator) for scores in (self.collecting, self.collecting_reference)]
+        finally:
+            self.collecting = self.collecting_reference = None
+        self.eval_coupled = couple_set(self.objective, *sums)
 
     def _reference_logps(self, dataset: Dataset) -> np.ndarray:
         """[n, 2] float32: what the model, as it stands, gives the answers of each row. All ranks together."""

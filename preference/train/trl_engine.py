@@ -35,6 +35,7 @@ from transformers import Trainer, TrainingArguments
 from preference.engine.batching import ID_COLUMNS, row_lengths
 from preference.errors import PreferenceError
 from preference.losses import Objective, log1mexp
+from preference.losses.answers import wins
 from preference.train.guarded import GuardedTrainer
 from preference.train.reference import is_fresh_adapter
 from preference.train.watchdog import name_rows
@@ -153,7 +154,9 @@ def _orpo_classes() -> tuple[type, type]:
             metrics = {
                 "rewards/chosen": chosen_reward_B.mean(),
                 "rewards/rejected": rejected_reward_B.mean(),
-                "rewards/accuracies": (chosen_reward_B > rejected_reward_B).float().mean(),
+                "rewards/accuracies": wins(chosen_reward_B, rejected_reward_B).mean(),
+                "preference/accuracies": wins(chosen_B, rejected_B).mean(),
+                "preference/margins": (chosen_B - rejected_B).mean(),
                 "rewards/margins": (chosen_reward_B - rejected_reward_B).mean(),
                 "logps/chosen": chosen_B.mean(),
                 "logps/rejected": rejected_B.mean(),
@@ -275,7 +278,7 @@ def make_trl_trainer(
         raise TrlError(
             "make_trl_trainer takes a loaded model: TRL loads a model by name in bfloat16 and over all devices"
         )
-    if objective.loss not in ("orpo", "dpo") or objective.nll_scope != "sequence" or objective.label_smoothing:
+    if objective.loss not in ("orpo", "dpo") or objective != Objective(objective.loss, objective.beta):
         raise TrlError(
             "engine=trl computes loss=orpo with nll_scope=sequence and loss=dpo, without label smoothing; got "
             f"{objective}. engine=packed computes all of them"

@@ -16,7 +16,7 @@ from training import arguments, pairs_of
 from preference.engine.forward import pair_logps
 from preference.engine.packing import pack_pairs
 from preference.engine.probe import prepare_model
-from preference.losses import LOSSES, NLL_SCOPES, Objective, Totals, objective_share
+from preference.losses import LOSSES, NLL_SCOPES, Objective, Totals, couple, objective_share
 from preference.train.trl_engine import make_trl_trainer
 from tiny import tiny_model, tiny_tokenizer
 
@@ -39,12 +39,12 @@ def rows() -> list[dict]:
     return pairs
 
 
-def packed_loss(model, objective, pairs, reference=None, share_prompt: bool = True):
+def packed_loss(model, objective, pairs, reference=None, share_prompt: bool = True, coupled=None):
     how = prepare_model(model, share_prompt=share_prompt)
     assert how.share_prompt == share_prompt
     batch = pack_pairs(pairs, share_prompt=share_prompt, prompt_logps=objective.needs_prompt)
     totals = Totals.of(objective, [(len(p["prompt_ids"]), len(p["chosen_ids"])) for p in pairs])
-    return objective_share(objective, pair_logps(model, batch), totals, reference)
+    return objective_share(objective, pair_logps(model, batch), totals, reference, coupled)
 
 
 def gradients(loss, model) -> torch.Tensor:
@@ -192,6 +192,7 @@ def test_saturated_and_one_token_pairs_train(loss: str) -> None:
     reference = (torch.zeros(4), torch.zeros(4)) if objective.needs_reference else None
     logps = pair_logps(model, pack_pairs(pairs))
     assert logps.chosen_B[0] == 0 and logps.rejected_B[2] == 0
-    value, metrics = packed_loss(model, objective, pairs, reference)
+    coupled = couple(objective, (logps.chosen_B, logps.rejected_B), reference) if objective.needs_batch else None
+    value, metrics = packed_loss(model, objective, pairs, reference, coupled=coupled)
     assert torch.isfinite(gradients(value, model)).all()
     assert math.isfinite(value.item()) and all(torch.isfinite(x) for x in metrics.values())

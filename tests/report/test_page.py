@@ -136,7 +136,7 @@ def test_what_a_loss_does_not_have_is_named(tmp_path, no_plots):
 def test_points_of_training_and_evaluation(run):
     data = Run.read(run)
     assert [step for step, _ in data.points("loss")] == list(range(2, STEPS + 1, 2))
-    assert data.points("rewards/accuracies", "eval")[0] == (0, 0.25)
+    assert data.points("preference/accuracies", "eval")[0] == (0, 0.25)
     assert [step for step, _ in data.points("loss", "eval")] == [0, 20, 40, 60]
     step, part = data.points("preference_part")[3]
     assert part == pytest.approx(figures(step)["loss"] - figures(step)["nll_loss"]) and part > 0

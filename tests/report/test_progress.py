@@ -250,7 +250,7 @@ def test_evaluation_sets():
 
 
 def test_words():
-    assert readable({"loss": 1.5, "rewards/accuracies": 0.5, "odd": 3}) == ["loss 1.5000", "accuracy 50%"]
+    assert readable({"loss": 1.5, "preference/accuracies": 0.5, "odd": 3}) == ["loss 1.5000", "accuracy 50%"]
     assert readable({"eval_zh_loss": 2.0}, "eval_zh") == ["loss 2.0000"]
     assert [duration(s) for s in (0, 65.4, 3600, 11045)] == ["0:00", "1:05", "1:00:00", "3:04:05"]
 
@@ -309,7 +309,7 @@ def course(count=16, every=10, nll=None, **metrics):
 
 
 def evaluated(accuracy):
-    return [{"step": 160, "eval_loss": 1.0, "eval_rewards/accuracies": accuracy}]
+    return [{"step": 160, "eval_loss": 1.0, "eval_preference/accuracies": accuracy}]
 
 
 def names(history, max_steps=160):
@@ -330,15 +330,15 @@ FALL = dict(logps_chosen=(-1.0, -1.5), logps_rejected=(-1.0, -2.0))
         (course(logps_chosen=(-1, -0.8), logps_rejected=(-1, -2), rewards_margins=(0, 1)), []),
         (course(nll=(2.0, 2.4)), ["nll_rises"]),
         (course(nll=(2.0, 2.02)), []),
-        (course(rewards_accuracies=(0.5, 0.5)), ["at_chance"]),
-        (course(rewards_accuracies=(0.5, 0.5), every=1), []),
-        (course(rewards_accuracies=(0.4, 0.54)), []),
-        ([{"step": 0, "eval_loss": 1.0, "eval_rewards/accuracies": 0.19}], ["below_half"]),
-        ([{"step": 0, "eval_loss": 1.0, "eval_rewards/accuracies": 0.6}], []),
+        (course(preference_accuracies=(0.5, 0.5)), ["at_chance"]),
+        (course(preference_accuracies=(0.5, 0.5), every=1), []),
+        (course(preference_accuracies=(0.4, 0.54)), []),
+        ([{"step": 0, "eval_loss": 1.0, "eval_preference/accuracies": 0.19}], ["below_half"]),
+        ([{"step": 0, "eval_loss": 1.0, "eval_preference/accuracies": 0.6}], []),
         ([{"step": i, "eval_loss": v} for i, v in ((0, 2.0), (10, 1.5), (20, 1.6))], ["eval_rises"]),
         ([{"step": i, "eval_loss": v} for i, v in ((0, 2.0), (10, 1.5), (20, 1.51))], []),
-        (course(rewards_accuracies=(0.5, 1.0)) + evaluated(0.6), ["gap"]),
-        (course(rewards_accuracies=(0.5, 1.0)) + evaluated(0.9), []),
+        (course(preference_accuracies=(0.5, 1.0)) + evaluated(0.6), ["gap"]),
+        (course(preference_accuracies=(0.5, 1.0)) + evaluated(0.9), []),
     ],
 )
 def test_explanations(history, expected):
@@ -350,7 +350,7 @@ def test_an_explanation_is_printed_once(tmp_path, capsys):
     attach_progress(trainer, tmp_path)
     progress = trainer.callback_handler.callbacks[0]
     for step in (0, 0, 1):
-        entry = {"step": step, "eval_loss": 1.0, "eval_rewards/accuracies": 0.1}
+        entry = {"step": step, "eval_loss": 1.0, "eval_preference/accuracies": 0.1}
         trainer.state.log_history.append(entry)
         progress.on_log(trainer.args, trainer.state, trainer.control, logs=dict(entry))
     assert capsys.readouterr().out.count("note: accuracy starts at 10%") == 1

@@ -102,6 +102,9 @@ def test_both_engines_agree_before_training(run, tmp_path, loss, use_peft):
         out, _ = run(output_dir=tmp_path / engine, **flags)
         figures[engine] = results(out)
     for name in ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected"):
+        if name == "rewards/accuracies" and loss == "dpo":  # all ties: half of them won, none in TRL's counting
+            assert (figures["packed"][f"base_eval_{name}"], figures["trl"][f"base_eval_{name}"]) == (0.5, 0.0)
+            continue
         mine, theirs = (figures[engine][f"base_eval_{name}"] for engine in ("packed", "trl"))
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6), name
 

@@ -10,6 +10,7 @@ import pytest
 from conversation import get_conv_template
 from preference.data.report import DataError, DataReport
 from preference.data.row import Row
+from preference.data.rows import load_rows
 from preference.tokens import datasets
 from preference.tokens.datasets import build_dataset, describe_pair, split_by_prompt
 from preference.tokens.pairs import PairBatcher
@@ -272,3 +273,27 @@ def test_split_that_cannot_be_is_refused():
         split_by_prompt(rows, 0, seed=0)
     training, evaluation = split_by_prompt([*rows, row("Other?")], 50, seed=0)  # whole groups, the nearest there is
     assert (len(training), len(evaluation)) == (9, 1)
+
+
+def test_numbers_that_rows_bring_become_columns(tmp_path):
+    """A weight or a margin of any format's row; rows without one get the neutral value, none at all gives no column."""
+    pair = {"response_chosen": "a good answer", "response_rejected": "a bad one"}
+    numbers = [
+        {"pair_weight": 2, "score_margin": 0.5},
+        {},
+        {"pair_weight": 0},
+        {"pair_weight": -1},
+        {"pair_weight": "x"},
+    ]
+    lines = [json.dumps({"question": f"q{i}", **pair, **more}) for i, more in enumerate(numbers)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    report = DataReport()
+    rows = load_rows([tmp_path / "rows.jsonl"], report)
+    assert report.dropped["bad_number"] == 2
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        dataset = build(rows, cache_dir=cache)
+        assert dataset["pair_weight"][:] == [2.0, 1.0, 0.0]
+        assert dataset["score_margin"][:] == [0.5, 0.0, 0.0]
+    assert not {"pair_weight", "score_margin"} & set(build(rows[1:2]).column_names)
+    scored = row(extra={"score_chosen": 4, "score_rejected": 1.5})
+    assert build([scored])["score_margin"][:] == [2.5]

@@ -52,9 +52,9 @@ def test_the_adapter_is_asked_without_dropout_and_left_as_it_was(tmp_path):
 
     share = module.objective_share
 
-    def watch(objective, logps, totals, reference):
+    def watch(objective, logps, totals, reference, coupled):
         seen.append((torch.stack(reference, 1), model.training, [p.requires_grad for p in model.parameters()]))
-        return share(objective, logps, totals, reference)
+        return share(objective, logps, totals, reference, coupled)
 
     before = [p.requires_grad for p in model.parameters()]
     with pytest.MonkeyPatch.context() as patch:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from training import arguments, logged, lora, make_pairs, make_trainer, pairs_of, same_weights, weights_of
 from transformers import TrainerCallback
 
@@ -14,6 +16,7 @@ from preference.engine.forward import pair_logps
 from preference.engine.packing import pack_pairs
 from preference.engine.probe import prepare_model
 from preference.losses import LOSSES, Objective, Totals, objective_share
+from preference.losses.schedule import Schedule
 from preference.train.trainer import PairTrainer
 from tiny import tiny_model
 
@@ -69,14 +72,78 @@ def test_evaluation_is_exact_for_any_batch_size(options, tmp_path):
     assert alone["eval_loss"] == metrics["eval_b_loss"]
 
 
-@pytest.mark.parametrize("loss", sorted(LOSSES))
-def test_every_loss_trains_and_evaluates(loss, tmp_path):
-    pairs = make_pairs(16)
-    trainer = make_trainer("packed", tmp_path, pairs, loss=loss, eval_pairs=make_pairs(5, 1), max_steps=10)
+def two_styles(count: int, seed: int) -> Dataset:
+    """Pairs whose chosen and rejected answers come from different words, so that what is learned holds for others."""
+    draw = np.random.default_rng(seed)
+    words = lambda low: draw.integers(low, low + 60, draw.integers(2, 9)).tolist()  # noqa: E731
+    return pairs_of((words(300), words(100), words(200)) for _ in range(count))
+
+
+@pytest.mark.parametrize("loss", [*sorted(LOSSES), "dpo:0.8,bco_pair:0.2"])
+def test_every_loss_improves_on_other_pairs(loss, tmp_path):
+    """Before, a model that is its own reference shows ties, half of them won."""
+    held_out = two_styles(8, 1)
+    trainer = make_trainer("packed", tmp_path, two_styles(24, 0), loss=loss, eval_pairs=held_out, max_steps=6)
+    before = trainer.evaluate()
+    if trainer.objective.needs_reference:
+        assert (before["eval_rewards/margins"], before["eval_rewards/accuracies"]) == (0, 0.5)
     trainer.train()
-    losses = [values[0] for values in logged(trainer, "loss")]
-    assert losses[-1] < losses[0]
-    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"]
+    assert all(math.isfinite(value) for value in after.values())
+
+
+@pytest.mark.parametrize("loss", ["kto", "aot", "aot_unpaired"])
+def test_losses_that_need_their_batch_do_not_depend_on_how_it_is_cut(loss, tmp_path):
+    """Micro-batches of 8, of 2, and by tokens, against the whole batch; training steps and evaluation."""
+
+    def found(**options):
+        pairs, model = make_pairs(24), lora(tiny_model())
+        trainer = make_trainer(
+            "packed", tmp_path, pairs, loss=loss, model=model, eval_pairs=make_pairs(7, 1), **options
+        )
+        trainer.train()
+        return [*logged(trainer, "loss", "grad_norm"), (trainer.evaluate()["eval_loss"], 0)]
+
+    whole = found(per_device_train_batch_size=8, per_device_eval_batch_size=8)
+    for cut in (
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 3},
+        {"per_device_train_batch_size": 8, "max_tokens_per_micro_batch": 64},
+    ):
+        for a, b in zip(whole, found(**cut), strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_run_in_stages_learns_likelihood_first(tmp_path):
+    """Its first half is a run without odds ratio to the bit, its second is not; evaluations have the last objective."""
+    plain = make_trainer("packed", tmp_path, make_pairs(24), loss=Objective(beta=0.0), max_steps=4)
+    schedule = Schedule(Objective(), "sft,align", 0.5, "linear", 0.1)
+    staged = make_trainer(
+        "packed", tmp_path, make_pairs(24), schedule=schedule, eval_pairs=make_pairs(5, 1), max_steps=4
+    )
+    for trainer in (plain, staged):
+        trainer.train()
+    a, b = (logged(trainer, "loss") for trainer in (plain, staged))
+    assert a[:2] == b[:2] and a[2] != b[2]
+    last = make_trainer(
+        "packed", tmp_path, None, loss=Objective(nll_weight=0.1), model=staged.model, eval_pairs=make_pairs(5, 1)
+    )
+    assert staged.evaluate()["eval_loss"] == pytest.approx(last.evaluate()["eval_loss"])
+
+
+def test_the_numbers_that_a_dataset_brings_for_its_pairs(tmp_path):
+    """A weight scales a pair's part of the loss; a margin is asked for on top; a tail weighs what is longer."""
+    pairs = make_pairs(4)
+    columns = pairs.add_column("pair_weight", [2.0, 0.0, 1.0, 1.0]).add_column("score_margin", [0.5, 0.0, 0.0, -0.5])
+
+    def loss(pairs, objective):
+        return make_trainer("packed", tmp_path, None, loss=objective, eval_pairs=pairs).evaluate()["eval_loss"]
+
+    single = [loss(pairs.select([i]), Objective("simpo")) for i in range(4)]
+    assert loss(columns, Objective("simpo")) == pytest.approx((2 * single[0] + single[2] + single[3]) / 4, rel=1e-5)
+    asked = loss(columns.select([0]), Objective("simpo", score_margin=2.0))
+    assert asked == pytest.approx(2 * loss(pairs.select([0]), Objective("simpo", simpo_gamma=2.0)), rel=1e-5)
+    assert loss(pairs, Objective("dpo", ld_alpha=0.0)) == pytest.approx(math.log(2), rel=1e-6)
 
 
 class Order(TrainerCallback):
@@ -222,12 +289,28 @@ def train_finite(tmp_path, pairs, loss="orpo", model=None, **options) -> list[tu
     return values
 
 
-@pytest.mark.parametrize("loss", sorted(LOSSES))
+KINDS = (
+    "orpo",
+    "dpo",
+    "ipo",
+    "simpo",
+    "cpo",
+    "kto",
+    "aot_unpaired",
+    "sppo_hard",
+    "discopop",
+    "chipo",
+    "alphapo",
+    "rpo",
+)
+
+
+@pytest.mark.parametrize("loss", KINDS)
 def test_one_token_answers(loss, tmp_path):
     train_finite(tmp_path, make_pairs(8, answer=(1, 1)), loss)
 
 
-@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("loss", KINDS)
 def test_saturated_log_probabilities(loss, tmp_path):
     """A model that is certain of its answers: log-probabilities of exactly 0 and of -1e5."""
     model = tiny_model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ from preference.data.formats import (
     ultrafeedback,
 )
 from preference.data.formats.base import (
+    PAIR_NUMBERS,
     Ask,
     Drop,
     Format,
@@ -113,6 +115,7 @@ def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | 
         read = columns_read(format, row, options)
         beside = [(column, kind) for column, kind in beside if column not in read]
     scored = not format.scored and (options.min_score_gap is not None or score_columns(columns) is not None)
+    numbers = {name: _number(name, row[name]) for name in PAIR_NUMBERS if row.get(name) is not None}
     for pair in format.pairs(row, options):
         if isinstance(pair, Pair) and (beside or scored):
             try:
@@ -122,7 +125,16 @@ def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | 
             except Drop as drop:
                 yield drop
                 continue
+        if numbers and isinstance(pair, Pair):
+            pair.extra = {**pair.extra, **numbers}
         yield pair
+
+
+def _number(name: str, value: Any) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or (name == "pair_weight" and value < 0):
+        raise Drop("bad_number", f"{name} is {value!r}: a number{', 0 or more' * (name == 'pair_weight')} is needed")
+    return float(value)
 
 
 def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:

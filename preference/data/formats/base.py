@@ -10,6 +10,9 @@ from typing import Any
 RowDict = Mapping[str, Any]
 
 
+PAIR_NUMBERS = {"pair_weight": 1.0, "score_margin": 0.0}  # a row of any format may have them -> where it has none
+
+
 class Drop(Exception):
     """One row (or one pair of a row) that cannot be used: a stable reason word and a detail for the reader."""
 

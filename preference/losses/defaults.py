@@ -1,0 +1,65 @@
+"""The learning rate for each loss, kind of training and size of model, each with its source.
+
+docs/training.md has the studies behind the small models' values. Beta, gamma and what else a formula reads have their
+defaults with the loss (specs.py, objective.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from preference.losses.specs import LOSSES, parse_loss
+
+SMALL = 5e8  # parameters below which a model bears, and needs, a higher rate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A default, and where it comes from."""
+
+    learning_rate: float
+    source: str
+
+
+# family of losses -> (small model?, adapter?) -> recipe
+RECIPES: dict[str, dict[tuple[bool, bool], Recipe]] = {
+    # The likelihood of the chosen answers carries the loss: rates of supervised fine-tuning.
+    "likelihood": {
+        (True, True): Recipe(1e-3, "grid on the starter model, docs/training.md"),
+        (False, True): Recipe(1e-4, "ten times ORPO's rate for all weights"),
+        (True, False): Recipe(1e-4, "grid on the starter model, docs/training.md"),
+        (False, False): Recipe(8e-6, "ORPO's authors (arXiv 2403.07691): 5e-6 to 8e-6"),
+    },
+    # The margin over a reference, or between log-probabilities: ten to a hundred times lower, or the text breaks.
+    "preference": {
+        (True, True): Recipe(1e-4, "grid on the starter model, docs/training.md"),
+        (False, True): Recipe(1e-5, "LoRA bears ten times DPO's rate for all weights (5e-6 to 1e-5 in use)"),
+        (True, False): Recipe(5e-6, "ten times the rate for 7 B, as the adapter's on the starter model"),
+        (False, False): Recipe(5e-7, "3e-7 to 1e-6: SimPO's README, Tulu 3 (arXiv 2411.15124)"),
+    },
+}
+
+
+def family(loss: str) -> str:
+    """Whether the chosen answers' likelihood carries a loss, or a sum of losses, by itself."""
+    carried = {"orpo", "sft", "rrhf"}
+    weights = {"likelihood": 0.0, "preference": 0.0}
+    for name, weight in parse_loss(loss):
+        weights["likelihood" if name in carried else "preference"] += weight
+    return max(weights, key=weights.get)
+
+
+def recipe(loss: str, *, adapter: bool, parameters: float) -> Recipe:
+    """The default for a loss on a model of so many parameters, trained through an adapter or as a whole."""
+    return RECIPES[family(loss)][parameters < SMALL, adapter]
+
+
+def table() -> str:
+    """All defaults as Markdown, for docs/training.md."""
+    lines = ["| losses | model | weights | learning rate | source |", "|---|---|---|---|---|"]
+    for name, recipes in RECIPES.items():
+        losses = ", ".join(loss for loss in LOSSES if family(loss) == name)
+        for (small, adapter), found in recipes.items():
+            size, kind = "below 0.5 B" if small else "0.5 B and more", "LoRA" if adapter else "all"
+            lines.append(f"| {losses} | {size} | {kind} | {found.learning_rate:g} | {found.source} |")
+    return "\n".join(lines)
