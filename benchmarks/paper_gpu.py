@@ -338,7 +338,8 @@ def dry_run_peak(config: Any, load: str, pairs: int, lora: bool) -> float:
     from preference.models.hardware import Hardware
     from preference.plan.estimate import Estimator
 
-    args = parse_arguments([f"--use_peft={str(lora).lower()}", "--lora_rank=16", "--lora_dropout=0", "--bf16=true"])
+    adapter = ["--use_peft=true", "--lora_rank=16", "--lora_dropout=0"] if lora else ["--use_peft=false"]
+    args = parse_arguments([*adapter, "--bf16=true"])
     hardware = Hardware("cuda", "H100", 80 * 2**30, True)
     estimator = Estimator("", args, hardware, Objective(), True, config=config)
     return estimator.trace(np.array([LOADS[load]] * pairs), False).peak

@@ -26,6 +26,7 @@ from preference.engine.batching import PAIR_COLUMNS
 from preference.engine.head import target_logps, token_logps
 from preference.engine.masks import EngineError
 from preference.engine.own_attention import has_own_attention, row_inputs
+from preference.engine.sides import side_of
 from preference.engine.states.install import keep_tree_in_recomputation
 from preference.engine.states.tree import Tree, over
 from preference.losses import PairLogps
@@ -65,6 +66,7 @@ def _packed_forward(self: PreTrainedModel, packed: Mapping[str, Any], kwargs: di
     """The log-probabilities [U] of the batch's targets, fp32 at least."""
     inputs = {name: value for name, value in kwargs.items() if value is not None}
     backbone = self.model if self.base_model is self else self.base_model
+    side_of(packed["input_ids"].device.type).begin(self)
     if "runs" in packed:
         keep_tree_in_recomputation(self)
         tree = Tree(packed)

@@ -23,6 +23,7 @@ class Side:
         head_rows: rows of logits that are made at once.
         lighten: lets the layers of a model keep less, in the same numbers; it may be called while weights are on the
             meta device.
+        begin: called before each packed forward of a model.
         implementations: what `attn_implementation` can be.
     """
 
@@ -30,4 +31,5 @@ class Side:
     exp_rows: ExpRows
     head_rows: int
     lighten: Callable[[nn.Module], None]
+    begin: Callable[[nn.Module], None] = lambda model: None
     implementations: tuple[str, ...] = ("auto",)

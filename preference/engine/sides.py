@@ -6,7 +6,7 @@ from preference.engine.chains import padded
 from preference.engine.exp_rows import exp_rows
 from preference.engine.side import Side
 
-OTHERS = Side(padded, exp_rows, 1024, lambda model: None, ("auto", "sdpa"))
+OTHERS = Side(padded, exp_rows, 1024, lambda model: None, implementations=("auto", "sdpa"))
 
 
 def side_of(device: str) -> Side:

@@ -18,6 +18,7 @@ from preference.engine import exp_rows as plain
 
 BLOCK = 4096  # logits that a program of `_exp_rows` handles at once
 FLAT_BLOCK = 1024  # numbers that a program of an element-wise kernel handles
+ROTARY_HEADS = 16  # heads of a token that a program of `_rotate` handles at most
 SUM_BLOCK = 512  # numbers of a key that a program of `_sum_uses` handles
 TRITON_CAPABILITY = (7, 5)
 
@@ -68,8 +69,8 @@ def _exp_rows(
         inside = at + lanes < columns
         x = tl.load(start + at + lanes, mask=inside, other=0.0).to(tl.float32) * scale
         if CAPPED:
-            bent = 2 * tl.sigmoid(2 * x / cap) - 1
-            e = tl.exp(cap * bent - most) * (1 - bent * bent)
+            curve = 2 * tl.sigmoid(2 * x / cap) - 1
+            e = tl.exp(cap * curve - most) * (1 - curve * curve)
         else:
             e = tl.exp(x - most)
         tl.store(start + at + lanes, e.to(logits.dtype.element_ty), mask=inside)
@@ -108,6 +109,44 @@ def _silu_mul_backward(gate, up, grad, d_gate, d_up, count, SIZE: tl.constexpr):
     slope = share * (1 + g * (1 - share))
     tl.store(d_gate + at, (d * u * slope).to(d_gate.dtype.element_ty), mask=inside)
     tl.store(d_up + at, (d * g * share).to(d_up.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    x,
+    token_stride,
+    head_stride,
+    cos,
+    sin,
+    out,
+    heads,
+    half,
+    BACK: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """One program a token and a block of heads. `half` numbers of a head are turned against the other half."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    lane = tl.arange(0, HALF)
+    inside = (head[:, None] < heads) & (lane[None, :] < half)
+    start = x + token * token_stride + head[:, None] * head_stride + lane[None, :]
+    first = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(start + half, mask=inside, other=0.0).to(tl.float32)
+    at = token * 2 * half + lane
+    cos_first = tl.load(cos + at, mask=lane < half, other=0.0).to(tl.float32)[None, :]
+    cos_second = tl.load(cos + at + half, mask=lane < half, other=0.0).to(tl.float32)[None, :]
+    sin_first = tl.load(sin + at, mask=lane < half, other=0.0).to(tl.float32)[None, :]
+    sin_second = tl.load(sin + at + half, mask=lane < half, other=0.0).to(tl.float32)[None, :]
+    if BACK:
+        out_first = first * cos_first + second * sin_second
+        out_second = second * cos_second - first * sin_first
+    else:
+        out_first = first * cos_first - second * sin_first
+        out_second = second * cos_second + first * sin_second
+    to = out + (token * heads + head[:, None]) * 2 * half + lane[None, :]
+    tl.store(to, out_first.to(out.dtype.element_ty), mask=inside)
+    tl.store(to + half, out_second.to(out.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("preference::exp_rows", mutates_args={"logits"})
@@ -187,3 +226,35 @@ def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, T
 @silu_mul_backward.register_fake
 def _(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def turned(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, back: bool) -> Tensor:
+    """Halves of each head turned against each other; `back`: the gradient's way."""
+    wide = torch.promote_types(x_NHD.dtype, torch.float32)
+    x, cos, sin = x_NHD.to(wide), cos_ND.to(wide)[:, None], sin_ND.to(wide)[:, None]
+    if back:
+        first, second = (x * sin).chunk(2, -1)
+        return (x * cos + torch.cat([second, -first], -1)).to(x_NHD.dtype)
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x_NHD.dtype)
+
+
+@torch.library.custom_op("preference::rotate", mutates_args=())
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """`turned` in one kernel: x [N, H, D], whose heads may lie anywhere, cos and sin [N, D] -> [N, H, D]."""
+    if not _runs_triton(x):
+        return turned(x, cos, sin, back).contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    tokens, heads, size = x.shape
+    out = x.new_empty(x.shape)
+    block = min(triton.next_power_of_2(heads), ROTARY_HEADS)
+    _rotate[(tokens, triton.cdiv(heads, block))](
+        x, x.stride(0), x.stride(1), cos.contiguous(), sin.contiguous(), out, heads, size // 2, BACK=back,
+        HEADS=block, HALF=triton.next_power_of_2(size // 2), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@rotate.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    return x.new_empty(x.shape)

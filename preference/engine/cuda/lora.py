@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from preference.engine.layers.gated import product_step
-from preference.engine.layers.linear import cast_once, rows_again
+from preference.engine.layers.linear import PLAIN, cast_once, rows_again
 from preference.engine.layers.lora import adapted_forward, joined
 
 
@@ -37,13 +37,33 @@ def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`: what `cast_adapters` made of it, unless it has changed since."""
+    version, kept = getattr(weight, "packed_cast", (-1, weight))
+    return kept if version == weight._version and kept.dtype == dtype else weight.detach().to(dtype)
+
+
+def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast all adapters of `model` at once, so that their layers find them cast: a launch instead of one for each."""
+    weights = [w.weight for layer in joined(model) for part in (layer.lora_A, layer.lora_B) for w in part.values()]
+    stale = [w for w in weights if type(w) in PLAIN and getattr(w, "packed_cast", (-1,))[0] != w._version]
+    stale = [w for w in stale if w.dtype != dtype]
+    if not stale:
+        return
+    flat = torch.empty(sum(w.numel() for w in stale), dtype=dtype, device=stale[0].device)
+    parts = [part.view(w.shape) for part, w in zip(flat.split([w.numel() for w in stale]), stale, strict=True)]
+    torch._foreach_copy_(parts, [w.detach() for w in stale])
+    for weight, part in zip(stale, parts, strict=True):
+        weight.packed_cast = (weight._version, part)
+
+
 class Adapted(torch.autograd.Function):
     """x [..., I], frozen weight [O, I] and bias [O] or None, A [R, I], B [O, R] -> [..., O] in `dtype`."""
 
     @staticmethod
     def forward(ctx: Any, x, weight, bias, a, b, scale, dtype):
         x_NI = cast_once(x, dtype).reshape(-1, x.shape[-1])
-        weight_OI, a_RI, b_OR = (w.detach().to(dtype) for w in (weight, a, b))
+        weight_OI, a_RI, b_OR = weight.detach().to(dtype), cast(a, dtype), cast(b, dtype)
         h_NR = _scaled(x_NI, a_RI.t(), scale)
         y_NO = torch.mm(x_NI, weight_OI.t()) if bias is None else torch.addmm(bias.to(dtype), x_NI, weight_OI.t())
         y_NO.addmm_(h_NR, b_OR.t())

@@ -5,13 +5,15 @@ Which memory savers a GPU keeps is decided by the paper trace (benchmarks/paper_
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from preference.engine.cuda.attention import attend
 from preference.engine.cuda.gated import product_for
 from preference.engine.cuda.kernels import exp_rows
-from preference.engine.cuda.lora import join_adapters
+from preference.engine.cuda.lora import cast_adapters, join_adapters
 from preference.engine.cuda.norm import fuse_norms
+from preference.engine.cuda.rotary import fuse_rotary
 from preference.engine.layers.gated import lighten_gated_layers
 from preference.engine.layers.linear import lighten_linear_layers
 from preference.engine.side import Side
@@ -24,7 +26,13 @@ def lighten(model: nn.Module) -> None:
         lighten_gated_layers(model, product_for)
         lighten_linear_layers(model)
         fuse_norms(model)
+        fuse_rotary(model)
         join_adapters(model)
 
 
-CUDA = Side(attend, exp_rows, HEAD_ROWS, lighten, ("auto", "varlen", "flex", "sdpa"))
+def begin(model: nn.Module) -> None:
+    if torch.is_autocast_enabled("cuda"):
+        cast_adapters(model, torch.get_autocast_dtype("cuda"))
+
+
+CUDA = Side(attend, exp_rows, HEAD_ROWS, lighten, begin, ("auto", "varlen", "flex", "sdpa"))
