@@ -164,8 +164,12 @@ def padded_tokens(lengths: np.ndarray) -> int:
     return 2 * len(lengths) * int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
 
 
+def _autocast(batch: dict[str, Any]) -> torch.autocast:
+    return torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=batch["bf16"])
+
+
 def _packed_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=batch["bf16"]):
+    with _autocast(batch):
         return model(input_ids=batch["input_ids"], packed=batch).sum()
 
 
@@ -175,7 +179,7 @@ def _trl_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
     ids, mask = batch["input_ids"], batch["mask"]
     half = len(ids) // 2
-    with torch.autocast("cpu", torch.bfloat16, enabled=batch["bf16"]):
+    with _autocast(batch):
         if batch["dpo"]:
             lm = causal_lm(model)
             hidden = lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
@@ -242,7 +246,7 @@ class Estimator:
         self.gradient_sizes = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
         self.shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
         self.layer_weights = _largest_layer(model)
-        self.model = PaperModel(model)
+        self.model = PaperModel(model, _paper_device(hardware))
 
     @property
     def gradients(self) -> float:
@@ -318,6 +322,14 @@ class Estimator:
         if self.args.objective.engine == "trl":
             return padded_tokens(lengths)
         return Cut(1, share_prompt=self.share_prompt, common=self.common).row(lengths)
+
+
+def _paper_device(hardware: Hardware) -> str:
+    """The kind of device that a step is followed on: the run's, so that its own kernels are called, where torch here
+    can make fake tensors of it with gradients; else a CPU.
+    """
+    here = torch.accelerator.current_accelerator()
+    return hardware.device if here is not None and here.type == hardware.device else "cpu"
 
 
 def _bytes(model: nn.Module) -> int:
