@@ -21,7 +21,7 @@ from tiny import tiny_model
 
 
 def test_a_step_on_paper_keeps_to_its_budget(root: Path, tmp_path: Path) -> None:
-    """64 HH pairs through Qwen2.5-0.5B with LoRA: what was reached, with some room; the dry run tells the same memory."""
+    """64 HH pairs through Qwen2.5-0.5B with LoRA; the dry run tells the same memory."""
     if not shutil.which("g++"):
         pytest.skip("g++ is not installed: it compiles the device on paper")
     command = [sys.executable, str(root / "benchmarks/paper_gpu.py"), "--model=qwen0.5b", "--load=hh", "--pairs=64"]
