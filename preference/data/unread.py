@@ -15,8 +15,9 @@ from preference.data.formats.base import PAIR_NUMBERS, Drop, Format, Options, Pa
 from preference.data.formats.named import answer_columns
 from preference.data.formats.names import CANDIDATES, QUESTIONS, is_metadata, key_of
 
-LONG = 40  # characters at which a text is as long as a question, where the questions themselves are longer
+LONG = 40  # characters at which any text is as long as a question; else half of the question's length is
 WORDS = 3
+MANY = 16  # values of a column, a quarter of them different at most, make it a category unless they are long
 EXAMPLE = 60
 # Sets with a text beside the pair that is no part of it: columns by which they are known, and what is left out
 _KNOWN = ((frozenset({"text", "complexity", "quality"}), frozenset({"text"})),)  # FineMed-DPO's source documents
@@ -31,10 +32,12 @@ class Unread:
 
 
 def unread_columns(format: Format, rows: Sequence[RowDict], options: Options) -> Unread:
-    """What `rows` hold that is not read. Only rows that give pairs are looked at."""
+    """What `rows` hold that is not read. Rows that give no pairs are passed over."""
     seen: dict[str, list[tuple[Any, str, int]]] = {}  # column: its value, the pairs' text, the question's length
     for row in rows:
         pairs = _pairs_of(format, row, options)
+        if not pairs and format.guess and format.matches(row):  # what is guessed is not in it
+            pairs = [Pair("", *(row[side] for side in sorted(format.answers)))]
         if not pairs:
             continue
         text = _squeezed("\n".join(_texts(pairs)))
@@ -49,7 +52,8 @@ def unread_columns(format: Format, rows: Sequence[RowDict], options: Options) ->
         if not lost:
             continue
         example = _example(lost[0][0])
-        long = sum(_is_long(value, asked) for value, asked in lost) * 4 >= len(lost)
+        category = len(lost) >= MANY and 4 * len({repr(value) for value, _ in lost}) <= len(lost)
+        long = sum(_is_long(value, 2 * LONG if category else asked) for value, asked in lost) * 4 >= len(lost)
         if format.guess and not is_metadata(column) and any(map(_is_text, (value for value, _ in lost))):
             long = True  # what is guessed may stand in it
         if long and (format.guess or not is_metadata(column)):
@@ -114,7 +118,7 @@ def _is_long(value: Any, asked: int) -> bool:
     words = (
         text.count(" ") + 1 + sum("\u3040" <= char <= "\u9fff" or "\uac00" <= char <= "\ud7af" for char in text) // 2
     )
-    return words >= WORDS and len(text) >= min(LONG, max(asked, 1))
+    return words >= WORDS and len(text) >= min(LONG, asked / 2)
 
 
 def _example(value: Any) -> str:
@@ -138,13 +142,8 @@ def refusal(format: Format, unread: Unread, row: RowDict, options: Options) -> s
         )
     question = next((c for c in columns_read(format, row, options) if sides and c not in sides), "QUESTION")
     named = f"question={question},chosen={sides[0]},rejected={sides[1]}" if sides else ""
-    way = (
-        f"if it stands in front of the question, --columns {named},context={first}; if both answers go on from it, "
-        f"--columns {named},prefix={first}; "
-        if named
-        else ""
-    )
-    return (
-        f"text as long as a question would not be read: {names}; {way}if the answers do not depend on it, "
-        f"--ignore_columns {ignore}"
-    )
+    ways = [f"if the answers do not depend on it, --ignore_columns {ignore}"]
+    if named:
+        ways.append(f"if it stands in front of the question, --columns {named},context={first}")
+        ways.append(f"if both answers go on from it, --columns {named},prefix={first}")
+    return f"text as long as a question would not be read: {names}; {'; '.join(ways)}"

@@ -17,8 +17,9 @@ _LITERAL_LIMIT = 1 << 20
 _OBJECTS = re.compile(r"\s*\[\s*\{\s*'(?:role|content|from|value|text|answer|rank|model|response|annotations)'\s*:")
 _PYTHON = re.compile(r"""(?:array\(\s*)?(?:\[\s*)?[\[{]\s*['"]""")
 _ARRAY = re.compile(r"array\(\s*(\[.*\])\s*(?:,\s*dtype=object\s*)?\)", re.DOTALL)
-# A Python string, or the place where numpy writes no comma between two objects of an array
-_STRING_OR_SEAM = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|\}\s*\{""", re.DOTALL)
+# A Python string (or its beginning up to the text's end: nothing is scanned twice), or the place where numpy writes no
+# comma between two objects of an array
+_STRING_OR_SEAM = re.compile(r"""('(?:[^'\\]|\\.?)*+(?:'|\Z)|"(?:[^"\\]|\\.?)*+(?:"|\Z))|\}\s*\{""", re.DOTALL)
 
 
 def with_values(row: dict[str, Any]) -> dict[str, Any]:

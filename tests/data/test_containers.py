@@ -25,6 +25,7 @@ from format_rows import (
 from reading import lines, read, write
 
 from preference.data.rows import DataError, DataReport, load_rows
+from preference.data.written_values import value_of
 
 # a list in a CSV cell is text unless it holds messages, so what needs other lists has no CSV form
 BOXED = [(name, row, box) for name, row in ROWS for box in CONTAINERS if name not in LISTS or "csv" not in box]
@@ -189,3 +190,18 @@ def test_hub_ids(tmp_path, monkeypatch):
         load_rows(["hub:x/y"], DataReport())
     with pytest.raises(DataError, match="hub:none/there: hub_error.*doesn't exist"):
         load_rows(["hub:none/there"], DataReport())
+
+
+@pytest.mark.parametrize(
+    "begins, piece", [("", "'\\"), ("", "\\'"), ("'", "\\'"), ("'", '\\"'), ("'a'}", " "), ("", "[")]
+)
+def test_a_hostile_cell_takes_time_in_proportion_to_its_length(begins, piece):
+    from time import process_time
+
+    def seconds(count: int) -> float:
+        cell = "[{'role': " + begins + piece * count + "}]"
+        started = process_time()
+        assert value_of("chosen", cell) == cell
+        return process_time() - started
+
+    assert seconds(400_000) < 20 * seconds(40_000) + 0.05  # it would be a hundred times as long, and minutes

@@ -114,7 +114,7 @@ def test_dedup_and_max_per_prompt(source, capsys):
 def test_gap_and_pairs(source, capsys):
     _, written, report, _ = convert(capsys, source(SHP, SHP | {"score_ratio": 1.2}), "--min-score-gap", "2")
     assert len(written) == 1 and report["dropped"] == {"score_gap": 1}
-    ranked = source({"instruction": USER, "input": "", "output": ["1", "2", "3"]})
+    ranked = source({"instruction": USER, "history": [], "output": ["1", "2", "3"]})
     assert [row["response_rejected"] for row in convert(capsys, ranked)[1]] == ["3"]
     assert len(convert(capsys, ranked, "--pairs", "all")[1]) == 3
     picked = [convert(capsys, ranked, "--pairs", "best-random", "--seed", seed)[1] for seed in range(9)]

@@ -105,7 +105,7 @@ DROPPED = [
     ("wrong_label", {"prompt": USER, "response_a": GOOD, "response_b": BAD, "winner": "x"}),
     ("wrong_label", SHP | {"labels": 2}),
     ("wrong_label", PKU | {"better_response_id": -1}),
-    ("identical_answers", {"instruction": USER, "input": "", "output": [GOOD, GOOD]}),
+    ("identical_answers", {"instruction": USER, "history": [], "output": [GOOD, GOOD]}),
     ("no_common_prompt", {"chosen": "One thing.", "rejected": "Another."}),
 ]  # fmt: skip
 
@@ -200,7 +200,7 @@ def test_incomplete_candidates_are_left_out_and_counted(tmp_path):
 
 
 def test_rankings_that_rank_nothing(tmp_path):
-    good = {"instruction": USER, "input": "", "output": [GOOD, BAD]}
+    good = {"instruction": USER, "history": [], "output": [GOOD, BAD]}
     rows, report = read(write(tmp_path, lines(good, good | {"output": [GOOD]}, good | {"output": []},
                                               good | {"output": GOOD}, good | {"output": [GOOD, None]})))  # fmt: skip
     assert len(rows) == 1 and report.dropped == {"too_few_candidates": 2, "wrong_type": 2}
@@ -269,7 +269,7 @@ def test_min_score_gap_of_shp_is_the_ratio_and_missing_scores_are_named(tmp_path
 
 
 def test_pairs_of_a_ranked_list(tmp_path):
-    path = write(tmp_path, lines({"instruction": USER, "input": "", "output": ["1", "2", "3", "2"]}))
+    path = write(tmp_path, lines({"instruction": USER, "history": [], "output": ["1", "2", "3", "2"]}))
     rows, report = read(path, options=Options(pairs="all"))
     assert [(r.chosen, r.rejected) for r in rows] == [("1", "2"), ("1", "3"), ("1", "2"), ("2", "3"), ("3", "2")]
     assert report.rows_read == 6 and report.dropped == {"identical_answers": 1}

@@ -17,7 +17,7 @@ from preference.data.formats.messages import is_message, is_messages, reply_of
 from preference.data.formats.named import answer_columns, question_column, question_columns, question_of
 from preference.data.formats.names import CANDIDATES, canonical, direction_of, key_of
 from preference.data.formats.scores import pick
-from preference.data.formats.sides import STEMS
+from preference.data.formats.sides import NAMING, STEMS
 from preference.data.formats.trl import pair_of_prompt
 
 _TEXTS = ("completion", "response", "answer", "output", "text", "content", "generation", "candidate", "reply",
@@ -98,6 +98,9 @@ def _of_series(row: RowDict, series: tuple[str, ...]) -> Ranking | None:
             return Ranking(series, other, direction)  # KoChatGPT's ranking holds the place of each
     marks = [key_of(column)[-1] for column in series]
     named = canonical(tuple(row))
+    for column in (named[key] for key in NAMING if key in named):
+        if isinstance(row[column], str) and key_of(row[column]) in (*marks, *map(key_of, series)):
+            return Ranking(series, column, "best")
     for key in named:
         if key.endswith(marks[0]) and (direction := direction_of(key[:-1].rstrip("_"))) in ("up", "down"):
             columns = [named.get(key[:-1] + mark) for mark in marks]
@@ -184,6 +187,9 @@ def _ranks(found: list[float | None], ranking: Ranking) -> list[float | None]:
 
 
 def _place_of_best(value: Any, ranking: Ranking, texts: list[str], base: int) -> int:
+    keys = [key_of(column) for column in ranking.lists]
+    if isinstance(value, str) and len(keys) > 1 and (named := [k for k in keys if key_of(value) in (k, k[-1])]):
+        return keys.index(named[0])
     found = number(value)
     if found is not None and found - base in range(len(texts)):
         return int(found) - base

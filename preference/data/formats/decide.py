@@ -78,6 +78,8 @@ def bind(format: Format, rows: Iterable[RowDict], options: Options) -> Format:
 
 
 def _example(seen: set[float]) -> str:
+    if min(seen) < 0:
+        return f"{min(seen):g}=first,{-min(seen):g}=second,0=tie"
     values = sorted(seen | ({0.0, 1.0} if len(seen) < 2 else set()))[:3]
     words = ("first", "second", "tie")
     return ",".join(f"{value:g}={word}" for value, word in zip(values, words, strict=False))

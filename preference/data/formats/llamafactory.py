@@ -55,15 +55,9 @@ def _with_input(instruction: object, row: RowDict) -> object:
 
 def _is_ranked_row(row: RowDict) -> bool:
     """LLaMA-Factory's columns around the list; without them it may as well hold references, all of them right."""
-    return row.get("instruction") is not None and bool({"input", "history", "system"} & row.keys()) and any(
+    return row.get("instruction") is not None and bool({"history", "system"} & row.keys()) and any(
         _is_ranking(row.get(key)) for key in ("output", "response")
     )  # fmt: skip
-
-
-def _guess(row: RowDict) -> str:
-    if {"history", "system"} & row.keys():
-        return ""
-    return "nothing says that the answers in the list stand best first; if they do, --format ranking"
 
 
 def _is_ranking(value: object) -> bool:
@@ -91,7 +85,6 @@ RANKING = Format(
     what="a list of answers, best first (Zhongjing, LLaMA-Factory 2023)",
     needs=("instruction|prompt|query", "output|response"),
     also=_is_ranked_row,
-    guess=_guess,
     answers=frozenset({"output", "response"}),
     pairs=ranking,
     scored=True,

@@ -175,7 +175,9 @@ def reply_of(answer: Any, context: list[Turn] | None = None) -> str:
 
 
 def plain_reply(answer: Any) -> Any:
-    """The text of an answer that stands as a message or a list of one; any other value as it is."""
+    """The text of an answer that stands as a message, or a list of one or of one text; any other value as it is."""
+    if isinstance(answer, (list, tuple)) and len(answer) == 1 and isinstance(answer[0], str):
+        return answer[0]
     return reply_of(answer) if is_messages(answer) or is_message(answer) else answer
 
 

@@ -35,7 +35,7 @@ QUESTIONS = _names(
 WEAK_QUESTIONS = _names(
     """input inputs context problem post task dialogue dialog dialogues request body message messages src
     context_messages prompt_messages input_messages trajectory conversation conversations contents user
-    conversation_history chat_history dialogue_history statement 输入 任务 对话 上下文 用户 病情描述 主诉"""
+    conversation_history chat_history dialogue_history statement x 输入 任务 对话 上下文 用户 病情描述 主诉"""
 )
 SYSTEMS = _names(
     """system system_prompt system_message system_msg system_text system_instruction system_instructions sys sys_prompt
@@ -87,7 +87,7 @@ def _side_table() -> dict[tuple[str, str], None]:
     for good, bad in _SIDES:
         if good not in _BARE:
             table[good, bad] = None
-        for noun in sorted(_SIDE_NOUNS):
+        for noun in sorted(noun for noun in _SIDE_NOUNS if noun.isascii() == good.isascii()):
             for form in ("{0}_{1}", "{1}_{0}", "{0}{1}"):
                 table[form.format(good, noun), form.format(bad, noun)] = None
     return table

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from preference.data.formats.base import Format, RowDict, flag, number
 from preference.data.formats.names import CANDIDATES, INPUTS, QUESTIONS, key_of
+from preference.data.formats.sides import STEMS, answer_pairs
 
 
 class Refused(NamedTuple):
@@ -85,12 +86,16 @@ def _steps(row: RowDict) -> bool:
     return all(isinstance(row.get(key), (list, tuple)) for key in ("completions", "labels"))
 
 
+def _undecided(row: RowDict) -> bool:
+    return not any(key_of(key) in STEMS for key in row) and bool(answer_pairs(tuple(row)))
+
+
 REFUSED = (
     Refused(_steps, "one solution with a label for each of its steps (process supervision), not a pair"),
     Refused(
         _unranked,
-        "several answers a question, but no scores or ranks: all may be right (references); if the list stands best "
-        "first, --format ranking (in training --data_format)",
+        "several answers a question, and nothing beside them that is called score, rank or best: all may be right "
+        "(references); if the list stands best first, --format ranking (in training --data_format)",
     ),
     Refused(_safety, "single answers with a safety label (as BeaverTails): no second answer to prefer to it"),
     Refused(_kto, "unpaired answers with a good/bad label (KTO): there is one answer a row, not a pair"),
@@ -99,6 +104,7 @@ REFUSED = (
     Refused(_wrapped, "one JSON object around the rows: save the rows inside it, one by one or as a list"),
     Refused(_columns, "one JSON object of columns: save one object a row"),
     Refused(_plain_sft, "question and one answer (SFT): there is nothing that the answer is preferred to"),
+    Refused(_undecided, "two or more answers, and no column that says which is better: call it winner"),
     Refused(_messages_sft, "dialogues without a rejected answer (SFT)"),
     Refused(lambda row: _has("text")(row) and not _has("chosen")(row), "plain text: no question, no pair of answers"),
 )

@@ -28,7 +28,7 @@ NAMING = """
     annotator_choice user_choice 胜者 更好 更优 优胜 赢家 较好 优选 选择 获胜者 更好的回答 最佳""".split()
 LOOSE = """preference preferences human_preference human_label preference_label label labels gold_label annotation
  annotations preference_responses preference_values 偏好 标签 标注 结果""".split()
-SIGNED = ("overall_preference", "preference_strength", "preference_score")  # below 0 the first is better (HelpSteer)
+SIGNED = ("overall_preference", "preference_strength")  # below 0 the first is better (HelpSteer)
 DECIDING = (*NAMING, *SIGNED, *LOOSE)
 
 
@@ -54,6 +54,11 @@ def sides_of(columns: tuple[str, ...]) -> Sides | None:
         if deciding or scores:
             return Sides(pair, marks, deciding, scores, _direction(scores))
     return None
+
+
+def answer_pairs(columns: tuple[str, ...]) -> list[tuple[str, str]]:
+    """All pairs of columns that are two answers side by side, whether or not something decides between them."""
+    return [pair for _, pair in _pairs(canonical(columns))]
 
 
 def _direction(scores: tuple[str, str] | None) -> str:
