@@ -138,6 +138,8 @@ def test_numbers_are_read_by_one_convention_or_asked_for(tmp_path, stem, side, d
     assert said == [(GOOD, BAD)] * sum(one is not None for one in order)
     if deciding in SIGNED and kind != "-2, 2":
         return  # HelpSteer's strengths are signed, whatever is in the file
+    if kind == "first 1, second 2" and side.marks == ("0", "1"):
+        return  # 1 is the second's own mark
     usual = kind in ("first 1, second 2", "-2, 2") or (kind == "first 0, second 1" and deciding in NAMING)
     if None in order and {0, 1} - set(order):
         return  # a file in which one side never wins says too little about what its tie is
