@@ -38,10 +38,11 @@ from preference.data.formats.base import (
     parse_names,
     shown_keys,
 )
+from preference.data.formats.beyond_text import carried_beyond_text, placed_in_text
 from preference.data.formats.columns import COLUMNS, parse_columns
 from preference.data.formats.context import columns_beside, complete
 from preference.data.formats.dialogue_text import DIALOGUE_TEXT
-from preference.data.formats.refused import REFUSED, carried_beyond_text, set_aside
+from preference.data.formats.refused import REFUSED, set_aside
 from preference.data.formats.scores import gap_of_any, score_columns
 from preference.data.formats.triple import TRIPLE
 
@@ -117,6 +118,9 @@ def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | 
     scored = not format.scored and (options.min_score_gap is not None or score_columns(columns) is not None)
     numbers = {name: _number(name, row[name]) for name in PAIR_NUMBERS if row.get(name) is not None}
     for pair in format.pairs(row, options):
+        if isinstance(pair, Pair) and (mark := placed_in_text(pair.question)):
+            yield Drop("images", f"{mark} stands in the question for what is no text")
+            continue
         if isinstance(pair, Pair) and (beside or scored):
             try:
                 complete(pair, row, beside)

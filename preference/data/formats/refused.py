@@ -110,17 +110,6 @@ REFUSED = (
 )
 
 
-def carried_beyond_text(row: RowDict) -> tuple[str, str] | None:
-    """(reason, detail) of a row with images, audio or tools beside its text, which no triple can carry."""
-    for key in ("images", "image", "videos", "video", "audios", "audio"):
-        if row.get(key):
-            return "images", f"the row has {key}: a triple carries text alone"
-    tools = row.get("tools")
-    if tools and tools not in ("[]", "{}", "null"):
-        return "tool_calls", "the row has tools: a triple cannot carry them"
-    return None
-
-
 def set_aside(row: RowDict, format: Format) -> tuple[str, str] | None:
     """(reason, detail) of a row whose own columns say that it is no pair: discarded, a tie, labelled the other way."""
     flags = flag_columns(tuple(row))
