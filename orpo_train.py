@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from preference.arguments import Arguments, parse_arguments
-from preference.launch.heartbeat import watch_nodes
+from preference.launch.heartbeat import follow_launcher, watch_others
 from preference.launch.process import RANK, RESTARTS, WORLD_SIZE, leave_if_stopped, run_script, say, stay_private
 
 
 def main() -> None:
     args = parse_arguments(environ=os.environ)
     stay_private()
-    watch_nodes(os.environ, args.run.lost_after)
+    follow_launcher(os.environ)
+    watch_others(os.environ, args.run.lost_after)
 
     from preference.launch.agreement import on_every_rank
     from preference.launch.signals import StoppedBySignal, StopSignals

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -44,6 +47,7 @@ class JsonLines:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.waiting: list[dict[str, Any]] | None = []
+        self.failed = False  # the last write did not succeed: a cut line may be in the file
 
     def begin(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """Throw away earlier records but those that `keep`, add the waiting ones; returns what the file then holds."""
@@ -53,16 +57,29 @@ class JsonLines:
             self.path.unlink(missing_ok=True)
             return []
         partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(map(_line, records)), encoding="utf-8")
-        partial.replace(self.path)
+        try:
+            partial.write_text("".join(map(_line, records)), encoding="utf-8")
+            partial.replace(self.path)
+        except OSError as error:
+            self._report(error)
         return records
 
     def append(self, record: Mapping[str, Any]) -> None:
         if self.waiting is not None:
             self.waiting.append(dict(record))
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(("\n" if self.failed else "") + _line(record))
+            self.failed = False
+        except OSError as error:
+            self._report(error)
+
+    def _report(self, error: OSError) -> None:
+        """Once for a full disk, and no more than that: training matters more than its log."""
+        if not self.failed:
+            logger.warning("%s cannot be written (%s): records are missing in it", self.path, error.strerror)
+        self.failed = True
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """torchrun whose processes can finish their step and save: `python -m torch.distributed.run` with other signals.
 
 torchrun answers SIGTERM by ending its processes after 30 seconds, knows nothing of SIGUSR1, and its exit code does not
-tell a stopped run from a failed one. Here a first SIGTERM, SIGINT or SIGUSR1 is handed on to the processes, which have
-the time that a step and a checkpoint take; a second one ends them. Exit codes: 0 finished, 75 stopped by a signal with
+tell a stopped run from a failed one. Here a first SIGTERM, SIGINT, SIGHUP or SIGUSR1 is handed on to the processes,
+which have the time that a step and a checkpoint take; a second one ends them. Exit codes: 0 finished, 75 stopped by a signal with
 a checkpoint (start it again and it resumes), anything else a failure. run_orpo.sh calls this.
 """
 
@@ -23,7 +23,7 @@ from meeting import MeetingError, meet, settings
 
 from preference.launch.signals import ECHO, EXIT_STOPPED, SIGNALS
 
-SIGNALS_OF_TORCHRUN = "SIGHUP,SIGQUIT"
+SIGNALS_OF_TORCHRUN = "SIGQUIT"
 
 
 def children() -> list[int]:
@@ -48,7 +48,8 @@ class Relay:
 
     def install(self) -> None:
         for number in SIGNALS:
-            signal.signal(number, self)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means that a run outlives its terminal
+                signal.signal(number, self)
 
     def __call__(self, number: int, frame: Any) -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from preference.errors import PreferenceError
 from preference.launch.heartbeat import tell_of_failure
+from preference.launch.output import outlive_streams
 from preference.screen import clean_logging, shown
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -32,6 +33,7 @@ def run_script(main: Callable[[], None], name: str) -> None:
 
     Exit codes: 0 done as asked, 75 stopped by a signal with a checkpoint, anything else a failure.
     """
+    outlive_streams()
     clean_logging()
     try:
         main()

@@ -1,17 +1,18 @@
-"""SIGTERM, SIGINT and SIGUSR1 (Slurm's warning) are noted and acted on after the step; a second one ends the process.
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1 (Slurm's warning) are noted and acted on after the step; a second one ends all.
 
 What a run does about a signal is train/stopping.py's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from typing import Any
 
-NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two of them
 PHASES = {
     "evaluating": "stopping now; no step was trained, so there is no new checkpoint to resume from",
     "training": "stopping after this step, with a checkpoint",
@@ -43,7 +44,8 @@ class StopSignals:
 
     def install(self) -> StopSignals:
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means that a run outlives its terminal
+                signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -57,4 +59,5 @@ class StopSignals:
 
     @staticmethod
     def _say(text: str) -> None:
-        os.write(2, text.encode())  # print is not safe in a handler: the signal may have come in the middle of one
+        with contextlib.suppress(OSError):  # a terminal that has hung up
+            os.write(2, text.encode())  # print is not safe in a handler: the signal may have come in the middle of one

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from preference.launch.heartbeat import Heartbeat, watch_nodes
+from preference.launch.heartbeat import Heartbeat, watch_others, watched
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "torchrun"))
 import meeting
@@ -108,13 +108,16 @@ class Network:
 def pair(timeout: float) -> tuple[list[Heartbeat], list[Network], list[queue.Queue]]:
     networks, told = [Network(), Network()], [queue.Queue(), queue.Queue()]
     networks[1].store = networks[0].store
-    hearts = [Heartbeat(i, 2, lambda i=i: networks[i], timeout, told[i].put).start() for i in (0, 1)]
+    hearts = [
+        Heartbeat(f"node {i}", [f"node {1 - i}"], "node 0", lambda i=i: networks[i], timeout, told[i].put).start()
+        for i in (0, 1)
+    ]
     return hearts, networks, told
 
 
 def test_a_node_that_is_cut_off_is_noticed_on_both_sides():
     hearts, networks, told = pair(timeout=0.6)
-    while hearts[0].counts[1][0] < 2:
+    while hearts[0].counts["node 1"][0] < 2:
         assert all(sentences.empty() for sentences in told)
     networks[1].cut.set()
     assert told[0].get(timeout=60) == "node 1 has not been heard of by node 0 for 0.6 s"
@@ -132,16 +135,16 @@ def test_a_node_that_fails_says_so():
 def test_nodes_need_not_come_at_the_same_time():
     """The first heartbeat may take five timeouts."""
     told, store = queue.Queue(), HashStore()
-    first = Heartbeat(0, 2, lambda: store, 0.4, told.put).start()
+    first = Heartbeat("node 0", ["node 1"], "node 0", lambda: store, 0.4, told.put).start()
     with pytest.raises(queue.Empty):
         told.get(timeout=0.8)
-    second = Heartbeat(1, 2, lambda: store, 0.4, told.put).start()
-    while first.counts[1][0] < 2:
+    second = Heartbeat("node 1", ["node 0"], "node 0", lambda: store, 0.4, told.put).start()
+    while first.counts["node 1"][0] < 2:
         assert told.empty()
     second.stop()
     first.stop()
     assert told.empty()
-    Heartbeat(0, 2, HashStore, 0.2, told.put).start()
+    Heartbeat("node 0", ["node 1"], "node 0", HashStore, 0.2, told.put).start()
     assert told.get(timeout=60) == "node 1 has not been heard of by node 0 for 0.2 s"
 
 
@@ -154,8 +157,17 @@ def test_a_node_that_is_done_is_not_missed():
     hearts[0].stop()
 
 
-def test_one_process_of_each_node_of_several_watches():
-    assert watch_nodes({}, 60) is None
-    several = {"GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", "LOCAL_RANK": "1"}
-    assert watch_nodes(several, 60) is None
-    assert watch_nodes(several | {"LOCAL_RANK": "0"}, 0) is None
+def test_who_watches_whom():
+    """First processes of nodes each other and the others of their node; those their first."""
+    assert (
+        watch_others({}, 60) == [] and watch_others({"LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, 0) == []
+    )
+
+    def names(rank: int, local: int, node: int, nodes: int = 2):
+        values = {"RANK": rank, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": 3, "GROUP_RANK": node}
+        return watched({name: str(value) for name, value in (values | {"GROUP_WORLD_SIZE": nodes}).items()})
+
+    assert names(3, 0, 1) == [("node 1", ["node 0"], "node 0"), ("rank 3", ["rank 4", "rank 5"], "rank 0")]
+    assert names(4, 1, 1) == [("rank 4", ["rank 3"], "rank 0")]
+    assert names(0, 0, 0, nodes=1) == [("rank 0", ["rank 1", "rank 2"], "rank 0")]
+    assert watched({"GROUP_WORLD_SIZE": "1"}) == []
