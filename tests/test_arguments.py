@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from preference.arguments import ArgumentError, parse_arguments
+from preference.arguments import FLAGS, ArgumentError, parse_arguments
+from preference.flags.peers import ELSEWHERE
 
 
 def test_defaults_parse_and_remember_what_was_given():
@@ -114,14 +117,150 @@ def test_config_file_is_typed_and_overridden(tmp_path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("lerning_rate: 1", "did you mean --learning_rate"), ("- 1", "name: value"), ("seed: [1]", "one value")],
+    [
+        ("lerning_rate: 1", "did you mean --learning_rate"),
+        ("- 1", "line 1: expected `name: value` lines"),
+        ("# nothing\n", "there are none"),
+        ("seed: [1]", "line 1: seed takes one value; write a list as a,b,c"),
+        ("loss: orpo\nseed: {a: 1}", "line 2: seed takes one value"),
+        ("a: &a [*a]", "takes one value"),
+        ("seed: !!python/object/apply:os.getcwd []", "takes one value"),
+        ("? [seed]\n: 1", "a name is one word"),
+        ("lora_rank: 8\nseed: 1\nlora-rank: 9", "line 3: lora_rank is written twice, first in line 1"),
+        ("lora_rank: 010", "line 1: lora_rank takes a whole number, at least 1; got '010'"),
+        ("max_steps: 1:30", "max_steps takes a whole number, -1 or at least 1; got '1:30'"),
+        ("max_steps: 1_0", "got '1_0'"),
+        ("learning_rate: .inf", "learning_rate takes a number, above 0, or auto; got '.inf'"),
+        ("use_peft: 2", "use_peft takes true or false; got '2'"),
+        ("seed: 1\n---\nseed: 2", "line 2: a second document"),
+        ("seed: 1\n\tloss: dpo", "line 2: not YAML"),
+        ("seed: '1", "not YAML"),
+        ("seed: " + "[" * 100_000, "takes one value"),
+        ("{" * 100_000, "a name is one word"),
+        ("do_eval: false\neval_steps: 5", "line 2: --eval_steps has no effect in this run"),
+        ("run_name: \x07", "not YAML|not allowed|special characters"),
+        ("#" * (1 << 20) + "\n", "no list of flags"),
+    ],
 )
-def test_a_bad_config_file_names_itself(tmp_path, text, message):
+def test_a_bad_config_file_names_itself_and_the_line(tmp_path, text, message):
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(ArgumentError, match=message) as error:
         parse_arguments(["--config", str(file)])
-    assert str(file) in str(error.value)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_file_means_what_stands_there(tmp_path):
+    """Not what YAML 1.1 makes of it: 83, 90, false, a date, a text."""
+    file = tmp_path / "run.yaml"
+    lines = ["run_name: 0123", "report_to: wandb", "output_dir: 1:30", "do_eval: off", "learning_rate: 1e-4",
+             "cache_dir: 2026-01-01", "model_name_or_path: 'null'", "tokenizer_name_or_path: ~", "columns:",
+             "dataset_name: '--seed'", "max-train-samples: 7"]  # fmt: skip
+    file.write_text("\n".join(lines))
+    args = parse_arguments(["--config", str(file)])
+    assert (args.run.run_name, args.run.output_dir, args.run.do_eval) == ("0123", "1:30", False)
+    assert (args.run.learning_rate, args.model.cache_dir, args.model.model_name_or_path) == (1e-4, "2026-01-01", "null")
+    assert args.model.tokenizer_name_or_path is None and args.data.columns is None
+    assert (args.data.dataset_name, args.data.max_train_samples, args.run.seed) == ("--seed", 7, 42)
+    assert "columns" not in args.given and {"run_name", "max_train_samples"} <= args.given
+
+
+NONSENSE = """
+num_train_epochs -1 0 nan inf auto | max_steps 0 -2 1e3 1.5 auto | save_steps -4 | logging_steps -2 0 | eval_steps -1
+max_grad_norm -1 nan | per_device_train_batch_size -3 1.5 | per_device_eval_batch_size -3
+gradient_accumulation_steps -1 | sample_answers -2 | sample_tokens 0 | orpo_beta -1 nan | lora_rank 0 -4 99999999999
+lora_dropout 1.5 1 nan -0.1 | lora_alpha nan 0 -1 | learning_rate -1 0 nan inf 1e999 | lr_scheduler_type cosin
+optim adamx | seed -1 4294967296 x | warmup_steps -0.5 1.5 nan | max_train_samples -7 0 | max_eval_samples -2
+weight_decay -1 nan | save_total_limit 0 | max_source_length 0 | max_target_length -1
+validation_split_percentage 100 -1 nan | lost_after -1 | loss orp | dataloader_num_workers -1 | bf16 maybe
+use_peft 2 | strategy fspd | min_score_gap -1 nan | engine fast | data_check no | max_tokens_per_micro_batch -1
+model_name_or_path | optim_args momentum | lr_scheduler_kwargs a
+"""
+
+
+def test_a_value_that_means_nothing_is_refused_in_one_sentence_before_a_file_is_opened(tmp_path):
+    """Each flag's own range: the message has the name, the value and what is allowed."""
+    tried = 0
+    for entry in NONSENSE.replace("\n", "|").split("|"):
+        name, *values = entry.split() or [""]
+        for value in values or ([""] if name else []):
+            words = [f"--{name}={value}", "--train_file_dir", str(tmp_path / "missing")]
+            words += ["--save_steps", "1"] if name == "save_total_limit" else []
+            with pytest.raises(ArgumentError) as error:
+                parse_arguments(words)
+            said = str(error.value)
+            assert said.startswith(name) and "\n" not in said, said
+            assert repr(value) in said or value in said, said
+            tried += 1
+    assert tried > 70
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--loss", "dpo", "--label_smoothing", "0.9"], "label_smoothing takes a number, at least 0 and below 0.5"),
+        (["--loss", "dpo", "--beta", "0"], "beta takes a number, above 0, or auto; got '0'"),
+        (["--loss", "simpo", "--simpo_gamma=-1"], "simpo_gamma takes a number, at least 0"),
+        (["--max_steps", "3", "--warmup_steps", "4"], "warmup_steps=4 is longer than the run, which has 3"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "needs lr_scheduler_kwargs with num_decay_steps"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "set eval_steps"),
+        (["--lr_scheduler_type", "constant", "--warmup-steps", "3"], "--warmup_steps has no effect in this run"),
+        (["--optim_target_modules", "q_proj"], "--optim_target_modules has no effect in this run"),
+        (["--optim", "galore_adamw", "--optim_target_modules", "q"], "trains all weights through a projection"),
+        (["--optim_args", "momentum=0.9"], "optim=adamw_torch_fused does not use momentum"),
+        (["--lora_rank"], "--lora_rank needs a value: a whole number, at least 1"),
+        (["--lora_rank", "--seed", "3"], "--lora_rank needs a value"),
+        (["--no_use_peft=true"], "takes no value"),
+        (["--no_lora_rank"], "unknown flag --no_lora_rank"),
+        (["--use_peft", "false", "--lora-rank=8"], "--lora_rank has no effect in this run"),
+        (["--"], "belongs to no flag"),
+        (["-seed", "3"], "belongs to no flag"),
+        (["--config"], "needs a value: a YAML file"),
+        (["--dry_run", "--max_steps", "0"], "max_steps takes a whole number"),
+    ],
+)
+def test_what_flags_mean_together_is_checked_as_well(words, message):
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        parse_arguments(words)
+
+
+def test_spellings_of_one_flag():
+    args = parse_arguments(["--lora-rank", "8", "--no-use-dora", "--max-steps=5", "--bf16", "auto", "--truncate"])
+    assert (args.model.lora_rank, args.model.use_dora, args.run.max_steps, args.run.bf16) == (8, False, 5, None)
+    assert args.given == {"lora_rank", "use_dora", "max_steps", "bf16", "truncate"} and args.data.truncate is True
+    words = ["--seed=1", "--per_device_train_batch_size", "auto", "--learning_rate", "Auto", "--seed", "2"]
+    args = parse_arguments([*words, "--run_name=--seed=9", "--report_to", "wandb"])
+    assert (args.run.seed, args.run.run_name) == (2, "--seed=9")  # the last one counts
+    assert args.run.per_device_train_batch_size == 0 and args.run.learning_rate is None
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("cutoff_len", "max_source_length + max_target_length"), ("num_epochs", "here it is --num_train_epochs"),
+        ("lora_r", "here it is --lora_rank"), ("lora-target", "here it is --target_modules"),
+        ("flash_attn", "attention"), ("push_to_hub", "nothing is uploaded"), ("hub_model_id", "nothing is uploaded"),
+        ("warmup_ratio", "here it is --warmup_steps (warm-up from above 0: below 1 a share"), ("packing", "packed"),
+        ("dataset", "here it is --train_file_dir"), ("finetuning_type", "here it is --use_peft"),
+        ("pref_beta", "--orpo_beta with loss=orpo, --beta with the others"), ("pref_loss", "here it is --loss"),
+        ("base_model", "here it is --model_name_or_path"), ("max_length", "max_source_length + max_target_length"),
+        ("micro_batch_size", "here it is --per_device_train_batch_size"), ("template", "here it is --template_name"),
+        ("val_size", "here it is --validation_split_percentage"), ("adam_beta2", "betas 0.9 and 0.999"),
+        ("tempalte_name", "did you mean --template_name?"), ("ref_model", "the reference is the model before training"),
+        ("LORA_R", "here it is --lora_rank"), ("zzzz", "--help lists all flags"), ("x\ny", r"unknown flag '--x\ny'"),
+    ],
+)  # fmt: skip
+def test_names_of_other_toolkits_are_known(name, said):
+    with pytest.raises(ArgumentError, match="^unknown flag") as error:
+        parse_arguments([f"--{name}", "1"])
+    assert said in str(error.value)
+
+
+def test_no_flag_stands_twice():
+    """Neither among the names of others, nor under two flags; and each has a help that tells more than its name."""
+    peers = [peer for flag in FLAGS.values() for peer in flag.peers]
+    assert len(peers) == len(set(peers)) and not {*peers, *ELSEWHERE} & FLAGS.keys() and not {*peers} & {*ELSEWHERE}
+    assert all(len(flag.help) > 10 and flag.topic for flag in FLAGS.values())
 
 
 def test_help_imports_nothing_heavy(root):
@@ -136,3 +275,53 @@ except SystemExit:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--orpo_beta" in done.stdout
+
+
+DECLARED = """    frobs: int = flag(
+        3, "how many frobs there are", least=1, unused=(NO_TRAINING,), identity=True, peers=("num_frobs",), topic="frob"
+    )
+"""
+USE = """
+import sys
+from types import SimpleNamespace as Fake
+from preference.arguments import parse_arguments
+assert "torch" not in sys.modules
+args = parse_arguments(sys.argv[1:])
+print("value", args.run.frobs, args.values()["frobs"])
+from preference.train import identity
+identity.weights_sample = identity.data_fingerprint = lambda _: "same"
+training = Fake(learning_rate=1.0, bf16=False)
+trainer = Fake(args=training, train_dataset=[], model=None, processing_class=[], get_total_train_batch_size=lambda _: 8)
+now = identity.run_identity(args, trainer, Fake(name="t", stop_str="s"))
+print("identity", identity.differences({name: value for name, value in now.items() if name != "frobs"}, now))
+from preference.plan.dry_run import configuration
+print(next(line for line in configuration(args).splitlines() if "frobs" in line))
+"""
+
+
+def test_a_flag_is_written_once(root, tmp_path):
+    """A flag that is added to a copy, in its declaration and a line of run_orpo.sh alone, works in every way."""
+    shutil.copytree(root / "preference", tmp_path / "preference", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, before, line in (
+        ("preference/arguments/run.py", "    seed: int = flag(", DECLARED),
+        ("run_orpo.sh", 'seed="${seed:-42}"', 'frobs="${frobs:-3}"\n'),
+    ):
+        text = (root / name).read_text()
+        assert text.count(before) == 1
+        (tmp_path / name).write_text(text.replace(before, line + before))
+    (tmp_path / "setup.sh").write_text('echo "$PYTHON"\n')
+    (tmp_path / "orpo_train.py").write_text(USE)
+
+    def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **variables}
+        return subprocess.run(["sh", tmp_path / "run_orpo.sh", *words], env=environment, capture_output=True, text=True)
+
+    done = run(frobs="7")
+    assert "value 7 7" in done.stdout and "identity ['frobs: was 3, is 7']" in done.stdout, done.stderr[-2000:]
+    assert " --frobs=7 " in done.stdout and "    frobs = 7" in done.stdout
+    said = [run(*words).stderr for words in (["--frobs", "0"], ["--num-frobs", "2"], ["--do-train=no", "--frobs", "5"])]
+    assert "frobs takes a whole number, at least 1; got '0'" in said[0]
+    assert "unknown flag --num-frobs: here it is --frobs (how many frobs there are)" in said[1]
+    assert "--frobs has no effect in this run: do_train=false does not train" in said[2]
+    shown = run("--help").stdout
+    assert "frob:\n" in shown and re.search(r"--frobs int +how many frobs there are\s+\(default: 3\)", shown)

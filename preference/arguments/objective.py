@@ -79,7 +79,7 @@ class ObjectiveArguments:
             Unused(lambda a: a.objective.loss == "orpo", "loss=orpo takes --orpo_beta"),
             Unused(lambda a: not has_beta(a.objective.loss), "this loss has no constant"),
         ),
-        peers=("pref_beta", "rl_beta", "dpo_beta", "simpo_beta"),
+        peers=("dpo_beta", "simpo_beta"),
     )
     nll_scope: str | None = flag(
         None,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from preference.flags.declaration import ArgumentError
 
+LONGEST = 1 << 20
 UNSET = ("", "~", "null", "Null", "NULL")
 
 
@@ -32,7 +33,10 @@ def read_config(path: str) -> list[Entry]:
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with Path(path).open(encoding="utf-8-sig") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise ArgumentError(f"--config {path}: longer than {LONGEST} characters: that is no list of flags")
         return _entries(path, yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -63,7 +67,7 @@ def _entries(path: str, events: Iterator[Any]) -> list[Entry]:
             what = f"{name} takes one value" if name else "a name is one word"
             raise ArgumentError(f"{where}: {what}; write a list as a,b,c and keywords as a=1,b=2")
         elif name is None:
-            name = event.value
+            name = event.value.replace("-", "_")
             if name in found:
                 raise ArgumentError(
                     f"{where}: {name} is written twice, first in {found[name].where.rpartition(', ')[2]}"
@@ -72,4 +76,6 @@ def _entries(path: str, events: Iterator[Any]) -> list[Entry]:
             unset = event.style is None and event.value in UNSET
             found[name] = Entry(name, None if unset else event.value, where)
             name = None
+    if not found:
+        raise ArgumentError(f"--config {path}: expected `name: value` lines, and there are none")
     return list(found.values())

@@ -17,6 +17,7 @@ from preference.errors import PreferenceError
 TRUE = ("true", "yes", "on", "y", "t", "1")
 FALSE = ("false", "no", "off", "n", "f", "0")
 WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)")
+LARGEST = 2**32 - 1  # whole numbers end up in C sooner or later
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
 
@@ -121,6 +122,8 @@ class Flag:
         if (self.auto and text.strip().lower() == "auto") or (self.optional and not text.strip()):
             return self.default if self.auto else None
         value = self._value(text)
+        if self.kind is int and value is not None and abs(value) > LARGEST:
+            raise ArgumentError(f"{self.name} takes {self.takes()}; {text} is too large a number")
         if value is None or (self.kind in (int, float) and value not in self.range):
             raise ArgumentError(f"{self.name} takes {self.takes()}; got {text!r}{self._near(text)}")
         if self.check is not None:
@@ -140,7 +143,7 @@ class Flag:
             return float(text) if NUMBER.fullmatch(text.strip()) else None
         if self.choices and text != self.default and text not in self.names:
             return None
-        return text if text.strip() or not self.choices else None
+        return text if text.strip() else None
 
     def _near(self, text: str) -> str:
         near = difflib.get_close_matches(text, self.names, n=1) if self.choices else []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from preference.flags.config import read_config
 from preference.flags.declaration import ArgumentError, Flag
-from preference.flags.peers import ELSEWHERE
+from preference.flags.peers import ELSEWHERE, elsewhere
 
 DEFAULTS = "--defaults"  # what stands behind it comes from run_orpo.sh: --name=value words only
 
@@ -102,14 +102,16 @@ def _shown(written: str) -> str:
 
 
 def _suggest(name: str, flags: Mapping[str, Flag]) -> str:
+    """What to write instead: the same by its name here, what does it otherwise, or the nearest name."""
     peers = {peer: flag for flag in flags.values() for peer in flag.peers}
     if name in peers:
         return f": here it is --{peers[name].name} ({peers[name].help})"
     if name in ELSEWHERE:
         return f": {ELSEWHERE[name]}"
-    near = difflib.get_close_matches(name, [*flags, *peers, *ELSEWHERE], n=1, cutoff=0.6)
-    if not near:
-        return "; --help lists all flags"
-    if near[0] in ELSEWHERE:
-        return f"; {near[0]}: {ELSEWHERE[near[0]]}"
-    return f"; did you mean --{peers[near[0]].name if near[0] in peers else near[0]}?"
+    said = None if difflib.get_close_matches(name, flags, n=1, cutoff=0.8) else elsewhere(name)
+    if said:
+        return f": {said}"
+    near = difflib.get_close_matches(name, [*flags, *peers], n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean --{peers[near[0]].name if near[0] in peers else near[0]}?"
+    return "; --help lists all flags"

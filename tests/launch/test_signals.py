@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -95,6 +96,13 @@ def test_an_evaluation_is_broken_off(tmp_path, signals):
         trainer.evaluate()
     signals.phase = "finishing"
     assert "eval_loss" in trainer.evaluate()
+
+
+def test_a_system_without_sigusr1_has_the_other_two(monkeypatch):
+    """Windows."""
+    monkeypatch.delattr(signal, "SIGUSR1")
+    names = runpy.run_path(str(ROOT / "preference" / "launch" / "signals.py"))
+    assert names["SIGNALS"] == (signal.SIGTERM, signal.SIGINT)
 
 
 def test_a_second_signal_stops_at_once_but_an_echo_does_not():

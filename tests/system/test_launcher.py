@@ -175,3 +175,23 @@ def test_a_wrong_flag_ends_with_one_line(root):
     )
     assert done.returncode != 0
     assert "did you mean --learning_rate?" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
+def test_scripts_keep_their_line_ends_on_every_system(root, tmp_path):
+    """A checkout with core.autocrlf, as on Windows, has \\n in all that a shell, a hash or a parser reads."""
+    shutil.copy(root / ".gitattributes", tmp_path)
+    for name in ("run_orpo.sh", "rows.jsonl"):
+        (tmp_path / name).write_bytes(b"a\nb\n")
+
+    def git(*words: str) -> None:
+        settings = ("-c", "core.autocrlf=true", "-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *settings, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    (tmp_path / "run_orpo.sh").unlink()
+    (tmp_path / "rows.jsonl").unlink()
+    git("checkout", "--", ".")
+    assert {(tmp_path / name).read_bytes() for name in ("run_orpo.sh", "rows.jsonl")} == {b"a\nb\n"}
