@@ -289,9 +289,10 @@ assert "torch" not in sys.modules
 args = parse_arguments(sys.argv[1:])
 print("value", args.run.frobs, args.values()["frobs"])
 from preference.train import identity
-identity.weights_sample = identity.data_fingerprint = lambda _: "same"
-training = Fake(learning_rate=1.0, bf16=False)
-trainer = Fake(args=training, train_dataset=[], model=None, processing_class=[], get_total_train_batch_size=lambda _: 8)
+import datasets, torch
+rows = datasets.Dataset.from_dict({name: [[1, 2]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
+trainer = Fake(args=Fake(learning_rate=1.0, bf16=False), train_dataset=rows, model=torch.nn.Linear(1, 1),
+               processing_class=[], get_total_train_batch_size=lambda _: 8)
 now = identity.run_identity(args, trainer, Fake(name="t", stop_str="s"))
 print("identity", identity.differences({name: value for name, value in now.items() if name != "frobs"}, now))
 from preference.plan.dry_run import configuration

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_recipe(recipe, tmp_path):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     shutil.copytree(ROOT / "torchrun", tmp_path / "torchrun")
+    (tmp_path / "preference").symlink_to(ROOT / "preference")  # torchrun/launch.py imports it
     shutil.copy(ROOT / "run_orpo.sh", tmp_path)
     (tmp_path / "setup.sh").write_text('echo "$PYTHON"\n')
     (tmp_path / "orpo_train.py").write_text("import json, sys\nprint('WORDS', json.dumps(sys.argv[1:]))\n")
