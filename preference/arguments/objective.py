@@ -191,3 +191,12 @@ class ObjectiveArguments:
         "compute each prompt once for both answers, and what prompts begin with alike once, where the model allows it",
         unused=(NOT_PACKED,),
     )
+    attn_implementation: str = flag(
+        "auto",
+        "kernel of the packed attention on an NVIDIA GPU: varlen is torch's fastest, flex takes capped scores and "
+        "older cards, sdpa takes everything; auto = for each layer the first of them that can",
+        choices=("auto", "varlen", "flex", "sdpa"),
+        topic="hardware",
+        unused=(NOT_PACKED,),
+        peers=("attention", "attn_impl", "flash_attn"),
+    )

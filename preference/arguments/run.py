@@ -218,7 +218,10 @@ class RunArguments:
         peers=("activation_checkpointing", "use_gradient_checkpointing"),
     )
     torch_compile: bool = flag(
-        False, "compile the model: minutes at the start, faster steps on a GPU", topic="hardware", peers=("compile",)
+        False,
+        "compile each layer of the model, for rows of any length: a minute at the start, faster steps on a GPU",
+        topic="hardware",
+        peers=("compile",),
     )
     dataloader_num_workers: int = flag(
         0, "processes that pack batches ahead of the training step", topic="hardware", least=0, peers=("num_workers",)

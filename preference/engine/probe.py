@@ -54,6 +54,7 @@ class Wanted:
 
     share_prompt: bool
     attention: str
+    lighten: bool
 
 
 def _prompt_learning(model: nn.Module) -> bool:
@@ -201,6 +202,7 @@ def prepare_model(
     device: str | None = None,
     autocast: torch.dtype | None = None,
     attention: str = "auto",
+    lighten: bool = True,
 ) -> Engine:
     """Make `model` (a causal LM, PEFT-wrapped or not) ready for `pair_logps`. Calling it again changes nothing.
 
@@ -209,6 +211,7 @@ def prepare_model(
         device: the kind of device that it will run on, if it is not there yet.
         autocast: the run's; a GPU takes other kernels under it, so the model is compared under it too.
         attention: how a packed row's attention is computed, one of the device's `Side.implementations`.
+        lighten: let layers run as the device's side has them; not where they are to be compiled.
 
     Returns:
         How it will be run; `share_prompt` of it goes to `pack_pairs`. The same on all ranks.
@@ -216,7 +219,7 @@ def prepare_model(
     Raises:
         EngineError: the model cannot be run exactly; the message names engine=trl. Or `attention` is not to be had.
     """
-    lm, wanted = causal_lm(model), Wanted(share_prompt, attention)
+    lm, wanted = causal_lm(model), Wanted(share_prompt, attention, lighten)
     if not hasattr(lm, "packed_engine") or lm.packed_engine[0] != wanted:
         _refuse_by_config(lm)
         kind = device or next(lm.parameters()).device.type
@@ -224,7 +227,8 @@ def prepare_model(
         if attention not in side.implementations:
             raise EngineError(f"attn_implementation={attention} is not to be had on {kind}, where it can be "
                               f"{' or '.join(side.implementations)}")  # fmt: skip
-        side.lighten(lm)
+        if lighten:
+            side.lighten(lm)
         patch_forward(lm)
         choice = [_choose(model, lm, wanted, autocast, side)]
         if dist.is_available() and dist.is_initialized():  # a rank whose weights are elsewhere could not measure

@@ -230,7 +230,13 @@ class Estimator:
         self.share_prompt = False
         self.cast_away = 0  # bytes of the loaded weights that the engine lets go; a process on a CPU keeps most of them
         if args.objective.engine == "packed":  # as train/trainer.py does
-            engine = prepare_model(model, share_prompt=args.objective.share_prompt, device=hardware.device)
+            engine = prepare_model(
+                model,
+                share_prompt=args.objective.share_prompt,
+                device=hardware.device,
+                attention=args.objective.attn_implementation,
+                lighten=not args.run.torch_compile,
+            )
             self.share_prompt = engine.share_prompt
             loaded = _bytes(model)
             if bf16 and hardware.device == "cpu" and args.run.strategy == "ddp":

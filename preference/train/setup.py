@@ -58,7 +58,7 @@ def training_arguments(args: Arguments, hardware: Hardware, world_size: int, rep
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not finite must be seen
         bf16=hardware.bf16 if run.bf16 is None else run.bf16,
-        torch_compile=run.torch_compile,
+        torch_compile=run.torch_compile and args.objective.engine == "trl",
         dataloader_num_workers=run.dataloader_num_workers,
         remove_unused_columns=False,
         report_to=report_to,
@@ -122,6 +122,8 @@ def load_trainer(
         schedule=schedule_of(args),
         max_tokens_per_micro_batch=choice.max_tokens_per_micro_batch,
         share_prompt=choice.share_prompt,
+        attention=choice.attn_implementation,
+        torch_compile=args.run.torch_compile,
         cache_dir=Path(args.model.cache_dir or "cache") / "reference",
         **common,
     )

@@ -33,6 +33,7 @@ from preference.engine.batching import (
     row_lengths,
     shared_prefix,
 )
+from preference.engine.compiled import compile_layers
 from preference.engine.forward import causal_lm, pair_logps
 from preference.engine.layers.lora import hold_frozen
 from preference.engine.probe import prepare_model
@@ -68,6 +69,7 @@ REFUSED = (
         "its noise depends on the length of the row, which here depends on how a batch is cut",
     ),
     ("torch_empty_cache_steps", bool, "micro-batches of bounded length do not fragment the memory"),
+    ("torch_compile", bool, "it compiles the whole model, again for every length: PairTrainer(torch_compile=True)"),
     ("use_liger_kernel", bool, "the log-probabilities come from the packed engine's own head"),
 )
 
@@ -98,6 +100,8 @@ class PairTrainer(GuardedTrainer):
             per_device_train_batch_size (and evaluation likewise); 0: by pairs.
         share_prompt: compute a prompt once for both of its answers, and what prompts of a micro-batch begin with alike
             once for all of them, where the model allows it.
+        attention: how the attention of a packed row is computed (`prepare_model`).
+        torch_compile: compile each decoder layer (engine/compiled.py), rather than the model as transformers would.
         reference: for losses that need one: "auto", "adapter" or "precompute" (train/reference.py).
         cache_dir: where precomputed reference log-probabilities are kept.
 
@@ -118,6 +122,8 @@ class PairTrainer(GuardedTrainer):
         processing_class: Any = None,
         max_tokens_per_micro_batch: int = 0,
         share_prompt: bool = True,
+        attention: str = "auto",
+        torch_compile: bool = False,
         reference: str = "auto",
         cache_dir: str | Path | None = None,
         callbacks: list[Any] | None = None,
@@ -129,7 +135,15 @@ class PairTrainer(GuardedTrainer):
         self.objective = objective
         self.max_tokens = max_tokens_per_micro_batch
         self.accumulation = args.gradient_accumulation_steps
-        self.engine = prepare_model(_on_device(model, args), share_prompt=share_prompt, **_run_of(args))
+        self.engine = prepare_model(
+            _on_device(model, args),
+            share_prompt=share_prompt,
+            attention=attention,
+            lighten=not torch_compile,
+            **_run_of(args),
+        )
+        if torch_compile:
+            compile_layers(model)
         super().__init__(
             model=model,
             args=_trainer_arguments(args),
