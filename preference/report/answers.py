@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preference.arguments import Arguments
+from preference.data.text_stats import script_of
 from preference.report.tables import greedy_answers
 from preference.templates.resolve import stop_token_ids
 from preference.train.sharding import takes_all_ranks
 
 
+def _of_the_commonest_script(texts: Sequence[str]) -> list[int]:
+    """Which of the texts are in the script that most are in: a model is shown in what it is mostly asked in."""
+    scripts = [script_of(text) for text in texts]
+    commonest = Counter(scripts).most_common(1)[0][0]
+    return [i for i, script in enumerate(scripts) if script == commonest]
+
+
 class Samples:
-    """The questions, drawn with the run's seed, and what each model answered.
+    """The questions, drawn with the run's seed from those in the set's commonest script, and what each model answered.
 
     Args:
         questions: of the evaluation pairs by their source. eval_set may be None: then nothing is asked.
@@ -25,8 +34,9 @@ class Samples:
     def __init__(
         self, args: Arguments, trainer: Any, conversation: Any, eval_set: Any, questions: Mapping[str, str]
     ) -> None:
-        count = min(args.run.sample_answers, len(eval_set)) if eval_set is not None else 0
-        picked = sorted(random.Random(args.run.seed).sample(range(len(eval_set)), count)) if count else []
+        asked = _of_the_commonest_script([questions[source] for source in eval_set["source"]]) if eval_set else []
+        count = min(args.run.sample_answers, len(asked))
+        picked = sorted(random.Random(args.run.seed).sample(asked, count))
         self.rows = [eval_set[i] | {"question": questions[eval_set[i]["source"]]} for i in picked]
         self.records = [{key: row[key] for key in ("source", "question", "chosen")} for row in self.rows]
         self.trainer, self.tokens = trainer, args.run.sample_tokens

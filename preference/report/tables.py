@@ -104,7 +104,8 @@ def greedy_answers(
         answer = out[0, len(prompt) :].tolist()
         if answer and answer[-1] in stop_ids:
             answer.pop()
-        answers.append(tokenizer.decode(answer, skip_special_tokens=False).strip())
+        # the end may lie inside a character of several tokens, which is then no text yet
+        answers.append(tokenizer.decode(answer, skip_special_tokens=False).rstrip("\ufffd").strip())
     model.train(training)
     return answers
 
