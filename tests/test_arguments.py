@@ -89,6 +89,7 @@ def test_a_flag_that_this_run_ignores_is_an_error(words):
         (["--loss", "dpo:-1"], "positive number"),
         (["--max_target_length", "0"], "a whole number, at least 1; got '0'"),
         (["--do_train", "false", "--do_eval", "false"], "nothing to do"),
+        (["--save_steps", "2.5"], "a whole number of steps, or a share"),
         (["stray"], "belongs to no flag"),
         (["--data_format", "triples"], "did you mean triple"),
         (["--data_format", "columns"], "needs the columns"),

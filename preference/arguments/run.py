@@ -21,6 +21,13 @@ def _whole_from_1(text: str) -> None:
         raise ValueError("from 1 on it is a whole number of steps, below 1 a share of them")
 
 
+def steps_or_share(text: str) -> None:
+    """Raises ValueError for a number that is neither a whole number of steps nor a share of the run."""
+    value = float(text)
+    if value >= 1 and value != int(value):
+        raise ValueError("a whole number of steps, or a share of the run below 1")
+
+
 @dataclass
 class RunArguments:
     """the run"""
@@ -152,18 +159,21 @@ class RunArguments:
         identity=True,
         peers=("gradient_clipping", "grad_clip", "max_norm"),
     )
-    eval_steps: int = flag(
-        0,
-        "evaluate every that many steps (0: only before and after)",
+    eval_steps: float = flag(
+        0.0,
+        "evaluate every that many steps (below 1: every such share of the run; 0: only before and after)",
         least=0,
+        check=steps_or_share,
         unused=(NO_EVALUATION, NO_TRAINING),
         peers=("eval_strategy", "evaluation_strategy", "evals_per_epoch"),
     )
-    save_steps: int = flag(
-        0,
-        "write a checkpoint every that many steps (0: none; the final model is always saved)",
+    save_steps: float = flag(
+        0.0,
+        "write a checkpoint every that many steps (below 1: every such share of the run; 0: none; the final model is "
+        "always saved)",
         topic="checkpoints",
         least=0,
+        check=steps_or_share,
         unused=(NO_TRAINING,),
         peers=("save_strategy", "saves_per_epoch"),
     )

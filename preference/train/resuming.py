@@ -6,6 +6,7 @@ between nodes a checkpoint counts if every node has a good copy.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -211,7 +212,10 @@ def _check_disks(trainer: Any, output_dir: Path) -> None:
         pairs = trainer.get_total_train_batch_size(args)
         steps = int(args.num_train_epochs * -(-len(trainer.train_dataset) // pairs))
     saves = str(getattr(args.save_strategy, "value", args.save_strategy)) == "steps"
-    planned = steps // max(1, int(args.save_steps)) if saves and args.save_steps >= 1 else 0
+    every = (
+        args.save_steps if args.save_steps >= 1 else max(1, math.ceil(steps * args.save_steps))
+    )  # a share of the run
+    planned = steps // int(every) if saves else 0
     error = None
     try:
         if args.should_save:

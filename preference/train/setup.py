@@ -50,9 +50,9 @@ def training_arguments(args: Arguments, hardware: Hardware, world_size: int, rep
         optim_target_modules=_modules(run.optim_target_modules),
         max_grad_norm=run.max_grad_norm,
         eval_strategy="steps" if run.do_eval and run.eval_steps else "no",
-        eval_steps=run.eval_steps or None,
+        eval_steps=_steps(run.eval_steps) or None,
         save_strategy="steps" if run.save_steps else "no",
-        save_steps=run.save_steps or 500,
+        save_steps=_steps(run.save_steps) or 500,
         save_total_limit=run.save_total_limit,
         logging_steps=run.logging_steps,
         logging_first_step=True,
@@ -71,6 +71,11 @@ def training_arguments(args: Arguments, hardware: Hardware, world_size: int, rep
         **checkpointing,
         **({} if run.dry_run else strategy_options(run.strategy, world_size)),
     )
+
+
+def _steps(value: float) -> float:
+    """A number of steps as an int; a share of the run, which the Trainer turns into steps, as it is."""
+    return int(value) if value >= 1 else value
 
 
 def _modules(names: str | None) -> str | list[str] | None:
