@@ -45,7 +45,7 @@ MAMBA2 = dict(num_key_value_heads=2, num_hidden_layers=3, mamba_d_state=8, mamba
 MAMBA2 |= dict(mamba_n_heads=8, mamba_d_head=8, mamba_expand=2, mamba_d_ssm=64)
 DELTA = dict(num_hidden_layers=4, num_key_value_heads=2, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)
 DELTA |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
-KIMI = dict(num_hidden_layers=4, num_key_value_heads=4, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4)
+KIMI = dict(num_hidden_layers=2, num_key_value_heads=4, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4)
 KIMI |= EXPERTS | dict(v_head_dim=8, n_group=1, topk_group=1, linear_head_dim=8, linear_num_heads=4)
 SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": KIMI | dict(head_dim=8, layer_group_size=2, first_k_dense_replace=1),
@@ -55,7 +55,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gptj": dict(rotary_dim=4, n_embd=32, n_layer=2, n_head=4, n_inner=64),
     "gpt_neo": dict(num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4, window_size=6),
     "granitemoehybrid": MAMBA2 | EXPERTS | dict(layer_types=["mamba", "attention", "mamba"]),
-    "kimi_linear": KIMI,
+    "kimi_linear": KIMI | dict(layer_types=["linear_attention", "full_attention"]),
     "lfm2": dict(num_hidden_layers=3, num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]),
     "lfm2_moe": EXPERTS
     | dict(num_hidden_layers=3, num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]),
@@ -63,6 +63,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron_h": dict(layers_block_type=["mamba", "attention", "mlp", "mamba"], num_key_value_heads=2, head_dim=8)
     | dict(ssm_state_size=8, mamba_num_heads=8, mamba_head_dim=8, n_groups=2, chunk_size=16),
     "olmo_hybrid": DELTA,
+    "qwen3_5": dict(text_config=SIZES | TOKENS | DELTA),
+    "qwen3_5_moe": dict(text_config=SIZES | TOKENS | DELTA | EXPERTS),
     "qwen3_5_moe_text": DELTA | EXPERTS,
     "qwen3_5_text": DELTA,
     "qwen3_next": DELTA | EXPERTS,

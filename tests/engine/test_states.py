@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 import torch
 from architectures import build
+from test_invariance import NAMES, STEPS
+from training import logged, make_pairs, make_trainer
 
 from preference.engine.probe import packed_logps, plain_logps, prepare_model
+from preference.engine.states.install import _switch
+from preference.engine.states.kinds import FUNCTIONS
+from preference.engine.states.tree import Tree, current
 
 # One of each kind of layer and of each way that models call them.
 KINDS = ["qwen3_5_text", "kimi_linear", "mamba2", "mamba", "lfm2", "minimax", "falcon_h1"]
@@ -127,3 +133,88 @@ def test_attention_of_a_models_own(arch: str) -> None:
     model = double(arch.split(",")[0], **OWN_ATTENTION[arch])
     assert prepare_model(model).share_prompt
     compare(model, eight_pairs(), rtol=1e-5, atol=1e-6)
+
+
+CUTS = {
+    "8x1": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    "1x8": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    "tokens": {"max_tokens_per_micro_batch": 70, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 2},
+    "rows": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "share_prompt": False},
+}
+
+
+def test_however_a_batch_is_cut(tmp_path) -> None:
+    """Loss and gradient norm of a step: a state must not pass from one pair of a row to the next."""
+    found, options = {}, STEPS | {"max_steps": 2}
+    for name, cut in CUTS.items():
+        trainer = make_trainer("packed", tmp_path, make_pairs(8), model=build("qwen3_5_text"), **options | cut)
+        trainer.train()
+        found[name] = logged(trainer, *NAMES)
+    for name in CUTS:
+        assert found[name] == [pytest.approx(step, rel=1e-6) for step in found["8x1"]], name
+
+
+def tree_of(*parents: int, sizes: list[int]) -> Tree:
+    chains = []
+    for run, parent in enumerate(parents):
+        above, path = parent, []
+        while above >= 0:
+            path, above = [above, *path], parents[above]
+        chains.append((run, run + 1, tuple(path)))
+    begins = [sum(sizes[i] for i in path) for _, _, path in chains]
+    return Tree({"runs": sizes, "chains": chains, "begins": begins})
+
+
+def test_runs_of_a_level_are_rows_padded_to_twice_their_length_at_most() -> None:
+    #                 0    1   2    3    4   5
+    tree = tree_of(-1, 0, 0, -1, 2, 2, sizes=[130, 65, 3, 60, 200, 90])
+    levels, places = tree.levels(torch.device("cpu"))
+    assert [[(g.rows, g.width, g.goes_on) for g in level] for level in levels] == [
+        [(1, 130, True), (1, 60, False)],
+        [(1, 65, False), (1, 3, True)],
+        [(1, 200, False), (1, 90, False)],
+    ]
+    assert sorted(places.tolist()) == list(range(tree.length))
+    assert levels[2][0].parents.tolist() == [0]
+    order, at = tree.tails(4, torch.device("cpu"))
+    none = tree.length
+    # Before run 4: the three tokens of run 2, which end its path; before run 2: the last of run 0.
+    before = {0: [none] * 3, 1: [127, 128, 129], 3: [none] * 3, 4: [195, 196, 197]}
+    for run, expected in before.items():
+        begin = int(at[tree.starts[run]])
+        assert order[begin - 3 : begin].tolist() == expected
+    assert tree.positions(torch.device("cpu"))[[0, 130, 195, 258]].tolist() == [0, 130, 130, 133]
+
+
+# What the packages' functions take, read from flash-linear-attention 0.6.0, causal-conv1d 1.7.0 and mamba-ssm 2.3.2.
+KERNELS = {
+    "causal_conv1d_fn": "x weight bias seq_idx initial_states return_final_states final_states_out activation",
+    "torch_chunk_gated_delta_rule": "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel",
+    "mamba2_chunk_scan": "x dt A B C chunk_size D z dt_bias initial_states seq_idx cu_seqlens dt_softplus dt_limit "
+    "return_final_states return_varlen_states",
+    "mamba_selective_scan": "u delta A B C D z delta_bias delta_softplus return_last_state",
+}
+OPTIONS = {"chunk_size", "use_mambapy"}  # of the torch functions alone; transformers keeps them from the kernels
+
+
+@pytest.mark.parametrize("function, arch", zip(KERNELS, ["lfm2", "qwen3_5_text", "mamba2", "mamba"], strict=True))
+def test_kernels_take_what_they_are_given(function: str, arch: str, monkeypatch) -> None:
+    """The kernels themselves need a GPU: here the torch functions stand in, called as the kernels may be."""
+    model = build(arch)
+    prepare_model(model)
+    file = vars(sys.modules[type(model.base_model).__module__])
+    plain, called = file[function].__wrapped__, []
+
+    def kernel(*args, **kwargs):
+        if current() is not None:
+            names = KERNELS[function].split()
+            given = [*names[: len(args)], *kwargs]
+            assert set(given) <= {*names} | OPTIONS and len(given) == len(set(given))
+            called.append(given)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setitem(file, function, _switch(kernel, FUNCTIONS[function]))
+    pairs = eight_pairs()[4:6]
+    with torch.no_grad():
+        assert torch.allclose(packed_logps(model, pairs, True), plain_logps(model, pairs), atol=1e-3)
+    assert called
