@@ -45,19 +45,26 @@ def load_rows(
     *,
     data_check: str = "drop",
     section: str = "text",
+    longest: int | None = None,
     **choices: Any,
 ) -> list[Row]:
     """All rows of `paths`: files, folders (recursively), hub ids.
 
     `choices` are the fields of `Options`, columns and the like as text too; figures over the rows go to `report` under
-    `section`.
+    `section`. Rows of more characters than `longest` are dropped at once as too_long, so that they take no memory.
     Raises DataError if no row is left, and see `iter_rows`.
     """
     options = choose(**choices)
-    rows = list(iter_rows(paths, report, options, data_check=data_check, section=section))
+    rows = list(iter_rows(paths, report, options, data_check=data_check, section=section, longest=longest))
     if not rows:
         raise DataError("no usable row in " + ", ".join(str(path) for path in paths) + "\n" + report.summary())
     return rows
+
+
+def _characters(row: Row) -> int:
+    """Those of the prompt and the longer answer."""
+    prompt = len(row.question if row.prompt is None else row.prompt) + len(row.system or "")
+    return prompt + sum(len(text) for turn in row.history for text in turn) + max(len(row.chosen), len(row.rejected))
 
 
 def iter_rows(
@@ -68,6 +75,7 @@ def iter_rows(
     data_check: str = "drop",
     section: str = "text",
     repeats: Repeats | None = None,
+    longest: int | None = None,
     on_file: Callable[[str, Format, str], None] | None = None,
     on_record: Callable[[str, Position], None] | None = None,
 ) -> Iterator[Row]:
@@ -77,6 +85,7 @@ def iter_rows(
         report: gets the counts, the faults, and at the end the figures of `TextStats` under `section`.
         data_check: 'drop' reports a faulty row and goes on, 'strict' raises DataError at the first.
         repeats: which rows to leave out as repeats of earlier ones.
+        longest: characters of prompt and longer answer above which a row is dropped as too_long.
         on_file: called with source, format and why it was recognised. on_record: called for each record read.
 
     Raises DataError for what cannot be read at all; ValueError for a choice that does not exist.
@@ -87,6 +96,9 @@ def iter_rows(
     stats = TextStats()
     for source in find_sources(paths, report=report):
         for row in reading.rows_of(source, on_file, on_record):
+            if longest is not None and (size := _characters(row)) > longest:
+                report.drop("too_long", row.file, row.line, f"{size} characters cannot fit: more than {longest}")
+                continue
             if repeats is not None and (reason := repeats.reason(row)):
                 report.drop(reason, row.file, row.line)
                 continue
@@ -263,6 +275,10 @@ def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None}
 
 
+_NO_WIDTH = "".join(map(chr, (  # soft hyphen, joiners, marks of direction, fillers, a byte-order mark, variations
+    0xAD, 0x34F, 0x61C, 0x180E, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0x3164,
+    *range(0xFE00, 0xFE10), 0xFEFF,
+)))  # fmt: skip
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -274,10 +290,10 @@ def check(pair: Pair, file: str, line: int, report: DataReport) -> Row:
         _check_text("system", pair.system)
     chosen, rejected = pair.chosen.strip(), pair.rejected.strip()
     question = pair.question.strip() if pair.prompt is None else ""
-    if not chosen or not rejected:
-        sides = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if not text]
+    if _is_empty(chosen) or _is_empty(rejected):
+        sides = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if _is_empty(text)]
         raise Drop("empty_answer", " and ".join(sides) + " empty")
-    if not (question if pair.prompt is None else pair.prompt.strip()):
+    if _is_empty(question if pair.prompt is None else pair.prompt.strip()):
         raise Drop("empty_prompt")
     if chosen == rejected:
         raise Drop("identical_answers")
@@ -285,6 +301,11 @@ def check(pair: Pair, file: str, line: int, report: DataReport) -> Row:
     system = (pair.system or "").strip() or None
     _take_notes(pair, report)
     return Row(question, chosen, rejected, system, history, pair.prompt, file, line, pair.extra)
+
+
+def _is_empty(text: str) -> bool:
+    """Whether there is nothing to be seen in it: not a character, or such as have no width alone."""
+    return not text or (text[0] in _NO_WIDTH and not text.strip(_NO_WIDTH + " \n\t"))
 
 
 def _take_notes(pair: Pair, report: DataReport) -> None:
@@ -319,7 +340,7 @@ def _check_history(history: Any) -> tuple[tuple[str, str], ...]:
             raise Drop("wrong_type", "history must be a list of [user, assistant] pairs")
         for text in turn:
             _check_text("history", text)
-        if not turn[0].strip() or not turn[1].strip():
+        if any(_is_empty(text.strip()) for text in turn):
             raise Drop("empty_turn", "an empty turn in history")
         turns.append((turn[0].strip(), turn[1].strip()))
     return tuple(turns)

@@ -31,6 +31,7 @@ from preference.data.table_records import (
     splits_of,
 )
 from preference.data.unreadable import refusal
+from preference.data.written import is_own_file, is_own_folder
 from preference.data.written_values import with_values
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -46,15 +47,17 @@ def find_sources(paths: Sequence[str | Path], purpose: str = "train", report: Da
     """
     found: list[str] = []
     for path in paths:
-        chosen = find(str(path), purpose)
+        chosen = find(str(path), purpose, report)
         found += chosen.read
         if report is not None and (chosen.left or chosen.evaluation):
             report.warn(said(str(path), replace(chosen, evaluation=[], left=chosen.evaluation + chosen.left)))
     return list(dict.fromkeys(found))
 
 
-def find(path: str, purpose: str) -> Chosen:
+def find(path: str, purpose: str, report: DataReport | None = None) -> Chosen:
     """The sources of a path: a hub id or file itself, of folders (recursively, sorted) and archives those of a split.
+
+    What a folder holds besides its data becomes a warning of the report, one for each thing that it is.
 
     Raises DataError for a path that does not exist, a folder without data files, splits that nothing tells apart.
     """
@@ -62,7 +65,9 @@ def find(path: str, purpose: str) -> Chosen:
         return Chosen([path])
     try:
         if Path(path).is_dir():
-            inside = _sources_in(Path(path), set()) or _members_in(Path(path))
+            folder = _Folder(Path(path))
+            inside = folder.sources() or _members_in(Path(path))
+            folder.say(report)
         elif Path(path).is_file():
             members = members_of(path)
             if members is None:
@@ -115,28 +120,58 @@ def _is_archive_name(name: str) -> bool:
     return _plain_name(name).endswith((".zip", ".tar", ".tgz"))
 
 
-def _sources_in(folder: Path, seen: set[str]) -> list[str]:
-    """The sources below `folder`; links are followed, but no folder is read twice."""
-    if (real := os.path.realpath(folder)) in seen:
-        return []
-    seen.add(real)
-    if is_arrow_folder(folder):
-        return [str(folder)]
-    splits = splits_of(folder)
-    if splits is not None:
-        if len(splits) > 1 and not all(name_of(split).kind for split in splits):
-            choices = ", ".join(str(folder / split) for split in splits)
-            raise DataError.at(str(folder), 0, "ambiguous_split", f"a saved DatasetDict: give one of {choices}")
-        return [source for split in splits for source in _sources_in(folder / split, seen)]
-    found = []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+_OTHERS = "files that are not read, by their names no data"
+_OWN = "files and folders that are not read, as a run, a report or a model left them there"
+_NO_FILES = "entries that are not read, neither files nor folders (pipes, links to nothing)"
+_HIDDEN = "hidden entries that are not read"
+
+
+class _Folder:
+    """The walk through a folder: its data, and what is passed over, by why it is."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.passed: dict[str, list[str]] = {}
+        self.seen: set[str] = set()
+
+    def say(self, report: DataReport | None) -> None:
+        for why, names in self.passed.items() if report is not None else ():
+            report.warn(f"{self.root}: {len(names)} {why}: {', '.join(names[:3])}" + ", ..." * (len(names) > 3))
+
+    def sources(self, folder: Path | None = None) -> list[str]:
+        """The sources below `folder` (the root); links are followed, but no folder is read twice."""
+        folder = folder or self.root
+        if (real := os.path.realpath(folder)) in self.seen:
+            return []
+        self.seen.add(real)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        names = {entry.name for entry in entries}
+        if folder != self.root and is_own_folder(names):
+            return self._pass(folder, _OWN)
+        if is_arrow_folder(folder):
+            return [str(folder)]
+        splits = splits_of(folder)
+        if splits is not None:
+            if len(splits) > 1 and not all(name_of(split).kind for split in splits):
+                choices = ", ".join(str(folder / split) for split in splits)
+                raise DataError.at(str(folder), 0, "ambiguous_split", f"a saved DatasetDict: give one of {choices}")
+            return [source for split in splits for source in self.sources(folder / split)]
+        return [source for entry in entries for source in self._entry(entry, folder / entry.name, names)]
+
+    def _entry(self, entry: os.DirEntry[str], path: Path, names: set[str]) -> list[str]:
         if entry.name.startswith((".", "__MACOSX")):
-            continue
+            return self._pass(path, _HIDDEN)
         if entry.is_dir():
-            found += _sources_in(folder / entry.name, seen)
-        elif entry.is_file() and _is_data_name(entry.name):
-            found.append(str(folder / entry.name))
-    return found
+            return self.sources(path)
+        if not entry.is_file():
+            return self._pass(path, _NO_FILES)
+        if not _is_data_name(entry.name):
+            return self._pass(path, _OTHERS)
+        return self._pass(path, _OWN) if is_own_file(path, names) else [str(path)]
+
+    def _pass(self, path: Path, why: str) -> list[str]:
+        self.passed.setdefault(why, []).append(os.path.relpath(path, self.root))
+        return []
 
 
 def _is_data_name(name: str) -> bool:

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from preference.data.json_records import BOM, MAX_RECORD_BYTES, Fault, Record, read_lines
+from preference.data.json_records import BOM, MAX_RECORD_BYTES, Fault, Record, read_lines, too_long
 from preference.data.report import DataError
 from preference.data.splits import choose, name_of
 from preference.data.written_values import broken_list, value_of
 
 BATCH_ROWS = 64
+BOMB_BYTES, BOMB_RATIO = 4 << 20, 100  # a row group that unpacks to more, and so many times its size, is no text
+BOMB_ROWS = 100_000
 SEPARATOR_LINE = re.compile(rb'"?sep=([,;\t|])"?\s*(?:\r?\n|\Z)')
 _STRAY_BYTE = re.compile("[\udc80-\udcff]")
 # ------------------------------------------------------------------------------------------------------- CSV
@@ -121,11 +123,26 @@ def parquet_records(path: str, stream: BinaryIO | None = None) -> Iterator[Recor
     row = 0
     try:
         with pq.ParquetFile(stream or path) as table:
+            if bomb := _bomb(table.metadata):
+                yield Fault(1, "unpacks_too_far", bomb, whole=True)
+                return
             for batch in table.iter_batches(batch_size=BATCH_ROWS):
                 yield from _numbered(batch, row)
                 row += batch.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for the names of columns
         yield Fault(row + 1, "broken_parquet", _first_line(error))
+
+
+def _bomb(metadata: Any) -> str:
+    """What is wrong with a table that unpacks to far more than any text does; "" for any other."""
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        packed = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+        unpacked, rows = group.total_byte_size, group.num_rows
+        if unpacked > BOMB_BYTES and unpacked > BOMB_RATIO * packed:
+            return f"{packed} bytes of it unpack to {unpacked}, which no text does"
+        if rows > BOMB_ROWS and rows > 10 * unpacked:
+            return f"{rows} rows in {unpacked} bytes: they cannot differ from each other"
+    return ""
 
 
 def arrow_folder_records(folder: str) -> Iterator[Record | Fault]:
@@ -147,6 +164,13 @@ def arrow_folder_records(folder: str) -> Iterator[Record | Fault]:
 
 
 def _numbered(batch: Any, before: int) -> Iterator[Record | Fault]:
+    if batch.nbytes > MAX_RECORD_BYTES and batch.num_rows > 1:  # one of them may be over the limit of a row
+        for i in range(batch.num_rows):
+            yield from _numbered(batch.slice(i, 1), before + i)
+        return
+    if batch.nbytes > MAX_RECORD_BYTES:
+        yield too_long(MAX_RECORD_BYTES, before + 1)
+        return
     try:
         for number, value in enumerate(batch.to_pylist(), before + 1):
             yield Record(number, value)

@@ -32,6 +32,10 @@ def load_data(
     training_source = f"hub:{data.dataset_name}" if data.dataset_name else data.train_file_dir
     held_out = args.run.do_eval and not args.evaluation_files and data.validation_split_percentage > 0
 
+    # no token is longer than the longest of the vocabulary: what cannot fit is not even held in memory
+    most_tokens = data.max_source_length + data.max_target_length
+    longest = None if data.truncate else most_tokens * max(map(len, tokenizer.get_vocab()))
+
     def load(found: Found, section: str) -> list[Row]:
         sources = [source for _, read in found for source in read]
         rows = load_rows(
@@ -39,6 +43,7 @@ def load_data(
             report,
             data_check=data.data_check,
             section=section,
+            longest=longest,
             **data.reading(),
         )
         return take_wanted(rows, found, args.run.seed, report)
@@ -88,7 +93,7 @@ def find_inputs(text: str | None, purpose: str, report: DataReport) -> tuple[Fou
     found: Found = []
     evaluation: list[str] = []
     for one in [Input(text)] if text and text.startswith(HUB) else parse_inputs(text or ""):
-        chosen = find(one.path, purpose)
+        chosen = find(one.path, purpose, report)
         found.append((one, chosen.read))
         evaluation += chosen.evaluation
         if chosen.left or chosen.evaluation:
