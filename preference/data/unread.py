@@ -40,12 +40,12 @@ def unread_columns(format: Format, rows: Sequence[RowDict], options: Options) ->
             pairs = [Pair("", *(row[side] for side in sorted(format.answers)))]
         if not pairs:
             continue
-        text = _squeezed("\n".join(_texts(pairs)))
+        read = _taken(format, row, options)
+        left = [column for column, value in row.items() if column not in read and value not in (None, "", [], {})]
+        text = _squeezed("\n".join(_texts(pairs))) if left else ""
         asked = min(len(str(pair.question if pair.prompt is None else pair.prompt)) for pair in pairs)
-        read = _taken(format, row, options, pairs)
-        for column, value in row.items():
-            if column not in read and value not in (None, "", [], {}):
-                seen.setdefault(column, []).append((value, text, asked))
+        for column in left:
+            seen.setdefault(column, []).append((row[column], text, asked))
     unread = Unread()
     for column, found in seen.items():
         lost = [(value, asked) for value, text, asked in found if not _inside(value, text)]
@@ -70,7 +70,7 @@ def _pairs_of(format: Format, row: RowDict, options: Options) -> list[Pair]:
         return []
 
 
-def _taken(format: Format, row: RowDict, options: Options, pairs: list[Pair]) -> frozenset[str]:
+def _taken(format: Format, row: RowDict, options: Options) -> frozenset[str]:
     """The columns that are read, or left out for a known reason."""
     read = columns_read(format, row, options)
     sides = answer_columns(tuple(row))
