@@ -189,6 +189,7 @@ class _Reading:
         if guesses:
             raise NotRecognised("guess", f"data_check=strict reads nothing that is guessed: {guesses.pop()}")
         self.seen[source] = {column for row in first for column, value in row.items() if value not in _NOTHING}
+        self.seen[source] |= bound.own | {name for need in bound.needs for name in need.split("|")}
         return bound
 
     def _records(self, source: str, position: Position | None = None) -> Iterator[Record | Fault]:

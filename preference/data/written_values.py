@@ -13,6 +13,7 @@ from preference.data.formats.messages import is_message, is_messages
 
 _LIST_COLUMNS = {"images", "videos", "audios", "tools"}
 _LITERAL_LIMIT = 1 << 20
+_FIRST, _LAST = frozenset("[{a \t\r\n\u3000\u00a0"), frozenset("]}) \t\r\n\u3000\u00a0")  # of a written list
 # How Python begins a list of messages or of candidates; JSON that is an answer's own text has other quotes
 _OBJECTS = re.compile(r"\s*\[\s*\{\s*'(?:role|content|from|value|text|answer|rank|model|response|annotations)'\s*:")
 _PYTHON = re.compile(r"""(?:array\(\s*)?(?:\[\s*)?[\[{]\s*['"]""")
@@ -33,7 +34,7 @@ def with_values(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_be(text: str) -> bool:
-    return text[:1] in "[{a " or text[:1].isspace()
+    return text[:1] in _FIRST and text[-1:] in _LAST
 
 
 def value_of(column: str, text: str) -> Any:

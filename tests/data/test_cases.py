@@ -23,8 +23,6 @@ FILES = sorted(path for folder in ("schema", "data") for path in (CASES / folder
 pytestmark = pytest.mark.skipif(not FILES, reason="../shared/cases is not there")
 # with a fault in some of their rows, which data_check=strict stops at
 FAULTY = {"u_ragged.csv", "u_numeric.csv"}
-# pictures and sound that no column of the known names holds
-LATER = {"audio_path", "vlm_image_path", "vlm_img", "vlm_vision"}
 
 
 def _listed(heading: str) -> set[str]:
@@ -59,8 +57,6 @@ def _wrong(chosen: str, rejected: str) -> bool:
 
 @pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
 def test_case(path, tmp_path, capsys):
-    if path.stem in LATER:
-        pytest.skip("not read rightly yet")
     expected = _expected(path)
     rows, report, said = _read(path, "drop")
     strict, _, strictly = _read(path, "strict")

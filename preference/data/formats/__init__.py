@@ -38,11 +38,11 @@ from preference.data.formats.base import (
     parse_names,
     shown_keys,
 )
-from preference.data.formats.beyond_text import carried_beyond_text, placed_in_text
+from preference.data.formats.beyond_text import carried_beyond_text, columns_beyond, placed_in_text
 from preference.data.formats.columns import COLUMNS, parse_columns
 from preference.data.formats.context import columns_beside, complete
 from preference.data.formats.dialogue_text import DIALOGUE_TEXT
-from preference.data.formats.refused import REFUSED, set_aside
+from preference.data.formats.refused import REFUSED, flag_columns, set_aside
 from preference.data.formats.scores import gap_of_any, score_columns
 from preference.data.formats.triple import TRIPLE
 
@@ -106,30 +106,59 @@ def choose(**choices: Any) -> Options:
                               for name, value in given.items()}))  # fmt: skip
 
 
+class _Plan(NamedTuple):
+    """What rows with the same columns have in common, so that it is found once and not for every row."""
+
+    checked: bool  # whether a column may say that the row is no pair
+    beside: tuple[tuple[str, str], ...]
+    scored: bool
+    numbers: tuple[str, ...]
+
+
+_PLANS: dict[tuple[str, tuple[str, ...]], _Plan] = {}
+_MOST_PLANS = 4096  # rows whose columns are different in each are not worth remembering
+
+
+def _plan(format: Format, columns: tuple[str, ...]) -> _Plan:
+    if len(_PLANS) >= _MOST_PLANS:
+        _PLANS.clear()
+    plan = _PLANS[format.name, columns] = _Plan(
+        bool(columns_beyond(columns) or flag_columns(columns)),
+        columns_beside(columns, format.own),
+        not format.scored and score_columns(columns) is not None,
+        tuple(name for name in PAIR_NUMBERS if name in columns),
+    )
+    return plan
+
+
 def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | Drop]:
     """The pairs of one row, with all that stands beside the question. May raise Drop for the row as a whole."""
-    if beyond := carried_beyond_text(row) or set_aside(row, format):
-        raise Drop(*beyond)
     columns = tuple(row)
-    beside = [(column, kind) for column, kind in columns_beside(columns, format.own) if row[column]]
+    plan = _PLANS.get((format.name, columns)) or _plan(format, columns)
+    if plan.checked and (beyond := carried_beyond_text(row) or set_aside(row, format)):
+        raise Drop(*beyond)
+    beside = [(column, kind) for column, kind in plan.beside if row[column]] if plan.beside else []
     if beside:
         read = columns_read(format, row, options)
         beside = [(column, kind) for column, kind in beside if column not in read]
-    scored = not format.scored and (options.min_score_gap is not None or score_columns(columns) is not None)
-    numbers = {name: _number(name, row[name]) for name in PAIR_NUMBERS if row.get(name) is not None}
+    scored = plan.scored or (options.min_score_gap is not None and not format.scored)
+    numbers = {name: _number(name, row[name]) for name in plan.numbers if row[name] is not None}
     for pair in format.pairs(row, options):
-        if isinstance(pair, Pair) and (mark := placed_in_text(pair.question)):
+        if not isinstance(pair, Pair):
+            yield pair
+            continue
+        if mark := placed_in_text(pair.question):
             yield Drop("images", f"{mark} stands in the question for what is no text")
             continue
-        if isinstance(pair, Pair) and (beside or scored):
-            try:
+        try:
+            if beside:
                 complete(pair, row, beside)
-                if scored:
-                    pair.extra = {**pair.extra, **gap_of_any(row, options)}
-            except Drop as drop:
-                yield drop
-                continue
-        if numbers and isinstance(pair, Pair):
+            if scored:
+                pair.extra = {**pair.extra, **gap_of_any(row, options)}
+        except Drop as drop:
+            yield drop
+            continue
+        if numbers:
             pair.extra = {**pair.extra, **numbers}
         yield pair
 
