@@ -123,6 +123,7 @@ OPENS = _longest_first({conv.opens for conv in _KNOWN})
 STOPS = _longest_first(
     {conv.stop_str for conv in _KNOWN} | {"<eos>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>", "<|return|>"}
 )
+STOP_LETTERS = frozenset(mark[-1] for mark in STOPS)
 HEAD_LETTERS = frozenset(mark[0] for mark in HEADS)
 TAIL_LETTERS = frozenset(mark[-1] for mark in (*TAILS, *OPENS)) | {":", "：", "*"}
 CLOSES = _longest_first(

@@ -16,6 +16,7 @@ from preference.data.formats.notations import (
     NOTATIONS,
     OPENS,
     REPLY_LABEL,
+    STOP_LETTERS,
     STOPS,
     TAIL_LETTERS,
     TAILS,
@@ -54,8 +55,7 @@ def parse(text: str) -> Rendering | None:
     head, tail = text[:EDGE].lstrip(), text[-EDGE:].rstrip()
     begins = head[:1] in HEAD_LETTERS and head.startswith(HEADS)
     ends = tail[-1:] in TAIL_LETTERS
-    labelled = ":" in head[:LABEL] or "：" in head[:LABEL]
-    if not (begins or ends or labelled):
+    if not (begins or ends or ":" in head[:LABEL] or "：" in head[:LABEL]):
         return None
     tail = _without_opens(tail)
     if begins or (ends and tail.endswith(TAILS)):
@@ -74,6 +74,9 @@ def looks_rendered(text: str) -> bool:
 
 def without_stops(text: str) -> str:
     """An answer without the stop texts that it ends in."""
+    last = text[-1:]
+    if last not in STOP_LETTERS and not last.isspace():
+        return text  # nearly all
     if not text[-EDGE:].rstrip().endswith(STOPS):
         return text
     return _without(text.rstrip(), STOPS)
