@@ -14,6 +14,7 @@ FILES, REASONS = 8, 5  # lines at most
 BLOCKS = " ▁▂▃▄▅▆▇█"
 TOLD = (  # (section's key, in words) where the count is not zero
     ("duplicate_pairs", "pairs stand there more than once"),
+    ("contradicting_pairs", "pairs are judged both ways round: the same two answers, each better once"),
     ("repeated_prompts", "rows repeat an earlier prompt with other answers"),
     ("near_identical_answers", "pairs have nearly the same answer on both sides"),
     ("control_text_rows", "rows hold text that looks like control tokens or markup"),

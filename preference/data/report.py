@@ -91,7 +91,8 @@ class DataReport:
             file: {
                 "format": entry["format"],
                 "rows_read": entry["rows_read"],
-                "rows_kept": entry["rows_read"] - entry["dropped"].total(),
+                "rows_kept": (kept := entry["rows_read"] - entry["dropped"].total()),
+                "share": round(kept / self.rows_kept, 4) if self.rows_kept else 0.0,
                 "dropped": dict(entry["dropped"]),
                 **({"unread": dict(entry["unread"])} if "unread" in entry else {}),
             }

@@ -1,6 +1,6 @@
 """The part of the data report that needs no tokenizer: repeats, near-identical answers, length bias, scripts, odd text.
 
-`TextStats.add(row)` once a row, `to_dict()` at the end. Memory is some 40 bytes a row (two hashes, three lengths).
+`TextStats.add(row)` once a row, `to_dict()` at the end. Memory is some 50 bytes a row (three hashes, three lengths).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from preference.data.languages import LanguageSample
 
 if TYPE_CHECKING:
     from preference.data.report import DataReport
@@ -78,7 +80,8 @@ class TextStats:
 
     def __init__(self) -> None:
         self.rows = 0
-        self.prompts, self.pairs = array("q"), array("q")
+        self.prompts, self.pairs, self.mirrored = array("q"), array("q"), array("q")
+        self.languages = LanguageSample()
         self.lengths = {name: array("L") for name in ("prompt", "chosen", "rejected")}
         self.scripts: Counter[str] = Counter()
         self.control: Counter[str] = Counter()
@@ -90,7 +93,9 @@ class TextStats:
         prompt = row.question if row.prompt is None else row.prompt
         key = prompt_key(row)
         self.prompts.append(key)
-        self.pairs.append(pair_key(row, key))
+        chosen, rejected = normalised(row.chosen), normalised(row.rejected)
+        self.pairs.append(hash((key, chosen, rejected)))
+        self.mirrored.append(hash((key, rejected, chosen)))
         context = sum(len(text) for turn in row.history for text in turn) + len(row.system or "")
         self.lengths["prompt"].append(len(prompt) + context)
         self.lengths["chosen"].append(len(row.chosen))
@@ -100,6 +105,7 @@ class TextStats:
         self.history_rows += bool(row.history)
         if nearly_identical(row.chosen, row.rejected):
             self.counts["near_identical_answers"] += 1
+        self.languages.add(prompt, row.chosen)
         self._control_text(row)
 
     def _control_text(self, row: Row) -> None:
@@ -123,10 +129,12 @@ class TextStats:
             "with_history": self.history_rows,
             "duplicate_pairs": self.rows - len(np.unique(self.pairs)),
             "repeated_prompts": self.rows - len(np.unique(self.prompts)),
+            "contradicting_pairs": int(np.isin(np.unique(self.pairs), self.mirrored).sum()) // 2,
             "near_identical_answers": self.counts["near_identical_answers"],
             "characters": {name: spread(values) for name, values in self.lengths.items()},
             "length_bias": length_bias(longer, equal, self.rows),
             "scripts": dict(self.scripts.most_common()),
+            "languages": self.languages.to_dict(),
             "control_text_rows": self.counts["control_text_rows"],
             "control_text": dict(self.control.most_common(20)),
         }

@@ -10,6 +10,7 @@ from typing import Any
 from preference.arguments import Arguments
 from preference.data.headline import headline
 from preference.data.inputs import Input, keep, parse_inputs, take_wanted
+from preference.data.near_duplicates import near_duplicates
 from preference.data.report import DataReport
 from preference.data.row import Row
 from preference.data.rows import load_rows
@@ -76,6 +77,7 @@ def load_data(
         elif not args.run.do_train and not args.evaluation_files:
             eval_rows = load(training, "evaluation_text")
         shared_prompts(train_rows or (), eval_rows or (), report)
+        near_duplicates(train_rows or (), eval_rows or (), report)
         train_set = build(train_rows, data.max_train_samples, "train") if train_rows else None
         eval_set = build(eval_rows, data.max_eval_samples, "evaluation") if eval_rows else None
     finally:

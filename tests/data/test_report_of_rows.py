@@ -81,3 +81,61 @@ def test_prompts_shared_by_training_and_evaluation(tmp_path):
     report = DataReport()
     assert [row.line for row in shared_prompts(train, evaluation, report)] == [1]
     assert report.sections["prompts_in_train_and_eval"]["rows"] == 1 and "eval.jsonl:1" in report.warnings[0]
+
+
+def test_pairs_that_are_judged_both_ways(tmp_path):
+    rows = [triple(1, question="Q", response_chosen="a", response_rejected="b"),
+            triple(2, question="q ", response_chosen="B", response_rejected="a"),
+            triple(3, question="Q", response_chosen="a", response_rejected="c"),
+            triple(4, question="other", response_chosen="b", response_rejected="a")]  # fmt: skip
+    _, report = read(write(tmp_path, lines(*rows)))
+    assert report.sections["text"]["contradicting_pairs"] == 1
+
+
+def test_the_share_of_each_file(tmp_path):
+    for name, count in (("a", 3), ("b", 1)):
+        write(tmp_path, lines(*(triple(i) for i in range(count)), {"question": ""}), f"{name}.jsonl")
+    _, report = read(tmp_path)
+    assert [file["share"] for file in report.to_dict()["files"].values()] == [0.75, 0.25]
+
+
+def test_languages_are_told_from_a_sample(tmp_path):
+    from preference.data import languages
+
+    english = triple(0, question="What should I do when my throat hurts and I have a fever?")
+    answers = {"response_chosen": "Viel trinken und sich ausruhen.", "response_rejected": "Das weiß ich leider nicht."}
+    german = triple(0, question="Was hilft gegen Halsschmerzen, wenn ich auch noch Fieber habe?", **answers)
+    rows = [german if i % 4 == 0 else english for i in range(2000)]
+    _, report = read(write(tmp_path, lines(*rows)))
+    told = report.sections["text"]["languages"]
+    assert list(told) == ["en", "de"] and 0.2 < told["de"] < 0.3
+    _, report = read(write(tmp_path, lines(*rows[: languages.FEWEST - 1])))
+    assert report.sections["text"]["languages"] == {}
+    sample = languages.LanguageSample()
+    for i in range(5000):
+        sample.add(str(i), "")
+    assert len(sample.texts) < 2 * languages.SAMPLE and sample.texts[1] == f"{sample.step}\n"
+
+
+def test_near_duplicates_between_training_and_evaluation():
+    from preference.data.near_duplicates import near_duplicates
+    from preference.data.row import Row
+
+    words = "my throat hurts since yesterday and I have a fever of thirty nine what should I take against it now please"
+    chinese = "我从昨天开始喉咙疼而且发烧三十九度请问现在应该吃什么药才能好得快一点谢谢医生您辛苦了"
+    train = [Row(f"question number {i} about {i * i} things", "a", "b", file="t", line=i) for i in range(300)]
+    train += [Row(words, "a", "b", file="t", line=900), Row(chinese, "a", "b", file="t", line=901)]
+    evaluation = [
+        Row(words.replace("now please", "now"), "a", "b", file="e", line=1),
+        Row(words.upper(), "a", "b", file="e", line=2),  # the same: told by shared_prompts
+        Row(chinese.replace("谢谢医生", "谢谢大夫"), "a", "b", file="e", line=3),
+        Row("my throat hurts, and nothing else of it is like the other one", "a", "b", file="e", line=4),
+        Row("?!", "a", "b", file="e", line=5),
+    ]
+    report = DataReport()
+    pairs = near_duplicates(train, evaluation, report)
+    assert [(ours.line, theirs.line) for ours, theirs in pairs] == [(1, 900), (3, 901)]
+    assert (
+        report.sections["near_duplicates_in_train_and_eval"]["rows"] == 2 and "e:1 is like t:900" in report.warnings[0]
+    )
+    assert near_duplicates([], evaluation, report) == []
