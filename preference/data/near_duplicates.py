@@ -22,7 +22,7 @@ _WORD = re.compile(r"[^\W\u2e80-\u9fff\uac00-\ud7af]+|[\u2e80-\u9fff\uac00-\ud7a
 
 
 def near_duplicates(train: Sequence[Row], evaluation: Sequence[Row], report: DataReport) -> list[tuple[Row, Row]]:
-_WORD = re.compile(r"[^\W\u2e80-\u9fff\uac00-\ud7af]+|[\u2e80-\u9fff\uac00-\ud7af]")  # of scripts without spaces: a character
+    """(evaluation row, training row) for each evaluation row with a near-duplicate; a section and a warning for it."""
     from rensa import RMinHash, RMinHashLSH
 
     if not train or not evaluation:

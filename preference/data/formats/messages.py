@@ -176,6 +176,8 @@ def reply_of(answer: Any, context: list[Turn] | None = None) -> str:
 
 def plain_reply(answer: Any) -> Any:
     """The text of an answer that stands as a message, or a list of one or of one text; any other value as it is."""
+    if isinstance(answer, str):
+        return answer
     if isinstance(answer, (list, tuple)) and len(answer) == 1 and isinstance(answer[0], str):
         return answer[0]
     return reply_of(answer) if is_messages(answer) or is_message(answer) else answer
