@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 
-FEWEST = 500  # rows from which languages are told: loading the model takes longer than reading a small file
+from preference.data.report import DataReport
+from preference.data.row import Row
+
+FEWEST = (
+    500  # rows from which languages are told: loading the model (2 s, 120 MB) takes longer than reading a small file
+)
 SAMPLE = 400
 CHARACTERS = 200  # of question and answer each
 
 
-class LanguageSample:
-    """Every n-th text of a stream, n growing with it, so that at most 2 x SAMPLE texts are held."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.step, self.seen = 1, 0
-
-    def add(self, question: str, answer: str) -> None:
-        if self.seen % self.step == 0:
-            self.texts.append(f"{question[:CHARACTERS]}\n{answer[:CHARACTERS]}")
-            if len(self.texts) == 2 * SAMPLE:
-                self.texts, self.step = self.texts[::2], 2 * self.step
-        self.seen += 1
-
-    def to_dict(self) -> dict[str, float]:
-        """{language (ISO 639-1): share of the sample}, the most frequent first; {} for few rows."""
-        return shares(self.texts) if self.seen >= FEWEST else {}
-
-
-def shares(texts: Sequence[str]) -> dict[str, float]:
-    """{language: share}; those of less than one in a hundred together are "other"."""
+def add_languages(rows: Sequence[Row], report: DataReport) -> None:
+    """Puts {language (ISO 639-1): share of a sample} into the report; those below one in a hundred are "other"."""
+    if len(rows) < FEWEST:
+        return
     import py3langid
 
-    counts = Counter(py3langid.classify(text)[0] for text in texts)
-    told = {name: count for name, count in counts.most_common() if count * 100 >= len(texts)}
-    if rest := len(texts) - sum(told.values()):
+    drawn = random.Random(0).sample(range(len(rows)), SAMPLE)
+    counts = Counter(py3langid.classify(_text(rows[i]))[0] for i in drawn)
+    told = {name: count for name, count in counts.most_common() if count * 100 >= SAMPLE}
+    if rest := SAMPLE - sum(told.values()):
         told["other"] = rest
-    return {name: round(count / len(texts), 3) for name, count in told.items()}
+    report.add_section("languages", {name: round(count / SAMPLE, 3) for name, count in told.items()})
+
+
+def _text(row: Row) -> str:
+    question = row.question if row.prompt is None else row.prompt
+    return f"{question[:CHARACTERS]}\n{row.chosen[:CHARACTERS]}"

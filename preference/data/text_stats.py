@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from preference.data.languages import LanguageSample
-
 if TYPE_CHECKING:
     from preference.data.report import DataReport
     from preference.data.row import Row
@@ -81,7 +79,6 @@ class TextStats:
     def __init__(self) -> None:
         self.rows = 0
         self.prompts, self.pairs, self.mirrored = array("q"), array("q"), array("q")
-        self.languages = LanguageSample()
         self.lengths = {name: array("L") for name in ("prompt", "chosen", "rejected")}
         self.scripts: Counter[str] = Counter()
         self.control: Counter[str] = Counter()
@@ -105,7 +102,6 @@ class TextStats:
         self.history_rows += bool(row.history)
         if nearly_identical(row.chosen, row.rejected):
             self.counts["near_identical_answers"] += 1
-        self.languages.add(prompt, row.chosen)
         self._control_text(row)
 
     def _control_text(self, row: Row) -> None:
@@ -134,7 +130,6 @@ class TextStats:
             "characters": {name: spread(values) for name, values in self.lengths.items()},
             "length_bias": length_bias(longer, equal, self.rows),
             "scripts": dict(self.scripts.most_common()),
-            "languages": self.languages.to_dict(),
             "control_text_rows": self.counts["control_text_rows"],
             "control_text": dict(self.control.most_common(20)),
         }

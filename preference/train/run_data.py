@@ -10,6 +10,7 @@ from typing import Any
 from preference.arguments import Arguments
 from preference.data.headline import headline
 from preference.data.inputs import Input, keep, parse_inputs, take_wanted
+from preference.data.languages import add_languages
 from preference.data.near_duplicates import near_duplicates
 from preference.data.report import DataReport
 from preference.data.row import Row
@@ -78,6 +79,7 @@ def load_data(
             eval_rows = load(training, "evaluation_text")
         shared_prompts(train_rows or (), eval_rows or (), report)
         near_duplicates(train_rows or (), eval_rows or (), report)
+        add_languages(train_rows or eval_rows or (), report)
         train_set = build(train_rows, data.max_train_samples, "train") if train_rows else None
         eval_set = build(eval_rows, data.max_eval_samples, "evaluation") if eval_rows else None
     finally:

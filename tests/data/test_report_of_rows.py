@@ -99,22 +99,19 @@ def test_the_share_of_each_file(tmp_path):
     assert [file["share"] for file in report.to_dict()["files"].values()] == [0.75, 0.25]
 
 
-def test_languages_are_told_from_a_sample(tmp_path):
-    from preference.data import languages
+def test_languages_are_told_from_a_sample():
+    from preference.data.languages import FEWEST, add_languages
+    from preference.data.row import Row
 
-    english = triple(0, question="What should I do when my throat hurts and I have a fever?")
-    answers = {"response_chosen": "Viel trinken und sich ausruhen.", "response_rejected": "Das weiß ich leider nicht."}
-    german = triple(0, question="Was hilft gegen Halsschmerzen, wenn ich auch noch Fieber habe?", **answers)
-    rows = [german if i % 4 == 0 else english for i in range(2000)]
-    _, report = read(write(tmp_path, lines(*rows)))
-    told = report.sections["text"]["languages"]
+    english = Row("What should I do when my throat hurts and I have a fever?", "Drink a lot.", "I do not know.")
+    german = Row("Was hilft gegen Halsschmerzen, wenn ich auch noch Fieber habe?", "Viel trinken.", "Nichts.")
+    rows, report = [german if i % 4 == 0 else english for i in range(2000)], DataReport()
+    add_languages(rows, report)
+    told = report.sections["languages"]
     assert list(told) == ["en", "de"] and 0.2 < told["de"] < 0.3
-    _, report = read(write(tmp_path, lines(*rows[: languages.FEWEST - 1])))
-    assert report.sections["text"]["languages"] == {}
-    sample = languages.LanguageSample()
-    for i in range(5000):
-        sample.add(str(i), "")
-    assert len(sample.texts) < 2 * languages.SAMPLE and sample.texts[1] == f"{sample.step}\n"
+    few = DataReport()
+    add_languages(rows[: FEWEST - 1], few)
+    assert not few.sections
 
 
 def test_near_duplicates_between_training_and_evaluation():
