@@ -2,8 +2,8 @@
 
 torchrun answers SIGTERM by ending its processes after 30 seconds, knows nothing of SIGUSR1, and its exit code does not
 tell a stopped run from a failed one. Here a first SIGTERM, SIGINT, SIGHUP or SIGUSR1 is handed on to the processes,
-which have the time that a step and a checkpoint take; a second one ends them. Exit codes: 0 finished, 75 stopped by a signal with
-a checkpoint (start it again and it resumes), anything else a failure. run_orpo.sh calls this.
+which have the time that a step and a checkpoint take; a second one ends them. Exit codes: 0 finished, 75 stopped by a
+signal with a checkpoint (start it again and it resumes), anything else a failure. run_orpo.sh calls this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from meeting import MeetingError, meet, settings
 
-from preference.launch.signals import ECHO, EXIT_STOPPED, SIGNALS
+from preference.launch.signals import ECHO, EXIT_STOPPED, SIGNALS, outlives_terminal
 
 SIGNALS_OF_TORCHRUN = "SIGQUIT"
 
@@ -48,7 +48,7 @@ class Relay:
 
     def install(self) -> None:
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means that a run outlives its terminal
+            if not outlives_terminal(number):
                 signal.signal(number, self)
 
     def __call__(self, number: int, frame: Any) -> None:

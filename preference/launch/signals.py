@@ -22,6 +22,11 @@ EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: start it again and it resumes
 ECHO = 2.0  # seconds in which another signal is taken for the same one: launchers forward what the group got anyway
 
 
+def outlives_terminal(number: int) -> bool:
+    """Whether the signal is a hangup that nohup has had ignored. Others are handled whatever a parent ignored."""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
+
+
 class StoppedBySignal(Exception):
     """A run was stopped by a signal, on all ranks at the same step; `step` is 0 if none was trained."""
 
@@ -44,7 +49,7 @@ class StopSignals:
 
     def install(self) -> StopSignals:
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means that a run outlives its terminal
+            if not outlives_terminal(number):
                 signal.signal(number, self._handle)
         return self
 
