@@ -98,7 +98,12 @@ REFUSED = (
         "(references); if the list stands best first, --format ranking (in training --data_format)",
     ),
     Refused(_safety, "single answers with a safety label (as BeaverTails): no second answer to prefer to it"),
-    Refused(_kto, "unpaired answers with a good/bad label (KTO): there is one answer a row, not a pair"),
+    Refused(
+        _kto,
+        "unpaired answers with a good/bad label (KTO, thumbs up and down): there is one answer a row, not a pair. "
+        "Every loss here, kto too, takes a good and a bad answer to the same prompt: write them into one row as "
+        "{prompt, chosen, rejected}, and train with --loss kto",
+    ),
     Refused(_red_team, "red-team transcripts: one dialogue a row with ratings, not a pair"),
     Refused(_label_tool, "candidates without labels (input of Zhongjing's labelling tool): nobody has ranked them yet"),
     Refused(_wrapped, "one JSON object around the rows: save the rows inside it, one by one or as a list"),
