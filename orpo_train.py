@@ -63,7 +63,7 @@ def main() -> None:
         if RANK == 0 and not args.run.dry_run:
             begin_reporting(training.report_to, output_dir, training.run_name, os.environ)
         source = find_model(args)
-        tokenizer = load_tokenizer(args.model.tokenizer_name_or_path or source, args.model)
+        tokenizer = load_tokenizer(args.model.tokenizer_name_or_path or source.tokenizer, args.model)
         conversation = load_template(args, tokenizer)
     save_report = RANK == 0 and not args.run.dry_run
     with on_every_rank():
@@ -72,11 +72,12 @@ def main() -> None:
     setup.check_length(args, training, len(train_set or ()))
     say(f"\nthe first pair, as the model sees it:\n{describe_pair((train_set or eval_set)[0], tokenizer)}\n")
     if args.run.dry_run:
+        look_at_headers(args, source, tokenizer, conversation, train_set, eval_set)
         say(on_paper(args, source, hardware, setup.objective_of(args), training, train_set))
         return
 
     # ---- the model and its trainer
-    trainer = setup.load_trainer(args, source, hardware, training, tokenizer, train_set, eval_set)
+    trainer = setup.load_trainer(args, source, hardware, training, tokenizer, conversation, train_set, eval_set)
     facts = run_facts(args, trainer, conversation)
     say(headline(facts, train_set))
     start = setup.find_start(args, trainer, conversation, restarted) if args.run.do_train else None
@@ -93,7 +94,7 @@ def main() -> None:
         trainer, output_dir, prompts=samples.rows, stop_ids=samples.stop_ids, max_new_tokens=args.run.sample_tokens
     )
     results: dict[str, float] = {}
-    with untuned(trainer.model) as separate:
+    with untuned(trainer.model, scoring=not args.run.do_train) as separate:
         if args.run.do_train or separate:
             evaluation.run("base")
             samples.answer("base")
@@ -110,17 +111,38 @@ def main() -> None:
 
     # ---- what changed
     if RANK == 0:
-        write_results(args, source, facts, results, evaluation, samples, say)
+        write_results(args, source.base, facts, results, evaluation, samples, say)
     if args.run.do_train:
         finish(trainer)
 
 
-def find_model(args: Arguments) -> str:
-    from preference.models.starter import resolve_model
+def find_model(args: Arguments) -> Any:
+    """What is handed in: a base, and the adapter over it if there is one."""
+    from preference.models.sources import find_model
 
-    modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
-    name, cache = args.model.model_name_or_path, args.model.cache_dir
-    return resolve_model(name, use_modelscope=modelscope, cache_dir=cache, weights=not args.run.dry_run)
+    return find_model(
+        args.model.model_name_or_path,
+        args.adapter,
+        base_given="model_name_or_path" in args.given,
+        use_modelscope=os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes"),
+        cache_dir=args.model.cache_dir,
+        weights=not args.run.dry_run,
+        warn=lambda text: say(f"warning: {text}"),
+    )
+
+
+def look_at_headers(args: Arguments, source: Any, tokenizer: Any, conversation: Any, *sets: Any) -> None:
+    """The look that a run has at its model, from the headers of the weight files."""
+    from preference.models.look import look_on_paper
+    from preference.train.setup import check_room
+
+    code = args.model.trust_remote_code
+    model = look_on_paper(source.base, cache_dir=args.model.cache_dir, trust_remote_code=code)
+    if model is None:
+        say("the weights are not on this machine: whether they are whole is seen when the run starts")
+        return
+    check_room(model, tokenizer, conversation, *sets)
+    say(f"weights of {source.base}: every tensor is there, of the right shape")
 
 
 def load_template(args: Arguments, tokenizer: Any) -> Any:

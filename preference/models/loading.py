@@ -1,131 +1,163 @@
-"""The tokenizer and the model of a run: precision, adapter, 4-bit weights."""
+"""The tokenizer and the model of a run: precision, quantisation, adapter."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.arguments import Arguments, ModelArguments
-from preference.errors import PreferenceError
+from preference.models.adapters import add_adapter, check_continued, freeze_below, load_stack, merge
 from preference.models.hardware import Hardware
+from preference.models.look import ModelError, load_weights
+from preference.models.sources import MERGED, ModelSource
 
-
-class ModelError(PreferenceError, RuntimeError):
-    """A model that cannot be loaded or trained as asked."""
+Say = Callable[[str], None]
 
 
 def load_tokenizer(source: str, args: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer, with a pad token; padding is masked by length, so any token serves."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        source, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{source} has no tokenizer that can be loaded ({reason}): --tokenizer_name_or_path names one"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
-def weights_dtype(args: Arguments, hardware: Hardware, bf16: bool) -> torch.dtype:
-    """float32 for trained weights (AdamW in pure bfloat16 at small learning rates rounds most updates away).
+def weights_dtype(args: Arguments, hardware: Hardware, bf16: bool, merged: bool = False) -> torch.dtype:
+    """float32 for trained weights (AdamW in pure bfloat16 at small learning rates rounds most updates away), and for
+    those that an adapter was merged into.
 
     Weights that stay frozen under LoRA lose nothing in bfloat16 on a GPU that computes in it anyway.
     """
     if args.model.torch_dtype != "auto":
         return getattr(torch, args.model.torch_dtype)
-    frozen = args.model.use_peft and args.run.do_train
+    frozen = args.model.use_peft and args.run.do_train and not merged
     return torch.bfloat16 if bf16 and frozen and hardware.device == "cuda" else torch.float32
 
 
-def _quantization(args: Arguments, hardware: Hardware) -> Any:
+def _quantization(args: Arguments, hardware: Hardware, bf16: bool, say: Say) -> Any:
     if not args.quantized:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             "4-bit weights need bitsandbytes, which is not installed: pip install bitsandbytes, or qlora=false"
         )
-    if hardware.device != "cuda":
+    if hardware.device == "mps":
         raise ModelError(
-            f"4-bit training needs an NVIDIA GPU; this run is on {hardware.name}: qlora=false trains LoRA here"
+            f"4-bit weights need an NVIDIA GPU or a CPU; this run is on {hardware.name}: qlora=false trains LoRA here"
         )
+    if hardware.device == "cpu":
+        say("warning: 4-bit weights are slow on a CPU, where each product unpacks them first; qlora=false is faster")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if hardware.bf16 else torch.float32,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
     )
 
 
-def load_model(source: str, args: Arguments, hardware: Hardware, bf16: bool) -> PreTrainedModel:
-    """The causal LM of `source` on its device, ready for an adapter or for full fine-tuning.
+def is_quantized(model: Any) -> bool:
+    """Whether the weights are held in a quantised form, as no plain weight can be."""
+    return getattr(model, "hf_quantizer", None) is not None and bool(getattr(model, "is_quantized", False))
+
+
+def load_base(
+    source: ModelSource, args: Arguments, hardware: Hardware, bf16: bool, say: Say = lambda text: None
+) -> PreTrainedModel:
+    """The causal LM of `source.base` on its device, ready for an adapter or for full fine-tuning.
 
     Raises:
-        ModelError: 4-bit weights were asked for where they cannot be had.
+        ModelError: it is not whole, cannot be quantised here, or is quantised and all its weights are to be trained.
     """
-    quantization = _quantization(args, hardware)
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        dtype=weights_dtype(args, hardware, bf16),
-        quantization_config=quantization,
+    quantization = _quantization(args, hardware, bf16, say)
+    where = {"": torch.cuda.current_device() if hardware.device == "cuda" else "cpu"}
+    model = load_weights(
+        source.base,
+        dtype=weights_dtype(args, hardware, bf16, merged=merges(source, args)),
+        quantization=quantization,
         # 4-bit weights are made on their device; the others are moved by the trainer, also under torchrun.
-        device_map={"": torch.cuda.current_device()} if quantization else None,
+        device_map=where if quantization else None,
         cache_dir=args.model.cache_dir,
         trust_remote_code=args.model.trust_remote_code,
     )
-    if quantization:
-        from peft import prepare_model_for_kbit_training
+    if Path(source.base).is_dir():  # what an adapter writes down as its base, wherever it will be read from
+        model.name_or_path = str(Path(source.base).resolve())
+    if not is_quantized(model):
+        return model
+    if not args.run.do_train:
+        return model
+    if not args.model.use_peft:
+        raise ModelError(f"the weights of {source.base} are quantised and cannot be trained themselves: use_peft=true")
+    if not model.hf_quantizer.is_trainable:
+        raise ModelError(
+            f"transformers trains no adapter over the weights of {source.base}, as they are quantised: take the model "
+            "that is not quantised; qlora=true holds it in 4 bits"
+        )
+    from peft import prepare_model_for_kbit_training
 
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.run.gradient_checkpointing)
-    return model
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.run.gradient_checkpointing)
 
 
-def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int) -> Any:
-    """Wrap `model` in a LoRA adapter whose weights are drawn from `seed` and held in float32.
+def merges(source: ModelSource, args: Arguments) -> bool:
+    """Whether the adapter that was handed in becomes part of the weights before training."""
+    return bool(source.adapter and args.run.do_train and (args.model.new_adapter or not args.model.use_peft))
+
+
+def adapt(model: PreTrainedModel, source: ModelSource, args: Arguments, *, write: bool, say: Say) -> Any:
+    """The model as it is trained, or scored: with the adapter that was handed in, a new one, both, or none.
+
+    Args:
+        write: whether this process writes the files of the run.
 
     Raises:
-        ModelError: a name of target_modules that the model has not.
+        ModelError: the adapter does not fit, or a flag says of it what it is not.
     """
-    from peft import LoraConfig, get_peft_model
-
-    everything = args.target_modules.strip() in ("all", "all-linear")
-    names = [name.strip() for name in args.target_modules.split(",") if name.strip()]
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        use_dora=args.use_dora,
-        target_modules="all-linear" if everything else names,
-    )
-    if not everything:
-        linear = {
-            name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-        }
-        missing = [
-            name for name in names if not any(n == name or n.endswith(f".{name}") for n, _ in model.named_modules())
-        ]
-        if missing:
-            raise ModelError(
-                f"target_modules: the model has no {', '.join(missing)}; "
-                f"its linear layers are {', '.join(sorted(linear))}"
-            )
-    torch.manual_seed(seed)
-    return get_peft_model(model, config)
+    if not args.run.do_train:
+        return load_stack(model, source.adapter) if source.adapter else model
+    if source.adapter is None:
+        return add_adapter(model, args.model, args.run.seed) if args.model.use_peft else model
+    if not args.model.new_adapter and args.model.use_peft:
+        check_continued(source.adapter, args)
+        say(f"training resumes the adapter {source.adapter} over {source.base}, as it is")
+        return load_stack(model, source.adapter, trainable=True)
+    if is_quantized(model):
+        say(f"the adapter {source.adapter} stays as it is below a new one: its base is quantised")
+        return freeze_below(model, source.adapter, args.model, args.run.seed)
+    say(f"the adapter {source.adapter} is merged into {source.base}")
+    merged = merge(model, source.adapter)
+    if not args.model.use_peft:
+        return merged.requires_grad_(True)
+    folder = Path(args.run.output_dir).resolve() / MERGED
+    if write:
+        merged.save_pretrained(folder)
+    merged.name_or_path = str(folder)
+    return add_adapter(merged, args.model, args.run.seed)
 
 
 @contextlib.contextmanager
-def untuned(model: Any) -> Iterator[bool]:
-    """While open, a model that was loaded with its adapter answers without it; yields whether there is one."""
-    loaded = bool(getattr(model, "_hf_peft_config_loaded", False))
-    if loaded:
-        model.disable_adapters()
-    try:
-        yield loaded
-    finally:
-        if loaded:
-            model.enable_adapters()
+def untuned(model: Any, scoring: bool) -> Iterator[bool]:
+    """While open, a model that is only scored answers without its adapter; yields whether it has one.
+
+    Args:
+        scoring: whether nothing is trained; else what was handed in, adapter included, is the model before training.
+    """
+    if scoring and hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield True
+    else:
+        yield False

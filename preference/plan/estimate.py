@@ -13,11 +13,9 @@ benchmarks/bench_estimate.py compares with runs; benchmarks/LOG.md has the table
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +31,9 @@ from preference.engine.layers.lora import hold_frozen
 from preference.engine.packing import pack_pairs
 from preference.engine.probe import prepare_model
 from preference.losses import Objective
+from preference.models.adapters import adapter_on_paper, add_adapter
 from preference.models.hardware import Hardware
-from preference.models.loading import add_adapter, weights_dtype
+from preference.models.loading import weights_dtype
 from preference.models.parameters import count_parameters
 from preference.plan.tracing import PaperModel, Trace
 
@@ -83,11 +82,17 @@ class Memory:
     peak: float
 
 
-def paper_model(source: str, args: Arguments, hardware: Hardware, bf16: bool, *, config: Any = None) -> nn.Module:
+def paper_model(
+    source: str,
+    args: Arguments,
+    hardware: Hardware,
+    bf16: bool,
+    *,
+    config: Any = None,
+    adapter: str | None = None,
+) -> nn.Module:
     """The model of `source` on the meta device, with its adapter, as the run would hold it; reads its config alone."""
     if config is None:
-        if (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists():
-            source = json.loads((Path(source) / "adapter_config.json").read_text())["base_model_name_or_path"]
         config = AutoConfig.from_pretrained(
             source, cache_dir=args.model.cache_dir, trust_remote_code=args.model.trust_remote_code
         )
@@ -101,7 +106,9 @@ def paper_model(source: str, args: Arguments, hardware: Hardware, bf16: bool, *,
             for parameter in model.parameters():
                 if id(parameter) not in packed:
                     parameter.data = parameter.data.float()
-        if args.model.use_peft:
+        if args.model.use_peft and adapter and not args.model.new_adapter:
+            model = adapter_on_paper(model, adapter)
+        elif args.model.use_peft:
             model = add_adapter(model, args.model, args.run.seed)
     if args.run.gradient_checkpointing:
         name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.x
@@ -210,7 +217,7 @@ class Estimator:
 
     Args:
         common: the `shared_prefix` of the training set.
-        config: of the model, where it is not to be read from `source`.
+        config: of the model, where it is not to be read from `source`. adapter: that the run resumes.
     """
 
     def __init__(
@@ -223,10 +230,11 @@ class Estimator:
         *,
         config: Any = None,
         common: int = 0,
+        adapter: str | None = None,
     ) -> None:
         self.common = common
         self.args, self.hardware, self.objective, self.bf16 = args, hardware, objective, bf16
-        model = paper_model(source, args, hardware, bf16, config=config)
+        model = paper_model(source, args, hardware, bf16, config=config, adapter=adapter)
         self.share_prompt = False
         self.cast_away = 0  # bytes of the loaded weights that the engine lets go; a process on a CPU keeps most of them
         if args.objective.engine == "packed":  # as train/trainer.py does

@@ -27,6 +27,7 @@ def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any
         "beta": args.beta,
         "learning_rate": trainer.args.learning_rate,
         "learning_rate_from": args.learning_rate(parameters).source,
+        "base_model": base_name(trainer.model, args),
         "template": conversation.name,
         "hardware": str(detect(args.run.use_cpu)),
         "bf16": trainer.args.bf16,
@@ -40,6 +41,11 @@ def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any
     if trainer.is_world_process_zero() and not (Path(args.run.output_dir) / MANIFEST).exists():
         save_json(Path(args.run.output_dir) / "run.json", facts)
     return facts
+
+
+def base_name(model: Any, args: Arguments) -> str:
+    """What an adapter lies over, where there is one; else the model that was handed in."""
+    return model.get_base_model().name_or_path if hasattr(model, "peft_config") else args.model.model_name_or_path
 
 
 def headline(facts: Mapping[str, Any], train_set: Any) -> str:

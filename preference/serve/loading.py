@@ -7,20 +7,22 @@ Nothing is loaded until asked for, and a moved base model can be named by hand.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.errors import PreferenceError
+from preference.models.adapters import load_stack
 from preference.models.hardware import Hardware
-from preference.models.names import public_name
-from preference.models.starter import ROOT, ModelNotFound, resolve_model
+from preference.models.look import ModelError, load_config, load_weights
+from preference.models.quantized import as_stored
+from preference.models.sources import SourceError, adapter_config, written_base
+from preference.models.sources import resolve_base as base_of
+from preference.models.starter import resolve_model
 from preference.templates.resolve import resolve_template
 
 
@@ -68,21 +70,18 @@ def find_source(
     name = resolve_model(name, use_modelscope=use_modelscope)
     run_folder = _run_folder(Path(name))
     run = _read_json(run_folder / "run.json") if run_folder else {}
-    config = find_adapter_config_file(name)
-    trained_on = run.get("arguments", {}).get("model_name_or_path")
+    try:
+        config = adapter_config(name)
+    except SourceError as error:
+        raise LoadingError(str(error)) from None
     if config is not None:
-        base = base or _base_of(_read_json(Path(config)).get("base_model_name_or_path"), trained_on)
+        base = base or written_base(name, config)
         if not base:
             raise LoadingError(f"{name} is an adapter that does not say whose: name its model with --base_model")
-    base = base or trained_on
+    base = base or run.get("arguments", {}).get("model_name_or_path")
     if not config and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise LoadingError(f"{name} holds neither config.json nor adapter_config.json: has the run ended?")
     return Source(name, config is not None, base, run, run_folder, trust_remote_code)
-
-
-def _base_of(written: str | None, trained_on: str | None) -> str | None:
-    """An adapter has the last part alone of a path outside the project; run.json, which stays here, has all of it."""
-    return trained_on if written and trained_on and public_name(trained_on) == written else written
 
 
 def _run_folder(folder: Path) -> Path | None:
@@ -108,15 +107,10 @@ def resolve_base(source: Source, use_modelscope: bool = False) -> str:
     """
     if source.base is None:
         raise LoadingError(f"{source.name} does not say which model it was tuned from: name it with --base_model")
-    below_project = ROOT / source.base
-    if not os.path.isabs(source.base) and not Path(source.base).is_dir() and below_project.is_dir():
-        return str(below_project)
     try:
-        return resolve_model(source.base, use_modelscope=use_modelscope)
-    except ModelNotFound as error:
-        raise LoadingError(
-            f"the base of {source.name}: {error}\nIf it lies elsewhere, name it with --base_model"
-        ) from None
+        return base_of(source.name, source.base, use_modelscope)
+    except SourceError as error:
+        raise LoadingError(str(error)) from None
 
 
 def pick_dtype(name: str, hardware: Hardware) -> torch.dtype:
@@ -139,25 +133,23 @@ def load_tuned_model(source: Source, dtype: torch.dtype, device: str, use_models
     """
     if not source.adapter:
         return _load(source.name, source, dtype, device)
-    from peft import PeftModel
-
     base = load_base_model(source, dtype, device, use_modelscope)
     try:
-        model = PeftModel.from_pretrained(base, source.name, torch_device=device)
-    except (RuntimeError, ValueError) as error:  # shapes or module names that the base does not have
-        raise LoadingError(
-            f"the adapter in {source.name} does not fit its base model {source.base}: {str(error)[:500]}\n"
-            "If another model lies there now, name the right one with --base_model"
-        ) from error
-    return model.eval()
+        return load_stack(base, source.name, torch_device=device).eval()
+    except ModelError as error:
+        raise LoadingError(f"{error} with --base_model") from error
 
 
 def _load(name: str, source: Source, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Whole, or not at all; weights that stay quantised are made on their device."""
+    code = source.trust_remote_code
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError) as error:  # no weights, an unknown architecture, code that is not trusted
-        raise LoadingError(f"{name} cannot be loaded: {error}") from error
-    return model.to(device).eval()
+        stored = as_stored(name, load_config(name, trust_remote_code=code))
+        there = {"": device} if stored is not None and not stored.dense else None
+        model = load_weights(name, dtype=dtype, device_map=there, trust_remote_code=code)
+    except PreferenceError as error:
+        raise LoadingError(str(error)) from error
+    return (model if there else model.to(device)).eval()
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from transformers.utils import logging
 
 from preference.models.hardware import detect
+from preference.models.limits import check_vocabulary, template_ids
 from preference.screen import shown
 from preference.serve.generation import Chat, Sampling, Within
 from preference.serve.loading import (
@@ -21,6 +22,7 @@ from preference.serve.loading import (
     load_tuned_model,
     pick_dtype,
 )
+from preference.templates.resolve import stop_ids
 
 
 def note(text: str) -> None:
@@ -48,8 +50,11 @@ class Models:
         for warning in warnings:
             note(f"warning: {warning}")
         model = load_tuned_model(self.source, self.dtype, self.device, self.modelscope)
+        generation = generation_config(self.source, model)
+        stops = stop_ids(generation, self.template, tokenizer)
+        check_vocabulary(model, tokenizer, [*template_ids(self.template, tokenizer), *stops])
         sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
-        self.tuned = Chat(model, tokenizer, self.template, generation_config(self.source, model), sampling)
+        self.tuned = Chat(model, tokenizer, self.template, generation, sampling)
         self._base: Chat | None = None
         note(f"{args.model} on {hardware.name}, template {self.template.name}")
 

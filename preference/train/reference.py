@@ -83,6 +83,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     shard.
     """
     digest, sharded = hashlib.sha256(), False
+    digest.update(str(any(getattr(module, "disable_adapters", False) is True for module in model.modules())).encode())
     for name, parameter in model.named_parameters():
         sharded |= hasattr(parameter, "ds_tensor") or hasattr(parameter, "to_local")
         local = getattr(parameter, "ds_tensor", parameter)

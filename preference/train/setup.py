@@ -12,11 +12,14 @@ from transformers import TrainingArguments, set_seed
 
 from preference.arguments import FLAGS, Arguments
 from preference.launch.agreement import code_fingerprint, compare_ranks, versions
+from preference.launch.process import say
 from preference.losses import Objective
 from preference.losses.schedule import Schedule
 from preference.models.hardware import Hardware, batch_plan
-from preference.models.loading import add_adapter, load_model
+from preference.models.limits import check_positions, check_vocabulary, template_ids
+from preference.models.loading import adapt, load_base
 from preference.models.parameters import count_parameters
+from preference.models.sources import ModelSource
 from preference.optimization.keywords import keywords
 from preference.train.identity import run_identity
 from preference.train.output_folder import claim, make_folder
@@ -104,14 +107,26 @@ def schedule_of(args: Arguments) -> Schedule:
 
 
 def load_trainer(
-    args: Arguments, source: str, hardware: Any, training: Any, tokenizer: Any, train_set: Any, eval_set: Any
+    args: Arguments,
+    source: ModelSource,
+    hardware: Any,
+    training: Any,
+    tokenizer: Any,
+    conversation: Any,
+    train_set: Any,
+    eval_set: Any,
 ) -> Any:
+    """The trainer of either engine with the model as it was handed in, looked at.
+
+    Raises:
+        ModelError: the model is not whole, or has no room for the ids or the rows.
+    """
     choice = args.objective
     set_seed(args.run.seed)
-    model = load_model(source, args, hardware, training.bf16)
+    model = load_base(source, args, hardware, training.bf16, say)
     training.learning_rate = args.learning_rate(count_parameters(model)[1]).learning_rate
-    if args.model.use_peft and args.run.do_train:
-        model = add_adapter(model, args.model, args.run.seed)
+    model = adapt(model, source, args, write=training.process_index == 0, say=say)
+    check_room(model, tokenizer, conversation, train_set, eval_set)
     common = dict(
         objective=objective_of(args), train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
     )
@@ -134,6 +149,18 @@ def load_trainer(
     )
 
 
+def check_room(model: Any, tokenizer: Any, conversation: Any, *sets: Any) -> None:
+    """Whether the model has a row for every id, and a position for every token.
+
+    Raises:
+        ModelError
+    """
+    given = [rows for rows in sets if rows is not None]
+    check_vocabulary(model, tokenizer, template_ids(conversation, tokenizer), given)
+    if warning := check_positions(model, given):
+        say(f"warning: {warning}")
+
+
 def compare_settings(args: Arguments) -> None:
     """Before any other exchange between processes: are they the same program with the same settings?"""
     flags = {name: value for name, value in args.values().items() if not FLAGS[name].local}
@@ -151,6 +178,7 @@ def claim_output(args: Arguments, rank: int) -> None:
     if rank == 0:
         inputs = {
             "model_name_or_path": args.model.model_name_or_path,
+            "adapter_name_or_path": args.adapter,
             "tokenizer_name_or_path": args.model.tokenizer_name_or_path,
             "train_file_dir": args.data.train_file_dir,
             "validation_file_dir": args.data.validation_file_dir,

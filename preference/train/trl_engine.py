@@ -20,9 +20,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,6 +108,11 @@ class _Guards(GuardedTrainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().prediction_step(model, {k: v for k, v in inputs.items() if k != "source"}, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Without TRL's copy of the adapter as it was at the start, which is DPO's reference."""
+        super()._save(output_dir, state_dict)
+        shutil.rmtree(Path(output_dir or self.args.output_dir) / "ref", ignore_errors=True)
 
     def evaluation_loop(
         self,

@@ -196,7 +196,7 @@ def test_a_base_that_is_not_known_is_asked_for(base: Path) -> None:
 def test_a_base_below_the_project_is_found_from_anywhere(
     run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("preference.serve.loading.ROOT", base.parent)
+    monkeypatch.setattr("preference.models.sources.ROOT", base.parent)
     monkeypatch.chdir(tmp_path)
     folder = make_run(tmp_path / "run", base, base_name="base")
     assert resolve_base(find_source(str(folder))) == str(base)

@@ -241,10 +241,12 @@ def test_a_template_that_does_not_fit_is_refused(run):
         run(template_name="llama3")
 
 
-def test_four_bits_say_what_is_missing(run):
+def test_four_bits_say_what_is_missing(run, monkeypatch):
+    from preference.models import loading
     from preference.models.loading import ModelError
 
-    with pytest.raises(ModelError, match="qlora=false"):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install bitsandbytes, or qlora=false"):
         run(qlora="true", use_peft="true")
 
 

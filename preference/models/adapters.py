@@ -1,0 +1,235 @@
+"""Adapters: made anew, gone on with, or merged into what they were laid over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from preference.arguments import Arguments, ModelArguments
+from preference.models.look import ModelError, _first_line, _some, tensor_headers
+from preference.models.sources import ADAPTER_CONFIG
+
+FROZEN = "frozen"  # the name of an adapter that stays as it is under a new one, over weights that cannot be merged into
+# flag -> field of peft's config, for flags that say what an adapter is
+FIELDS = {
+    "lora_rank": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_dora": "use_dora",
+    "target_modules": "target_modules",
+}
+
+
+def load_adapter(model: Any, folder: str, *, trainable: bool = False, name: str = "default", **options: Any) -> Any:
+    """The model with the adapter of `folder` (or a hub id) over it, whole: every tensor found its place.
+
+    Args:
+        model: a plain model, or one with adapters, which gets another.
+
+    Raises:
+        ModelError: the adapter does not fit.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    names = _tensor_names(folder)
+    _grow_vocabulary(lm, folder)
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name=name, is_trainable=trainable, **options)
+        else:
+            model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable, **options)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError) as error:  # shapes, modules, kinds
+        raise ModelError(
+            f"the adapter {folder} does not fit its base {lm.config.name_or_path}: {_first_line(error)}. If another "
+            "model lies there now, name the right one"
+        ) from error
+    if names is not None:
+        has = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+        over = sorted(n for n in names - has if not _of_vocabulary(lm, n))
+        faults = [
+            f"{len(found)} of its tensors {what} ({_some(found)})"
+            for what, found in (("have no place", over), ("are missing", sorted(has - names)))
+            if found
+        ]
+        if faults:
+            raise ModelError(
+                f"the adapter {folder} does not fit its base {lm.config.name_or_path}: {'; '.join(faults)}. If another "
+                "model lies there now, name the right one"
+            )
+    return model
+
+
+def _tensor_names(folder: str) -> set[str] | None:
+    """Names in a local adapter's file; None for a hub's, or one that is no safetensors file."""
+    file = Path(folder) / "adapter_model.safetensors"
+    return set(tensor_headers(file)) if file.is_file() else None
+
+
+def _vocabulary_modules(lm: PreTrainedModel) -> list[str]:
+    layers = {id(layer) for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    return [name for name, module in lm.named_modules() if id(module) in layers]
+
+
+def _of_vocabulary(lm: PreTrainedModel, tensor: str) -> bool:
+    return any(f".{name}." in f".{tensor}" for name in _vocabulary_modules(lm))
+
+
+def _grow_vocabulary(lm: PreTrainedModel, folder: str) -> None:
+    """Give the base as many rows as the adapter was saved with: tokens that were added are in its own tensors."""
+    file, config = Path(folder) / "adapter_model.safetensors", Path(folder) / ADAPTER_CONFIG
+    if not file.is_file() or not config.is_file():
+        return
+    endings = tuple(f"{name}.weight" for name in _vocabulary_modules(lm))
+    rows = [shape[0] for name, (_, shape) in tensor_headers(file).items() if name.endswith(endings)]
+    indices = json.loads(config.read_text(encoding="utf-8")).get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    rows += [max(ids) + 1 for ids in lists if ids]
+    if rows and max(rows) > lm.get_input_embeddings().weight.shape[0]:
+        lm.resize_token_embeddings(max(rows), mean_resizing=False)
+
+
+def check_continued(adapter: str, args: Arguments) -> None:
+    """Refuse flags that say of an adapter that is gone on with what it is not.
+
+    Raises:
+        ModelError: with the flag, its value and the adapter's.
+    """
+    config = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    for flag, field in FIELDS.items():
+        if flag not in args.given:
+            continue
+        asked, has = getattr(args.model, flag), config.get(field)
+        if field == "target_modules" and not isinstance(has, str):
+            asked, has = sorted(_listed(asked)), sorted(has or ())
+            if asked in (["all"], ["all-linear"]):
+                continue
+        if asked != has and not (not asked and has is None):
+            raise ModelError(
+                f"--{flag} {getattr(args.model, flag)} contradicts the adapter {adapter}, which has {field} {has}: "
+                "training goes on with the adapter as it is. Drop the flag, or --new_adapter true merges it and starts "
+                "a new one"
+            )
+
+
+def _listed(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int) -> Any:
+    """Wrap `model` in a LoRA adapter whose weights are drawn from `seed` and held in float32.
+
+    Raises:
+        ModelError: a name of target_modules that the model has not, or that is tied to another.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = _listed(args.target_modules)
+    everything = names in (["all"], ["all-linear"])
+    if not everything:
+        _check_targets(model, names)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_dora=args.use_dora,
+        target_modules="all-linear" if everything else names,
+        exclude_modules=routers(model) or None if everything else None,
+    )
+    torch.manual_seed(seed)
+    return get_peft_model(model, config)
+
+
+def adapter_on_paper(model: PreTrainedModel, folder: str) -> Any:
+    """An adapter of the kind that lies in `folder`, over a model of the meta device."""
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    return get_peft_model(model, config)
+
+
+def _check_targets(model: PreTrainedModel, names: list[str]) -> None:
+    modules = dict(model.named_modules())
+    missing = [name for name in names if not any(n == name or n.endswith(f".{name}") for n in modules)]
+    if missing:
+        linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
+        raise ModelError(
+            f"target_modules: the model has no {', '.join(missing)}; its linear layers are {', '.join(sorted(linear))}"
+        )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None):
+        ends = [n for n in _vocabulary_modules(model) if any(n == name or n.endswith(f".{name}") for name in names)]
+        if ends:
+            raise ModelError(
+                f"target_modules: {', '.join(ends)} is tied, embedding and head are one tensor, and an adapter on "
+                "one of them could not be merged and exported: leave it out"
+            )
+
+
+def routers(model: nn.Module) -> list[str]:
+    """Layers of a mixture of experts that choose the experts: an adapter there changes which are trained at all."""
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    kinds = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    counts = {getattr(config, kind) for kind in kinds if isinstance(getattr(config, kind, None), int)}
+    found = []
+    for name, module in model.named_modules():
+        words = name.split(".")
+        if counts and isinstance(module, nn.Linear) and (
+            (module.out_features in counts and {"gate", "router"} & set(words))
+            or words[-1] == "shared_expert_gate"
+        ):  # fmt: skip
+            found.append(name)
+    return found
+
+
+def load_stack(model: PreTrainedModel, folder: str, *, trainable: bool = False, **options: Any) -> Any:
+    """The model with the adapter of `folder` over it, and with the frozen one that lies in it, if it was trained so."""
+    model = load_adapter(model, folder, trainable=trainable, **options)
+    below = Path(folder) / FROZEN
+    if (below / ADAPTER_CONFIG).is_file():
+        model = load_adapter(model, str(below), name=FROZEN, **options)
+        _activate_both(model, trainable)
+    base = model.get_base_model().name_or_path
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base
+    return model
+
+
+def freeze_below(model: PreTrainedModel, folder: str, args: ModelArguments, seed: int) -> Any:
+    """A new adapter over the one of `folder`, which stays as it is; both are added to the weights."""
+    new = add_adapter(model, args, seed)
+    new = load_adapter(new, folder, name=FROZEN)
+    _activate_both(new, trainable=True)
+    return new
+
+
+def _activate_both(model: Any, trainable: bool) -> None:
+    model.base_model.set_adapter(["default", FROZEN])
+    for name, parameter in model.named_parameters():
+        words = name.split(".")
+        if FROZEN in words:
+            parameter.requires_grad_(False)
+        elif "default" in words:
+            parameter.requires_grad_(trainable)
+
+
+def merge(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """What `model` computes with the adapter of `folder`, as a plain model of its type.
+
+    Raises:
+        ModelError: the adapter does not fit, or is of a kind that is no change of weights.
+    """
+    adapted = load_stack(model, folder)
+    if not hasattr(adapted, "merge_and_unload"):
+        raise ModelError(f"the adapter {folder} is of a kind that cannot be merged: new_adapter=false resumes it")
+    try:
+        return adapted.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
+    except (ValueError, NotImplementedError) as error:
+        raise ModelError(f"the adapter {folder} cannot be merged: {_first_line(error)}") from error

@@ -1,0 +1,205 @@
+"""The one look at a model that was handed in: its weights are all there, and all of them are used.
+
+transformers fills tensors that a checkpoint lacks with random values, and leaves out what it has no place for; a log
+line says so, and the program goes on. Here both end it, by name. Only what the architecture itself declares as tied, or
+as not needed, passes. `load_weights` is the only way by which a causal LM is loaded, and `look_on_paper` does the same
+on the meta device, where transformers reads names, shapes and types from the headers of the files and no weight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from preference.errors import PreferenceError
+from preference.models.quantized import QuantizationError, Stored, as_stored
+
+SHOWN = 4  # names of tensors in a message
+LOADING_FAULTS = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, SafetensorError)
+
+
+class ModelError(PreferenceError, RuntimeError):
+    """A model that cannot be used as it was handed in, or not for what was asked; the message says the way out."""
+
+
+def load_config(source: str, *, cache_dir: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config of `source`.
+
+    Raises:
+        ModelError: there is none that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    except LOADING_FAULTS as error:
+        raise ModelError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
+
+
+def load_weights(
+    source: str,
+    *,
+    dtype: torch.dtype,
+    quantization: Any = None,
+    device_map: Any = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal LM of `source`, every tensor of which came from its checkpoint, quantised as the checkpoint says.
+
+    Args:
+        quantization: how to quantise weights that are whole (a config of transformers); None: as they are.
+
+    Raises:
+        ModelError: tensors are missing, left over or of other shapes, a file is damaged, or a package is not installed.
+    """
+    config = load_config(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    stored = _stored(source, config, quantization)
+    if stored is None:
+        _check_types(source)
+    wanted = quantization if stored is None else stored.loading
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map=device_map,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, all of them by name
+            **({} if wanted is None else {"quantization_config": wanted}),
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING_FAULTS as error:
+        what = f", which is quantised with {stored.name}," if stored else ""
+        reason = "its tensors are not laid out so" if "CONVERSION" in str(error) else _first_line(error)
+        raise ModelError(f"{source}{what} cannot be loaded: {reason}. Get the folder anew") from error
+    check_tensors(source, model, info)
+    if stored is not None and stored.dense:
+        model.to(dtype)  # dequantised while it was loaded: of one type, as other weights are
+    _keep_unpacked(model)
+    return model
+
+
+def _stored(source: str, config: Any, asked: Any) -> Stored | None:
+    try:
+        return as_stored(source, config, asked)
+    except QuantizationError as error:
+        raise ModelError(str(error)) from None
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """On a CPU, bitsandbytes lays 4-bit weights out anew at the first forward outside training, for a kernel that
+    rounds to bfloat16 and has no gradient; a training step after an evaluation would go through it.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_tensors(source: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Refuse a model that is not, tensor for tensor, what its checkpoint holds.
+
+    Args:
+        info: what transformers says of the loading; what it declares as tied or ignorable is not in it.
+    """
+    missing, unexpected, other = (
+        sorted(info.get(f"{kind}_keys", ())) for kind in ("missing", "unexpected", "mismatched")
+    )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    missing = [name for name in missing if tied.get(name, name) == name or tied[name] in missing]
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} tensors are missing ({_some(missing)}) and would be random")
+    if unexpected:
+        faults.append(f"{len(unexpected)} tensors have no place in {type(model).__name__} ({_some(unexpected)})")
+    if other:
+        shapes = [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in other]
+        faults.append(f"{len(other)} tensors have another shape ({_some(shapes)})")
+    faults += [str(text) for text in info.get("error_msgs", ())]
+    if faults:
+        config = model.config.get_text_config()
+        depth = getattr(config, "num_hidden_layers", "?")
+        raise ModelError(
+            f"{source}: its weights are not those that its config.json describes (model_type {config.model_type}, "
+            f"{depth} layers): {'; '.join(faults)}. Get the folder anew, weights and config.json of one model; "
+            "model_name_or_path names it"
+        )
+
+
+def look_on_paper(
+    source: str, *, cache_dir: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel | None:
+    """The same look from the headers of the weight files alone: the model on the meta device, or None where the files
+    are not on this machine.
+    """
+    files = ("*.safetensors", "*.bin")
+    if not any(any(Path(source).glob(kind)) for kind in files) and not _cached(source, cache_dir):
+        return None
+    config = load_config(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    stored = _stored(source, config, None)
+    if stored is not None and not stored.dense:  # its layers are made where weights are
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return load_weights(
+        source,
+        dtype=torch.float32,
+        device_map={"": "meta"},
+        cache_dir=cache_dir,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _cached(source: str, cache_dir: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return any(isinstance(try_to_load_from_cache(source, name, cache_dir=cache_dir), str) for name in names)
+
+
+def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """(type, shape) of every tensor of a safetensors file, by name, from its header.
+
+    Raises:
+        ModelError: the file is no safetensors file, or cut off.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(size, 1 << 28)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        whole = file.stat().st_size == 8 + size + max(ends, default=0)
+        found = {n: (e["dtype"], e["shape"]) for n, e in header.items() if n != "__metadata__"}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{file} is no safetensors file ({_first_line(error)}): get it anew") from error
+    if not whole:
+        raise ModelError(f"{file} is cut off or damaged, its size is not what its header says: get it anew")
+    return found
+
+
+def _check_types(source: str) -> None:
+    """A local checkpoint whose config names no quantisation holds no 8-bit weights, which would be read unscaled."""
+    for file in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
+        for name, (kind, _) in tensor_headers(file).items():
+            if kind.startswith("F8") or (re.fullmatch(r"[IU]\d+", kind) and name.endswith(".weight")):
+                raise ModelError(
+                    f"{source}: {name} is held as {kind}, and config.json has no quantization_config that says how it "
+                    "is scaled: get config.json of the same model, or take the model that is not quantised"
+                )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:SHOWN]) + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -1,0 +1,157 @@
+"""An adapter that is handed in: gone on with as it is, merged for a new one, or kept below it over 4-bit weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from handed_in import expected_logits, make_adapter, make_plain
+from peft import PeftModel
+from training import make_pairs, make_trainer
+from transformers import AutoModelForCausalLM
+
+from preference.arguments import parse_arguments
+from preference.engine.forward import pair_logps
+from preference.engine.packing import pack_pairs
+from preference.engine.probe import prepare_model
+from preference.models.adapters import FROZEN
+from preference.models.hardware import Hardware
+from preference.models.loading import MERGED, adapt, load_base, untuned
+from preference.models.look import ModelError
+from preference.models.sources import find_model
+from preference.serve.loading import find_source, load_tuned_model
+from tiny import tiny_model
+
+CPU = Hardware("cpu", "CPU", 0, False)
+IDS = torch.tensor([[1, 5, 9, 77, 300]])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapters")
+    plain = make_plain(out / "plain")
+    return {"plain": plain, "adapter": make_adapter(out / "adapter", plain)}
+
+
+def loaded(folder, *words, write=False):
+    args = parse_arguments([str(word) for word in words])
+    source = find_model(str(folder))
+    return adapt(load_base(source, args, CPU, False), source, args, write=write, say=lambda text: None)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def loss_gradients(model):
+    """Of a sum of log-probabilities through the packed engine, for every weight that is trained."""
+    prepare_model(model)
+    model.train().zero_grad()
+    logps = pair_logps(model, pack_pairs(list(make_pairs(4))))
+    (logps.chosen_B - logps.rejected_B).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_flags_that_contradict_the_adapter_are_refused(folders):
+    loaded(folders["adapter"], "--lora_rank", 4, "--lora_alpha", 8, "--target_modules", "all")
+    for words in (("--lora_rank", 8), ("--lora_alpha", 16), ("--use_dora", "true"), ("--target_modules", "q_proj")):
+        with pytest.raises(ModelError, match=f"{words[0]} .* contradicts the adapter .* --new_adapter true"):
+            loaded(folders["adapter"], *words)
+
+
+def test_the_gradient_is_that_of_the_merged_model(folders):
+    """dA = s B^T dW and dB = s dW A^T of the same dW."""
+    adapted = loaded(folders["adapter"])
+    layers = {n: m for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    parts = {
+        n: (m.lora_A["default"].weight, m.lora_B["default"].weight, m.scaling["default"]) for n, m in layers.items()
+    }
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["plain"]), folders["adapter"])
+    whole = loss_gradients(merged.merge_and_unload().requires_grad_(True))
+    found = loss_gradients(adapted)
+    assert len(found) == 2 * len(layers) == 28
+    for name, (a, b, scale) in parts.items():
+        dw = whole[name.removeprefix("base_model.model.") + ".weight"]
+        for ours, theirs in ((a.grad, scale * b.T @ dw), (b.grad, scale * dw @ a.T)):
+            assert torch.allclose(ours, theirs, atol=1e-5 * float(theirs.norm()), rtol=0)
+
+
+def test_a_new_adapter_starts_from_the_merged_weights(folders, tmp_path):
+    """It adds nothing yet; what it lies over is on the disk, and serving finds it there, also moved."""
+    new = loaded(
+        folders["adapter"], "--new_adapter", "true", "--output_dir", tmp_path / "out", "--lora_rank", 2, write=True
+    )
+    expected = expected_logits("adapter", folders, IDS)
+    assert torch.allclose(logits(new), expected, atol=2e-6)
+    assert {config.r for config in new.peft_config.values()} == {2}
+    torch.nn.init.normal_(new.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight)
+    new.save_pretrained(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert (tmp_path / "moved" / MERGED / "config.json").is_file()
+    assert torch.equal(
+        logits(load_tuned_model(find_source(str(tmp_path / "moved")), torch.float32, "cpu")), logits(new)
+    )
+
+
+def test_training_all_weights_from_an_adapter_takes_it_in(folders):
+    model = loaded(folders["adapter"], "--use_peft", "false")
+    assert not hasattr(model, "peft_config") and all(p.requires_grad for p in model.parameters())
+    assert torch.allclose(logits(model), expected_logits("adapter", folders, IDS), atol=2e-6)
+
+
+@pytest.mark.parametrize("words, engine", [((), "packed"), ((), "trl"), (("--new_adapter", "true"), "packed")])
+def test_the_reference_is_what_was_handed_in(folders, tmp_path, words, engine):
+    """The adapter's output, not the base's: DPO starts at ln 2."""
+    model = loaded(folders["adapter"], *words, "--output_dir", tmp_path / "out", write=True)
+    trainer = make_trainer(engine, tmp_path / "run", make_pairs(4), model=model, loss="dpo", max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved/ref").exists()
+
+
+def test_a_model_that_is_only_scored_answers_without_its_adapter_first(folders):
+    model = loaded(folders["adapter"], "--do_train", "false")
+    plain = AutoModelForCausalLM.from_pretrained(folders["plain"])
+    with untuned(model, scoring=True) as separate:
+        assert separate and torch.equal(logits(model), logits(plain))
+    assert torch.equal(logits(model), expected_logits("adapter", folders, IDS))
+    with untuned(loaded(folders["adapter"]), scoring=False) as separate:
+        assert not separate
+
+
+def test_over_4_bit_weights_it_stays_below_the_new_one(folders, tmp_path):
+    """Both count, one is trained, both are saved, and both are there when the run's folder is loaded."""
+    old, new = (loaded(folders["adapter"], "--qlora", "true", *words) for words in ((), ("--new_adapter", "true")))
+    assert torch.allclose(logits(new), logits(old), atol=1e-6)
+    trained = {name for name, p in new.named_parameters() if p.requires_grad}
+    assert trained and all(".default." in name for name in trained)
+    trainer = make_trainer("packed", tmp_path / "run", make_pairs(4), model=new, loss="dpo", max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / FROZEN / "adapter_config.json").is_file()
+    again = loaded(tmp_path / "saved", "--qlora", "true", "--do_train", "false")
+    assert torch.allclose(logits(again), logits(new), atol=1e-6) and not torch.allclose(
+        logits(new), logits(old), atol=1e-4
+    )
+
+
+def test_routers_get_no_adapter(tmp_path):
+    from preference.models.adapters import add_adapter, routers
+
+    model = tiny_model("qwen2_moe", moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4)
+    assert any(name.endswith("shared_expert_gate") for name in routers(model))
+    adapted = add_adapter(model, parse_arguments([]).model, 0)
+    assert not [n for n, p in adapted.named_parameters() if p.requires_grad and "gate." in n]
+
+
+def test_a_tied_head_is_refused_before_it_trains():
+    from preference.models.adapters import add_adapter
+
+    tied = tiny_model(tie_word_embeddings=True)
+    with pytest.raises(ModelError, match="lm_head is tied"):
+        add_adapter(tied, parse_arguments(["--target_modules", "q_proj,lm_head"]).model, 0)
+    add_adapter(tiny_model(), parse_arguments(["--target_modules", "q_proj,lm_head"]).model, 0)

@@ -1,0 +1,93 @@
+"""What is handed in is used as it is, or refused by name, at every entrance; pytest -s prints the table."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from handed_in import expected_logits, make_all
+
+from preference.arguments import parse_arguments
+from preference.errors import PreferenceError
+from preference.models.hardware import Hardware
+from preference.models.loading import adapt, load_base
+from preference.models.look import look_on_paper
+from preference.models.sources import find_model
+from preference.serve.loading import find_source, load_tuned_model
+from preference.serve.merging import load_merged
+
+CPU = Hardware("cpu", "CPU", 0, False)
+ENTRANCES = ("train", "evaluate", "dry run", "chat", "export")
+USED = {"plain": ENTRANCES, "adapter": ENTRANCES, "fp8": ENTRANCES, "bnb4": ("train", "evaluate", "dry run", "chat")}
+REFUSED = {
+    "missing": r"2 tensors are missing \(lm_head.weight, model.layers.1.mlp.down_proj.weight\) and would be random",
+    "more_layers": r"describes \(model_type llama, 3 layers\): 9 tensors are missing \(model.layers.2.",
+    "fewer_layers": r"9 tensors have no place in LlamaForCausalLM \(model.layers.1.",
+    "value_head": r"1 tensors have no place in LlamaForCausalLM \(v_head.summary.weight\)",
+    "other_shape": r"1 tensors have another shape \(lm_head.weight is \[500, 64\], not \[512, 64\]\)",
+    "cut_off": r"model.safetensors is cut off or damaged",
+    "lost_weights": r"lost_weights cannot be loaded",
+    "gptq": r"quantised with GPTQ, and the package that reads it is not installed: pip install optimum gptqmodel",
+    "fp8_unsaid": r"is held as F8_E4M3, and config.json has no quantization_config",
+    "bnb4": r"quantized weights cannot be merged into: name the unquantized model with --base_model",
+    "bnb4_damaged": r"bnb4_damaged, which is quantised with bitsandbytes, cannot be loaded: .* Get the folder anew",
+    "adapter_lost": r"holds adapter_config.json but no adapter_model.safetensors: its weights are lost",
+    "adapter_of_another": r"does not fit its base .*plain: 14 of its tensors have no place",
+    "adapter_over_adapter": r"an adapter itself: merge that first",
+    "model_and_adapter": r"holds a whole model and an adapter: name both",
+}
+# From headers alone an adapter is not laid over its base, and 4-bit tensors not unpacked; without them it is said.
+UNSEEN_ON_PAPER = ("adapter_of_another", "bnb4_damaged", "lost_weights")
+IDS = torch.tensor([[1, 5, 9, 77, 300]])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_all(tmp_path_factory.mktemp("models"))
+
+
+def enter(entrance: str, folder: str):
+    """The model as an entrance has it; None on paper."""
+    if entrance == "chat":
+        return load_tuned_model(find_source(folder), torch.float32, "cpu")
+    if entrance == "export":
+        return load_merged(find_source(folder), [([1, 5, 9, 77, 300], 2)])[0]
+    source = find_model(folder)
+    if entrance == "dry run":
+        model = look_on_paper(source.base)
+        assert model is None or all(weight.is_meta for weight in model.parameters())
+        return None
+    args = parse_arguments([] if entrance == "train" else ["--do_train", "false"])
+    return adapt(load_base(source, args, CPU, False), source, args, write=False, say=print)
+
+
+def test_every_kind_at_every_entrance(folders, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["orpo_train.py"])
+    lines, wrong = [], []
+    for kind, folder in folders.items():
+        for entrance in ENTRANCES:
+            try:
+                model = enter(entrance, str(folder))
+                outcome, right = "used", entrance in USED.get(kind, ())
+                right |= entrance == "dry run" and kind in UNSEEN_ON_PAPER
+                if model is not None and right:
+                    with torch.no_grad():
+                        logits = model.eval()(IDS).logits
+                    right = torch.allclose(logits, expected_logits(kind, folders, IDS), atol=2e-5, rtol=0)
+            except PreferenceError as error:
+                outcome = str(error)
+                right = entrance not in USED.get(kind, ()) and re.search(REFUSED[kind], outcome)
+            lines.append(f"{kind:<22}{entrance:<10}{outcome}")
+            if not right:
+                wrong.append(lines[-1])
+    print("\n".join(["", *lines]))
+    assert len(lines) == len(ENTRANCES) * len(USED | REFUSED) and not wrong, "\n".join(wrong)
+
+
+def test_an_adapter_is_gone_on_with_to_the_bit(folders):
+    """Nothing of it is drawn anew, and it is what training changes."""
+    model = enter("train", str(folders["adapter"]))
+    assert torch.equal(model.eval()(IDS).logits, expected_logits("adapter", folders, IDS))
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"default"}
+    assert model.peft_config["default"].base_model_name_or_path == str(folders["plain"])
