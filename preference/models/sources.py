@@ -73,7 +73,7 @@ def adapter_config(name: str, cache_dir: str | None = None) -> dict[str, Any] | 
 def written_base(adapter: str, config: dict[str, Any]) -> str | None:
     """The base of an adapter as it was written down; of its own name alone, as the run that is beside it knows it.
 
-    An adapter's config has the last part alone of a path outside the project; run.json, which stays here, has all of it.
+    An adapter's config has the last part alone of a path outside the project; run.json, which stays here, has it whole.
     """
     written = config.get("base_model_name_or_path")
     if not written:

@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from preference.launch.signals import StoppedBySignal
+from preference.models.adapters import FROZEN
 from preference.models.names import strip_folders
 from preference.optimization.schedules import make_schedule
 from preference.train import sharding
@@ -85,7 +86,9 @@ class GuardedTrainer(Trainer):
             state_dict = sharding.without_copies(state_dict, self.accelerator.unwrap_model(self.model))
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            strip_folders(Path(output_dir or self.args.output_dir))
+            folder = Path(output_dir or self.args.output_dir)
+            for place in (folder, folder / FROZEN):
+                strip_folders(place)
 
     # ---- before, during and after training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -133,6 +134,7 @@ def test_over_4_bit_weights_it_stays_below_the_new_one(folders, tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / FROZEN / "adapter_config.json").is_file()
+    (tmp_path / "saved/run.json").write_text(json.dumps({"base_model": str(folders["plain"])}))
     again = loaded(tmp_path / "saved", "--qlora", "true", "--do_train", "false")
     assert torch.allclose(logits(again), logits(new), atol=1e-6) and not torch.allclose(
         logits(new), logits(old), atol=1e-4
