@@ -31,6 +31,7 @@ def main() -> None:
     from preference.launch.signals import StoppedBySignal, StopSignals
     from preference.models.hardware import detect
     from preference.models.loading import load_tokenizer, untuned
+    from preference.models.vocabulary import add_to_tokenizer, tokens_to_add
     from preference.plan.dry_run import on_paper
     from preference.report.answers import Samples
     from preference.report.evaluation import Evaluation
@@ -64,6 +65,7 @@ def main() -> None:
             begin_reporting(training.report_to, output_dir, training.run_name, os.environ)
         source = find_model(args)
         tokenizer = load_tokenizer(args.model.tokenizer_name_or_path or source.tokenizer, args.model)
+        add_to_tokenizer(tokenizer, tokens_to_add(args.model.add_tokens))
         conversation = load_template(args, tokenizer)
     save_report = RANK == 0 and not args.run.dry_run
     with on_every_rank():
@@ -134,6 +136,7 @@ def find_model(args: Arguments) -> Any:
 def look_at_headers(args: Arguments, source: Any, tokenizer: Any, conversation: Any, *sets: Any) -> None:
     """The look that a run has at its model, from the headers of the weight files."""
     from preference.models.look import look_on_paper
+    from preference.models.vocabulary import add_rows, tokens_to_add
     from preference.train.setup import check_room
 
     code = args.model.trust_remote_code
@@ -141,6 +144,7 @@ def look_at_headers(args: Arguments, source: Any, tokenizer: Any, conversation: 
     if model is None:
         say("the weights are not on this machine: whether they are whole is seen when the run starts")
         return
+    add_rows(model, tokenizer, tokens_to_add(args.model.add_tokens))
     check_room(model, tokenizer, conversation, *sets)
     say(f"weights of {source.base}: every tensor is there, of the right shape")
 

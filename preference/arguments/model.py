@@ -95,6 +95,63 @@ class ModelArguments:
         unused=(NO_ADAPTER,),
         identity=True,
     )
+    use_rslora: bool = flag(
+        False,
+        "rank-stabilised LoRA: the adapter is scaled by lora_alpha / sqrt(lora_rank), for large ranks",
+        topic="the adapter",
+        unused=(NO_ADAPTER,),
+        identity=True,
+    )
+    exclude_modules: str | None = flag(
+        None,
+        "layers that target_modules would give an adapter and shall have none; with target_modules=all the layers that "
+        "choose experts have none anyway",
+        topic="the adapter",
+        unused=(NO_ADAPTER,),
+        identity=True,
+        peers=("exclude_lora_modules",),
+    )
+    modules_to_save: str | None = flag(
+        None,
+        "layers that are trained whole and saved with the adapter: embed_tokens,lm_head",
+        topic="the adapter",
+        unused=(NO_ADAPTER,),
+        identity=True,
+        peers=("additional_target", "lora_modules_to_save"),
+    )
+    lora_bias: str = flag(
+        "none",
+        "biases that are trained beside the adapter: none, lora_only (of the layers that have one), all",
+        topic="the adapter",
+        choices=("none", "lora_only", "all"),
+        unused=(NO_ADAPTER,),
+        identity=True,
+    )
+    init_lora_weights: str = flag(
+        "default",
+        "how an adapter begins, always adding nothing: default (Kaiming), gaussian or orthogonal",
+        topic="the adapter",
+        choices=("default", "gaussian", "orthogonal"),
+        unused=(NO_ADAPTER,),
+        identity=True,
+    )
+    loraplus_lr_ratio: float | None = flag(
+        None,
+        "LoRA+: the learning rate of B over that of A (16 in the paper)",
+        topic="the adapter",
+        above=0,
+        unused=(NO_ADAPTER, NO_TRAINING),
+        identity=True,
+        peers=("lorap_lr_ratio",),
+    )
+    add_tokens: str | None = flag(
+        None,
+        "tokens that tokenizer and model get, a,b,c or a file with one a line: their rows begin as the mean of the "
+        "others and are trained; also those that the tokenizer has and the model has no rows for",
+        identity=True,
+        unused=(NO_TRAINING,),
+        peers=("new_special_tokens", "add_new_tokens"),
+    )
     use_dora: bool = flag(
         False,
         "DoRA: also learn the weights' magnitudes; slower, sometimes better at small ranks",

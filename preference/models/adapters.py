@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ FIELDS = {
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
     "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+    "lora_bias": "bias",
+    "modules_to_save": "modules_to_save",
     "target_modules": "target_modules",
 }
 
@@ -105,7 +109,7 @@ def check_continued(adapter: str, args: Arguments) -> None:
         if flag not in args.given:
             continue
         asked, has = getattr(args.model, flag), config.get(field)
-        if field == "target_modules" and not isinstance(has, str):
+        if field in ("target_modules", "modules_to_save") and not isinstance(has, str):
             asked, has = sorted(_listed(asked)), sorted(has or ())
             if asked in (["all"], ["all-linear"]):
                 continue
@@ -121,18 +125,27 @@ def _listed(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int) -> Any:
+def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int, new_ids: Iterable[int] = ()) -> Any:
     """Wrap `model` in a LoRA adapter whose weights are drawn from `seed` and held in float32.
 
+    Args:
+        new_ids: tokens whose rows of the embedding and of the output head are trained beside it.
+
     Raises:
-        ModelError: a name of target_modules that the model has not, or that is tied to another.
+        ModelError: a name of target_modules, exclude_modules or modules_to_save that the model has not, or that is
+            tied to another.
     """
     from peft import LoraConfig, get_peft_model
 
     names = _listed(args.target_modules)
     everything = names in (["all"], ["all-linear"])
-    if not everything:
-        _check_targets(model, names)
+    excluded, whole = (_listed(text or "") for text in (args.exclude_modules, args.modules_to_save))
+    for flag, given in (("target_modules", [] if everything else names), ("exclude_modules", excluded),
+                        ("modules_to_save", whole)):  # fmt: skip
+        _check_names(model, flag, given)
+    _check_untied(model, "target_modules", [] if everything else names)
+    _check_untied(model, "modules_to_save", whole)
+    new_ids = list(new_ids)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_rank,
@@ -140,7 +153,12 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int) -> Any:
         lora_dropout=args.lora_dropout,
         use_dora=args.use_dora,
         target_modules="all-linear" if everything else names,
-        exclude_modules=routers(model) or None if everything else None,
+        exclude_modules=[*excluded, *(routers(model) if everything else ())] or None,
+        use_rslora=args.use_rslora,
+        bias=args.lora_bias,
+        modules_to_save=whole or None,
+        init_lora_weights=True if args.init_lora_weights == "default" else args.init_lora_weights,
+        trainable_token_indices=_rows_of_tokens(model, new_ids, whole) if new_ids else None,
     )
     torch.manual_seed(seed)
     return get_peft_model(model, config)
@@ -155,22 +173,35 @@ def adapter_on_paper(model: PreTrainedModel, folder: str) -> Any:
     return get_peft_model(model, config)
 
 
-def _check_targets(model: PreTrainedModel, names: list[str]) -> None:
+def _rows_of_tokens(model: PreTrainedModel, ids: list[int], whole: list[str]) -> dict[str, list[int]] | None:
+    """For peft: the rows of the embedding and of an output head of its own; of a tied one peft takes care."""
+    ends = [name for name in _vocabulary_modules(model) if not any(name.endswith(other) for other in whole)]
+    names = ends[:1] if is_tied(model) else ends
+    return {name.rpartition(".")[2]: ids for name in names} or None
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
+
+
+def _check_names(model: PreTrainedModel, flag: str, names: list[str]) -> None:
     modules = dict(model.named_modules())
     missing = [name for name in names if not any(n == name or n.endswith(f".{name}") for n in modules)]
     if missing:
         linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
         raise ModelError(
-            f"target_modules: the model has no {', '.join(missing)}; its linear layers are {', '.join(sorted(linear))}"
+            f"{flag}: the model has no {', '.join(missing)}; its linear layers are {', '.join(sorted(linear))}"
         )
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None):
-        ends = [n for n in _vocabulary_modules(model) if any(n == name or n.endswith(f".{name}") for name in names)]
-        if ends:
-            raise ModelError(
-                f"target_modules: {', '.join(ends)} is tied, embedding and head are one tensor, and an adapter on "
-                "one of them could not be merged and exported: leave it out"
-            )
+
+
+def _check_untied(model: PreTrainedModel, flag: str, names: list[str]) -> None:
+    ends = [n for n in _vocabulary_modules(model) if any(n == name or n.endswith(f".{name}") for name in names)]
+    if ends and is_tied(model):
+        raise ModelError(
+            f"{flag}: {', '.join(ends)} is tied, embedding and head are one tensor, and what is trained of one of them "
+            "could not be merged and exported: leave it out"
+        )
 
 
 def routers(model: nn.Module) -> list[str]:

@@ -77,8 +77,8 @@ def check_vocabulary(model: Any, tokenizer: Any, ids: Iterable[int], sets: Itera
         text = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else "?"
         raise ModelError(
             f"token {token} ({text!r}) of {where} is not in the model's vocabulary: that has {rows} rows, and the "
-            f"tokenizer {len(tokenizer)} tokens. Take the tokenizer that belongs to the model, or a model whose "
-            "embedding was resized to it"
+            f"tokenizer {len(tokenizer)} tokens. --add_tokens {text!r} gives the model rows for the tokenizer's new "
+            "tokens, and trains them; else take the tokenizer that belongs to the model"
         )
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.arguments import Arguments, ModelArguments
-from preference.models.adapters import add_adapter, check_continued, freeze_below, load_stack, merge
+from preference.models.adapters import add_adapter, check_continued, freeze_below, load_stack, merge, routers
 from preference.models.hardware import Hardware
 from preference.models.look import ModelError, load_weights
 from preference.models.sources import MERGED, ModelSource
@@ -118,11 +118,19 @@ def merges(source: ModelSource, args: Arguments) -> bool:
     return bool(source.adapter and args.run.do_train and (args.model.new_adapter or not args.model.use_peft))
 
 
-def adapt(model: PreTrainedModel, source: ModelSource, args: Arguments, *, write: bool, say: Say) -> Any:
+def adapt(
+    model: PreTrainedModel,
+    source: ModelSource,
+    args: Arguments,
+    *,
+    write: bool,
+    say: Say,
+    new_ids: Sequence[int] = (),
+) -> Any:
     """The model as it is trained, or scored: with the adapter that was handed in, a new one, both, or none.
 
     Args:
-        write: whether this process writes the files of the run.
+        write: whether this process writes the files of the run. new_ids: tokens whose rows are trained besides.
 
     Raises:
         ModelError: the adapter does not fit, or a flag says of it what it is not.
@@ -130,7 +138,15 @@ def adapt(model: PreTrainedModel, source: ModelSource, args: Arguments, *, write
     if not args.run.do_train:
         return load_stack(model, source.adapter) if source.adapter else model
     if source.adapter is None:
-        return add_adapter(model, args.model, args.run.seed) if args.model.use_peft else model
+        if not args.model.use_peft:
+            return model
+        if found := routers(model) if args.model.target_modules in ("all", "all-linear") else ():
+            say(f"no adapter on the {len(found)} layers that choose experts ({found[0]}, ...)")
+        return add_adapter(model, args.model, args.run.seed, new_ids)
+    if args.model.add_tokens and args.model.use_peft:
+        raise ModelError(
+            f"add_tokens goes with a model, and {source.adapter} is an adapter: merge it first (export_model.py)"
+        )
     if not args.model.new_adapter and args.model.use_peft:
         check_continued(source.adapter, args)
         say(f"training resumes the adapter {source.adapter} over {source.base}, as it is")
@@ -146,7 +162,7 @@ def adapt(model: PreTrainedModel, source: ModelSource, args: Arguments, *, write
     if write:
         merged.save_pretrained(folder)
     merged.name_or_path = str(folder)
-    return add_adapter(merged, args.model, args.run.seed)
+    return add_adapter(merged, args.model, args.run.seed, new_ids)
 
 
 @contextlib.contextmanager

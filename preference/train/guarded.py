@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from preference.launch.signals import StoppedBySignal
 from preference.models.adapters import FROZEN
 from preference.models.names import strip_folders
+from preference.optimization.lora_plus import raise_rate_of_b
 from preference.optimization.schedules import make_schedule
 from preference.train import sharding
 from preference.train.checkpoints import CheckpointWriter
@@ -49,7 +50,10 @@ class GuardedTrainer(Trainer):
 
     Attributes:
         watchdog, checkpoints: plain objects that do the work.
+        loraplus_lr_ratio: how much faster the B of an adapter learns than its A; None: as fast.
     """
+
+    loraplus_lr_ratio: float | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -113,7 +117,11 @@ class GuardedTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_fsdp_enabled:
             sharding.reshard(self.model)
-        return super().create_optimizer(*args, **kwargs)
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.loraplus_lr_ratio is not None:
+            raise_rate_of_b(optimizer, self.model, self.loraplus_lr_ratio)
+        return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_deepspeed_enabled and self.deepspeed is not None:

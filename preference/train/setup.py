@@ -20,6 +20,7 @@ from preference.models.limits import check_positions, check_vocabulary, template
 from preference.models.loading import adapt, load_base
 from preference.models.parameters import count_parameters
 from preference.models.sources import ModelSource
+from preference.models.vocabulary import add_rows, tokens_to_add
 from preference.optimization.keywords import keywords
 from preference.train.identity import run_identity
 from preference.train.output_folder import claim, make_folder
@@ -125,7 +126,8 @@ def load_trainer(
     set_seed(args.run.seed)
     model = load_base(source, args, hardware, training.bf16, say)
     training.learning_rate = args.learning_rate(count_parameters(model)[1]).learning_rate
-    model = adapt(model, source, args, write=training.process_index == 0, say=say)
+    new_ids = add_rows(model, tokenizer, tokens_to_add(args.model.add_tokens))
+    model = adapt(model, source, args, write=training.process_index == 0, say=say, new_ids=new_ids)
     check_room(model, tokenizer, conversation, train_set, eval_set)
     common = dict(
         objective=objective_of(args), train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer
@@ -133,10 +135,12 @@ def load_trainer(
     if choice.engine == "trl":
         from preference.train.trl_engine import make_trl_trainer
 
-        return make_trl_trainer(model, training, **common)
+        trainer = make_trl_trainer(model, training, **common)
+        trainer.loraplus_lr_ratio = args.model.loraplus_lr_ratio
+        return trainer
     from preference.train.trainer import PairTrainer
 
-    return PairTrainer(
+    trainer = PairTrainer(
         model,
         training,
         schedule=schedule_of(args),
@@ -147,6 +151,8 @@ def load_trainer(
         cache_dir=Path(args.model.cache_dir or "cache") / "reference",
         **common,
     )
+    trainer.loraplus_lr_ratio = args.model.loraplus_lr_ratio
+    return trainer
 
 
 def check_room(model: Any, tokenizer: Any, conversation: Any, *sets: Any) -> None:

@@ -67,7 +67,9 @@ def _plain_adapter(layer: LoraLinear) -> str | None:
         return None
     weights = (layer.base_layer.weight, layer.lora_A[name].weight, layer.lora_B[name].weight)
     plain = all(type(w) in PLAIN for w in weights) and layer.lora_B[name].bias is None
-    return name if plain and not layer.base_layer.weight.requires_grad else None
+    bias = layer.base_layer.bias
+    frozen = not layer.base_layer.weight.requires_grad and (bias is None or not bias.requires_grad)
+    return name if plain and frozen else None
 
 
 def adapted_forward(
