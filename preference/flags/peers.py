@@ -15,7 +15,7 @@ INSTEAD = {  # what to do -> names
     "nothing to set, pairs are dealt to micro-batches by length, and the loss of a step does not depend on it":
         "group_by_length length_column_name train_sampling_strategy auto_find_batch_size",
     "nothing to set, the packed engine chooses the attention by device and model":
-        "flash_attn attn_implementation attn_impl flash_attention use_flash_attn use_flash_attention_2 sdp_attention "
+        "flash_attention use_flash_attn use_flash_attention_2 sdp_attention "
         "xformers_attention shift_attn",
     "nothing to set, the packed engine has its own head and kernels":
         "use_liger_kernel enable_liger_kernel liger_kernel_config use_liger_loss use_unsloth unsloth rope_scaling "
@@ -36,8 +36,8 @@ INSTEAD = {  # what to do -> names
     "it is the tracker's own: set its environment variable, such as WANDB_PROJECT":
         "wandb_project wandb_entity swanlab_project project logging_dir",
     "an adapter has --lora_rank, --lora_alpha, --lora_dropout, --target_modules and --use_dora":
-        "use_rslora loraplus_lr_ratio pissa_init init_lora_weights init_weights modules_to_save additional_target "
-        "lora_modules_to_save lora_task_type lora_bias lora_target_parameters freeze_trainable_layers use_badam",
+        "pissa_init init_weights "
+        "lora_task_type lora_target_parameters freeze_trainable_layers use_badam",
     "there are 4 bits (--load_in_4bit) or none":
         "load_in_8bit quantization_method quant_method use_bnb_nested_quant",
     "there is none; --strategy shares a model out among processes (torchrun/README.md)":
