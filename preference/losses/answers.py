@@ -107,6 +107,17 @@ class Answers:
         self.o, self.logps, self.reference, self.coupled = o, logps, reference, coupled
 
     @property
+    def beta(self) -> float:
+        assert self.o.beta is not None  # an objective fills it in
+        return self.o.beta
+
+    @property
+    def partners(self) -> Tensor:
+        """[B, 2]: what the pairs have to know of their global batch."""
+        assert self.coupled is not None  # objective_share has seen to it
+        return self.coupled
+
+    @property
     def sums(self) -> tuple[Tensor, Tensor]:
         return weighted_sums(self.o, self.logps)
 
@@ -118,6 +129,7 @@ class Answers:
     @property
     def ratios(self) -> tuple[Tensor, Tensor]:
         """log(policy / reference)."""
+        assert self.reference is not None  # objective_share has seen to it
         chosen_B, rejected_B = self.sums
         return chosen_B - self.reference[0], rejected_B - self.reference[1]
 
@@ -137,7 +149,7 @@ class Answers:
     def rewards(self) -> tuple[Tensor, Tensor]:
         kinds = {"ratio": "ratios", "mean": "means", "sum": "sums"}
         chosen_B, rejected_B = getattr(self, kinds[self.o.reward])
-        scale = self.o.beta or 1.0  # simper and sft read no beta
+        scale = self.beta or 1.0  # simper and sft read no beta
         return scale * chosen_B, scale * rejected_B
 
     @property

@@ -1,7 +1,6 @@
 """The learning rate for each loss, kind of training and size of model, each with its source.
 
-docs/training.md has the studies behind the small models' values. Beta, gamma and what else a formula reads have their
-defaults with the loss (specs.py, objective.py).
+Beta, gamma and what else a formula reads have their defaults with the loss (specs.py, objective.py).
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ class Recipe:
 RECIPES: dict[str, dict[tuple[bool, bool], Recipe]] = {
     # The likelihood of the chosen answers carries the loss: rates of supervised fine-tuning.
     "likelihood": {
-        (True, True): Recipe(1e-3, "grid on the starter model, docs/training.md"),
+        (True, True): Recipe(1e-3, "starter model: 2e-4 learned little in a pass, 1e-3 much (benchmarks/LOG.md)"),
         (False, True): Recipe(1e-4, "ten times ORPO's rate for all weights"),
-        (True, False): Recipe(1e-4, "grid on the starter model, docs/training.md"),
+        (True, False): Recipe(1e-4, "a tenth of the adapter's rate"),
         (False, False): Recipe(8e-6, "ORPO's authors (arXiv 2403.07691): 5e-6 to 8e-6"),
     },
     # The margin over a reference, or between log-probabilities: ten to a hundred times lower, or the text breaks.
     "preference": {
-        (True, True): Recipe(1e-4, "grid on the starter model, docs/training.md"),
+        (True, True): Recipe(1e-4, "starter model, dpo: 1e-3 breaks the text, 1e-4 does not (benchmarks/LOG.md)"),
         (False, True): Recipe(1e-5, "LoRA bears ten times DPO's rate for all weights (5e-6 to 1e-5 in use)"),
-        (True, False): Recipe(5e-6, "ten times the rate for 7 B, as the adapter's on the starter model"),
+        (True, False): Recipe(5e-6, "ten times the rate for 7 B; not measured"),
         (False, False): Recipe(5e-7, "3e-7 to 1e-6: SimPO's README, Tulu 3 (arXiv 2411.15124)"),
     },
 }
@@ -46,7 +45,7 @@ def family(loss: str) -> str:
     weights = {"likelihood": 0.0, "preference": 0.0}
     for name, weight in parse_loss(loss):
         weights["likelihood" if name in carried else "preference"] += weight
-    return max(weights, key=weights.get)
+    return "likelihood" if weights["likelihood"] >= weights["preference"] else "preference"
 
 
 def recipe(loss: str, *, adapter: bool, parameters: float) -> Recipe:

@@ -68,7 +68,8 @@ class Objective:
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing lies in [0, 0.5); got {self.label_smoothing}")
         needs_beta = any(LOSSES[name].beta for name, _ in self.parts) and self.loss != "orpo"
-        if not math.isfinite(self.beta) or self.beta < 0 or (self.beta == 0 and needs_beta):
+        beta = 0.0 if self.beta is None else self.beta
+        if not math.isfinite(beta) or beta < 0 or (beta == 0 and needs_beta):
             raise ValueError(f"beta is a positive number (0 is allowed for orpo: likelihood alone); got {self.beta}")
         for name in ("orpo_temperature", "discopop_tau"):
             if not 0 < getattr(self, name) < math.inf:
@@ -119,9 +120,9 @@ class Objective:
         """Tokens that one pair adds to `Totals.nll_tokens`: a prompt of p tokens has p-1 predicted ones."""
         return chosen_tokens + (prompt_tokens - 1 if self.needs_prompt else 0)
 
-    def with_changes(self, **changes: object) -> Objective:
-        """The same objective but for these constants."""
-        return replace(self, **changes)
+    def weighing(self, *, beta: float, nll_weight: float | None) -> Objective:
+        """The same objective with other weights of its two terms."""
+        return replace(self, beta=beta, nll_weight=nll_weight)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ def orpo(x: Answers) -> Tensor:
 
     The temperature inside is that of Gorbatovski et al. 2025 (arXiv 2502.01237); 1 in ORPO's paper.
     """
-    return -x.o.beta * F.logsigmoid(x.o.orpo_temperature * log_odds(x))
+    return -x.beta * F.logsigmoid(x.o.orpo_temperature * log_odds(x))
 
 
 def simpo(x: Answers) -> Tensor:
     """Eq. 6 of SimPO: -log sigmoid(beta (mean chosen - mean rejected) - gamma)."""
     chosen_B, rejected_B = x.means
-    return smoothed(x.o.beta * (chosen_B - rejected_B) - x.o.simpo_gamma - x.target, x.o.label_smoothing)
+    return smoothed(x.beta * (chosen_B - rejected_B) - x.o.simpo_gamma - x.target, x.o.label_smoothing)
 
 
 def alphapo(x: Answers) -> Tensor:
@@ -35,25 +35,25 @@ def alphapo(x: Answers) -> Tensor:
     if alpha:
         chosen_B = -torch.expm1((-alpha * chosen_B).clamp(max=EXP_MAX)) / alpha
         rejected_B = -torch.expm1((-alpha * rejected_B).clamp(max=EXP_MAX)) / alpha
-    return smoothed(x.o.beta * (chosen_B - rejected_B) - x.o.simpo_gamma - x.target, x.o.label_smoothing)
+    return smoothed(x.beta * (chosen_B - rejected_B) - x.o.simpo_gamma - x.target, x.o.label_smoothing)
 
 
 def cpo(x: Answers) -> Tensor:
     """Eq. 3 of CPO: DPO with a uniform reference."""
     chosen_B, rejected_B = x.sums
-    return smoothed(x.o.beta * (chosen_B - rejected_B) - x.target, x.o.label_smoothing)
+    return smoothed(x.beta * (chosen_B - rejected_B) - x.target, x.o.label_smoothing)
 
 
 def slic(x: Answers) -> Tensor:
     """SLiC-HF's rank calibration: max(0, beta - log p(chosen) + log p(rejected)); beta is the paper's delta."""
     chosen_B, rejected_B = x.sums
-    return torch.relu(x.o.beta + x.target - chosen_B + rejected_B)
+    return torch.relu(x.beta + x.target - chosen_B + rejected_B)
 
 
 def rrhf(x: Answers) -> Tensor:
     """RRHF's ranking loss on log-probabilities per token: beta max(0, mean rejected - mean chosen)."""
     chosen_B, rejected_B = x.means
-    return x.o.beta * torch.relu(rejected_B - chosen_B)
+    return x.beta * torch.relu(rejected_B - chosen_B)
 
 
 def simper(x: Answers) -> Tensor:

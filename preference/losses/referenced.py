@@ -13,7 +13,7 @@ EXO_EPSILON = 1e-3  # the share of the rejected answer in EXO's target where lab
 
 def _margin(x: Answers) -> Tensor:
     chosen_B, rejected_B = x.scores
-    return x.o.beta * (chosen_B - rejected_B) - x.target
+    return x.beta * (chosen_B - rejected_B) - x.target
 
 
 def dpo(x: Answers) -> Tensor:
@@ -35,19 +35,19 @@ def hinge(x: Answers) -> Tensor:
 def ipo(x: Answers) -> Tensor:
     """Eq. 17 of IPO, on log-ratios per token as the authors ran it."""
     chosen_B, rejected_B = x.mean_scores
-    return (chosen_B - rejected_B - 1 / (2 * x.o.beta)) ** 2
+    return (chosen_B - rejected_B - 1 / (2 * x.beta)) ** 2
 
 
 def sigmoid_norm(x: Answers) -> Tensor:
     """Tulu 3's length-normalised DPO: log-ratios per token."""
     chosen_B, rejected_B = x.mean_scores
-    return smoothed(x.o.beta * (chosen_B - rejected_B) - x.target, x.o.label_smoothing)
+    return smoothed(x.beta * (chosen_B - rejected_B) - x.target, x.o.label_smoothing)
 
 
 def exo_pair(x: Answers) -> Tensor:
     """Eq. 16 of EXO: KL(softmax of the rewards || (1 - eps, eps))."""
     chosen_B, rejected_B = x.scores
-    margin_B = x.o.beta * (chosen_B - rejected_B)
+    margin_B = x.beta * (chosen_B - rejected_B)
     epsilon = torch.tensor(x.o.label_smoothing or EXO_EPSILON, dtype=margin_B.dtype, device=margin_B.device)
     won = torch.sigmoid(margin_B) * (F.logsigmoid(margin_B) - torch.log1p(-epsilon))
     return won + torch.sigmoid(-margin_B) * (F.logsigmoid(-margin_B) - torch.log(epsilon))
@@ -56,7 +56,7 @@ def exo_pair(x: Answers) -> Tensor:
 def discopop(x: Answers) -> Tensor:
     """Eq. 5 of DiscoPOP: log-ratio modulated loss, a blend of the logistic and the exponential loss."""
     chosen_B, rejected_B = x.scores
-    margin_B = x.o.beta * (chosen_B - rejected_B)
+    margin_B = x.beta * (chosen_B - rejected_B)
     blend = margin_B / x.o.discopop_tau
     # exp(-m) sigmoid(m / tau) in one exponential: the factors alone overflow and vanish
     exponential = torch.exp((F.logsigmoid(blend) - margin_B).clamp(max=EXP_MAX))
@@ -67,50 +67,50 @@ def dpop(x: Answers) -> Tensor:
     """Eq. 3 of DPO-Positive: DPO's margin less lambda max(0, log-ratio that the chosen answer has lost)."""
     chosen_B, rejected_B = x.ratios
     margin_B = chosen_B - rejected_B - x.o.dpop_lambda * torch.relu(-chosen_B)
-    return smoothed(x.o.beta * margin_B - x.target, x.o.label_smoothing)
+    return smoothed(x.beta * margin_B - x.target, x.o.label_smoothing)
 
 
 def rdpo(x: Answers) -> Tensor:
     """Length-regularised DPO: the margin less alpha (chosen tokens - rejected tokens)."""
     chosen_B, rejected_B = x.ratios
     longer_B = x.logps.chosen_len_B - x.logps.rejected_len_B
-    margin_B = x.o.beta * (chosen_B - rejected_B) - x.o.length_penalty * longer_B
+    margin_B = x.beta * (chosen_B - rejected_B) - x.o.length_penalty * longer_B
     return smoothed(margin_B - x.target, x.o.label_smoothing)
 
 
 def chipo(x: Answers) -> Tensor:
     """Chi-squared preference optimization: DPO with the link t + log t of the ratio t, clipped as in the paper."""
     chosen_B, rejected_B = (ratio_B + torch.exp(ratio_B.clamp(-88.0, 20.0)) for ratio_B in x.ratios)
-    return smoothed(x.o.beta * (chosen_B - rejected_B) - x.target, x.o.label_smoothing)
+    return smoothed(x.beta * (chosen_B - rejected_B) - x.target, x.o.label_smoothing)
 
 
 def nca_pair(x: Answers) -> Tensor:
     """NCA for two answers: each answer's own log-ratio, absolute rather than relative."""
-    chosen_B, rejected_B = (x.o.beta * ratio_B for ratio_B in x.ratios)
+    chosen_B, rejected_B = (x.beta * ratio_B for ratio_B in x.ratios)
     return -F.logsigmoid(chosen_B) - 0.5 * F.logsigmoid(-chosen_B) - 0.5 * F.logsigmoid(-rejected_B)
 
 
 def bco_pair(x: Answers) -> Tensor:
     """Binary classifier optimization on pairs, without its running shift of the rewards."""
-    chosen_B, rejected_B = (x.o.beta * ratio_B for ratio_B in x.ratios)
+    chosen_B, rejected_B = (x.beta * ratio_B for ratio_B in x.ratios)
     return -F.logsigmoid(chosen_B) - F.logsigmoid(-rejected_B)
 
 
 def sppo_hard(x: Answers) -> Tensor:
     """Eq. 4.7 of SPPO where the chosen answer wins for certain."""
     chosen_B, rejected_B = x.ratios
-    return (chosen_B - 0.5 / x.o.beta) ** 2 + (rejected_B + 0.5 / x.o.beta) ** 2
+    return (chosen_B - 0.5 / x.beta) ** 2 + (rejected_B + 0.5 / x.beta) ** 2
 
 
 def apo_zero(x: Answers) -> Tensor:
     """Eq. 7 of APO: chosen up, rejected down; for chosen answers better than the model's own."""
-    chosen_B, rejected_B = (x.o.beta * ratio_B for ratio_B in x.ratios)
+    chosen_B, rejected_B = (x.beta * ratio_B for ratio_B in x.ratios)
     return torch.sigmoid(-chosen_B) + torch.sigmoid(rejected_B)
 
 
 def apo_down(x: Answers) -> Tensor:
     """Eq. 8 of APO: both down, rejected more; for chosen answers worse than the model's own."""
-    chosen_B, rejected_B = (x.o.beta * ratio_B for ratio_B in x.ratios)
+    chosen_B, rejected_B = (x.beta * ratio_B for ratio_B in x.ratios)
     return torch.sigmoid(chosen_B) + torch.sigmoid(rejected_B - chosen_B)
 
 
@@ -126,15 +126,15 @@ def kto_answer(reward_B: Tensor, desirable: bool, baseline_B: Tensor) -> Tensor:
 
 def kto(x: Answers) -> Tensor:
     """KTO's mean over both answers; z of each is the global batch's mean log-ratio of the other side (coupling.py)."""
-    chosen_B, rejected_B = (x.o.beta * ratio_B for ratio_B in x.ratios)
-    for_chosen_B, for_rejected_B = (x.o.beta * x.coupled).unbind(1)
+    chosen_B, rejected_B = (x.beta * ratio_B for ratio_B in x.ratios)
+    for_chosen_B, for_rejected_B = x.beta * x.partners[:, 0], x.beta * x.partners[:, 1]
     return (kto_answer(chosen_B, True, for_chosen_B) + kto_answer(rejected_B, False, for_rejected_B)) / 2
 
 
 def aot(x: Answers) -> Tensor:
     """AOT, paired: the policy's margin against the reference's margin of equal rank in the global batch."""
     chosen_B, rejected_B = x.sums
-    return smoothed(x.o.beta * (chosen_B - rejected_B - x.coupled[:, 0]), x.o.label_smoothing)
+    return smoothed(x.beta * (chosen_B - rejected_B - x.partners[:, 0]), x.o.label_smoothing)
 
 
 def aot_unpaired(x: Answers) -> Tensor:
@@ -143,6 +143,6 @@ def aot_unpaired(x: Answers) -> Tensor:
     Both meet a partner without gradient; the second term brings the rejected answers' gradient and no value.
     """
     chosen_B, rejected_B = x.ratios
-    of_chosen = smoothed(x.o.beta * (chosen_B - x.coupled[:, 0]), x.o.label_smoothing)
-    of_rejected = smoothed(x.o.beta * (x.coupled[:, 1] - rejected_B), x.o.label_smoothing)
+    of_chosen = smoothed(x.beta * (chosen_B - x.partners[:, 0]), x.o.label_smoothing)
+    of_rejected = smoothed(x.beta * (x.partners[:, 1] - rejected_B), x.o.label_smoothing)
     return of_chosen + of_rejected - of_rejected.detach()

@@ -56,7 +56,7 @@ class Schedule:
             return self.objective
         begin = self.sft_share if self.stages == "sft,align" else 0.0
         if progress < begin:
-            return self.objective.with_changes(beta=0.0, nll_weight=1.0)
+            return self.objective.weighing(beta=0.0, nll_weight=1.0)
         grown = (progress - begin) / (1 - begin) if self.ramp == "linear" else 1.0
         nll = self.align_nll if self.stages == "sft,align" else self.objective.nll_weight
-        return self.objective.with_changes(beta=self.objective.beta * grown, nll_weight=nll)
+        return self.objective.weighing(beta=(self.objective.beta or 0.0) * grown, nll_weight=nll)

@@ -39,9 +39,9 @@ class _Batch:
 
 def _number(row: Row, name: str) -> float | None:
     """A number that the row brings for the loss; the margin, where none is written, from the scores of its answers."""
-    scores = row.extra.get("score_chosen"), row.extra.get("score_rejected")
-    if name == "score_margin" and name not in row.extra and None not in scores:
-        return float(scores[0]) - float(scores[1])
+    chosen, rejected = row.extra.get("score_chosen"), row.extra.get("score_rejected")
+    if name == "score_margin" and name not in row.extra and chosen is not None and rejected is not None:
+        return float(chosen) - float(rejected)
     return row.extra.get(name)
 
 

@@ -248,13 +248,13 @@ class PairTrainer(GuardedTrainer):
         options = {"scale_wrt_gas": False} if deepspeed else {}
         totals, batches = inputs["totals"], [to_device(batch, self.args.device) for batch in inputs["micro_batches"]]
         objective = self.schedule.at(self.state.global_step / max(self.state.max_steps, 1))
-        coupled = self._couple(model, batches) if objective.needs_batch else [None] * len(batches)
+        coupled = self._couple(model, batches) if objective.needs_batch else None
         losses = []
         for i, (batch, rows) in enumerate(zip(batches, inputs["source"], strict=True)):
             last = i == len(batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                share, metrics = self._share(model, batch, totals, objective, coupled[i])
+                share, metrics = self._share(model, batch, totals, objective, coupled and coupled[i])
                 loss = share * self.args.world_size  # gradients are averaged over ranks, and shares are to be summed
                 self.watchdog.watch(loss, rows, self.state.global_step + 1)
                 self.accelerator.backward(loss, **options)
@@ -281,7 +281,7 @@ class PairTrainer(GuardedTrainer):
         with torch.no_grad():
             logps = [self._logps(model, batch) for batch in batches]
         model.train()
-        references = [self._reference_sums(batch) for batch in batches]
+        references = [sums for batch in batches if (sums := self._reference_sums(batch)) is not None]
         return couple_step(self.objective, logps, references, self.args.process_index)
 
     def _share(
@@ -368,6 +368,7 @@ class PairTrainer(GuardedTrainer):
         return None, None, None
 
     def _collect(self, model: Any, batch: dict[str, Any]) -> None:
+        assert self.collecting is not None  # whoever starts a loop without metrics sets it
         logps = self._logps(model, batch)
         self.collecting.add(batch["rows"], logps, weighted_sums(self.objective, logps))
         if self.collecting_reference is not None:
