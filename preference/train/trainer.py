@@ -254,7 +254,7 @@ class PairTrainer(GuardedTrainer):
             last = i == len(batches) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                share, metrics = self._share(model, batch, totals, objective, coupled and coupled[i])
+                share, metrics = self._share(model, batch, totals, objective, coupled[i] if coupled else None)
                 loss = share * self.args.world_size  # gradients are averaged over ranks, and shares are to be summed
                 self.watchdog.watch(loss, rows, self.state.global_step + 1)
                 self.accelerator.backward(loss, **options)
