@@ -45,6 +45,16 @@ def logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
+def _gathered(weight: Tensor | None) -> Tensor | None:
+    """A weight that FSDP2 has dealt out, whole. A frozen one travels in autocast's dtype, which the products take."""
+    if not isinstance(weight, DTensor):
+        return weight
+    kind = weight.device.type
+    if torch.is_autocast_enabled(kind) and not weight.requires_grad:
+        weight = weight.to(torch.get_autocast_dtype(kind))
+    return weight.full_tensor()
+
+
 def _score(head: nn.Module, hidden_TD: Tensor, ids_T: Tensor, config: Any) -> Tensor:
     scale, cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
     # An exact nn.Linear; not one with an adapter, in 8 bits, or replaced by PEFT: those are called as they are.
@@ -52,7 +62,7 @@ def _score(head: nn.Module, hidden_TD: Tensor, ids_T: Tensor, config: Any) -> Te
         if isinstance(head, FSDPModule):  # in one group with the last norm, which torch < 2.13 leaves open else
             with torch.no_grad():
                 head(hidden_TD[:0])
-        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
+        weight, bias = (_gathered(x) for x in (head.weight, head.bias))
         return token_logps(hidden_TD.to(weight.device), weight, bias, ids_T.to(weight.device), scale, cap)
 
     def rows(hidden: Tensor, ids: Tensor) -> Tensor:

@@ -53,3 +53,21 @@ def test_no_value_is_read_on_the_host_in_a_micro_batch(loss: str) -> None:
         scores.add(torch.arange(3), logps)
     reads = {event.key for event in seen.key_averages()} & {"aten::item", "aten::nonzero", "aten::_local_scalar_dense"}
     assert not reads
+
+
+def test_the_campaign_calls_wrong_what_is_wrong_and_not_what_is_slow(
+    monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    from gpu_step import faults
+
+    good = dict(loss=1.0, shared=True, waits=0, peak_gb=10.0, estimated_peak_gb=10.9, compile=False, ms=1e6)
+    assert faults(good) == []
+    for change in (
+        {"loss": float("nan")},
+        {"shared": False},
+        {"waits": 1},
+        {"estimated_peak_gb": 11.1},
+        {"estimated_peak_gb": 8.9},
+    ):
+        assert len(faults(good | change)) == 1, change
