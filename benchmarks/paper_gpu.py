@@ -49,6 +49,7 @@ from preference.engine.packing import pack_pairs  # noqa: E402
 from preference.engine.probe import prepare_model  # noqa: E402
 from preference.losses import Objective, Totals, objective_share  # noqa: E402
 from preference.plan.tracing import materialize  # noqa: E402
+from preference.train.scores import MetricSums  # noqa: E402
 
 QWEN = dict(vocab_size=151936, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768)
 MODELS = {
@@ -258,9 +259,8 @@ def trace(config: Any, pairs: list[dict[str, Any]], lora: bool, objective: Objec
             logps = pair_logps(model, batch)
         loss, metrics = objective_share(objective, logps, totals, reference)
         del logps
-        kept = {name: value.float() * (1 / totals.pairs) for name, value in metrics.items()}
+        MetricSums().add(metrics, 1 / totals.pairs)
         loss.backward()
-        del kept
     meter.step.tokens, meter.step.targets = batch["input_ids"].numel(), len(batch["target_ids"])
     return meter.step
 

@@ -43,7 +43,12 @@ def _exp_block(
         part = slice(start, start + side.head_rows)
         _logits(hidden_RD[part], weight_VD, bias_V, out_RV[part])
         found.append(side.exp_rows(out_RV[part], ids_R[part], scale, cap))
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    return _joined(found)
+
+
+def _joined(blocks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What each block of rows gave, one behind the other."""
+    return blocks[0] if len(blocks) == 1 else tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -69,7 +74,7 @@ class _TokenLogps(torch.autograd.Function):
             found.append(_exp_block(exp, hidden[part], weight, bias, ids_T[part], scale, cap))
             if ctx.frozen and need_hidden:
                 pulls.append(torch.mm(exp, weight))
-        logps, sums, slopes = (torch.cat(parts) for parts in zip(*found, strict=True))
+        logps, sums, slopes = _joined(found)
         if ctx.frozen and need_hidden:
             pull = torch.cat(pulls).to(sums.dtype).div_(sums[:, None])
             ctx.save_for_backward(weight[ids_T].to(sums.dtype).mul_(slopes[:, None]).sub_(pull).mul_(scale))

@@ -20,9 +20,9 @@ class MetricSums:
         self.steps = 0
 
     def add(self, values: Mapping[str, Tensor], scale: float) -> None:
-        for name, value in values.items():
-            scaled = value.float() * scale
-            self.values[name] = self.values[name] + scaled if name in self.values else scaled
+        scaled = torch.stack([value.float() for value in values.values()]).mul_(scale).unbind()  # one operation for all
+        for name, value in zip(values, scaled, strict=True):
+            self.values[name] = self.values[name] + value if name in self.values else value
 
     def read(self, accelerator: Any) -> dict[str, float]:
         """Means over steps of what all ranks added, under the names that they were added by; empties the sums."""
