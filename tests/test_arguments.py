@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from preference.arguments import FLAGS, ArgumentError, parse_arguments
 from preference.flags.peers import ELSEWHERE
@@ -223,6 +225,29 @@ def test_a_value_that_means_nothing_is_refused_in_one_sentence_before_a_file_is_
 def test_what_flags_mean_together_is_checked_as_well(words, message):
     with pytest.raises(ArgumentError, match=re.escape(message)):
         parse_arguments(words)
+
+
+VALUES = ["", "auto", "-1", "1e3", "nan", "--seed", "true", "a=1", "{", "\0", "1" * 400, "x" * 5000, "٣", "\n"]
+TEXTS = st.one_of(st.text(max_size=12), st.sampled_from(VALUES))
+NAMES = st.one_of(st.sampled_from([*FLAGS, "config", "defaults", "help"]), st.text(max_size=9))
+SHAPES = [
+    st.builds("--{}={}".format, NAMES, TEXTS),
+    st.builds("--{}".format, NAMES),
+    st.builds("--no-{}".format, NAMES),
+]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.one_of(*SHAPES, TEXTS), max_size=5))
+def test_any_words_are_arguments_or_one_sentence(words):
+    said = ""
+    try:
+        assert parse_arguments(words).values().keys() == FLAGS.keys()
+    except ArgumentError as error:
+        said = str(error)
+    except SystemExit:
+        assert {"--help", "-h"} & {*words}
+    assert "\n" not in said and len(said) < 1200
 
 
 def test_spellings_of_one_flag():

@@ -13,7 +13,7 @@ from preference.arguments.model import ModelArguments
 from preference.arguments.objective import ObjectiveArguments
 from preference.arguments.run import RunArguments
 from preference.data.formats import choose
-from preference.flags.declaration import ArgumentError, flags_of
+from preference.flags.declaration import ArgumentError, flags_of, quoted
 from preference.flags.words import Given, read_words
 from preference.losses.defaults import Recipe, recipe
 from preference.losses.specs import default_beta, default_nll_weight
@@ -122,8 +122,8 @@ def _refuse_lost(given: Given, environ: Mapping[str, str]) -> None:
     for name in FLAGS.keys() & environ.keys() - seen if given.soft else ():
         if text := environ[name]:
             raise ArgumentError(
-                f"{name}={text} is set from outside, but run_orpo.sh has no line for it: give it as --{name}={text}, "
-                f'or add the line {name}="${{{name}:-{text}}}" there'
+                f"{name} is set from outside to {quoted(text)}, but run_orpo.sh has no line for it: give it as "
+                f'--{name}, or add the line {name}="${{{name}:-}}" at its top'
             )
 
 

@@ -17,12 +17,18 @@ from preference.errors import PreferenceError
 TRUE = ("true", "yes", "on", "y", "t", "1")
 FALSE = ("false", "no", "off", "n", "f", "0")
 WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)")
+SHOWN, LONGEST_ERROR = 80, 400  # characters of a value, of what is wrong with it
 LARGEST = 2**32 - 1  # whole numbers end up in C sooner or later
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
 
 class ArgumentError(PreferenceError, ValueError):
     """A flag or a config file that cannot be used; the message says what to write instead."""
+
+
+def quoted(text: str) -> str:
+    """`text` on one line, in quotation marks, and no longer than can be read."""
+    return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}... ({len(text)} characters)"
 
 
 @dataclass(frozen=True)
@@ -123,14 +129,15 @@ class Flag:
             return self.default if self.auto else None
         value = self._value(text)
         if self.kind is int and value is not None and abs(value) > LARGEST:
-            raise ArgumentError(f"{self.name} takes {self.takes()}; {text} is too large a number")
+            raise ArgumentError(f"{self.name} takes {self.takes()}; {quoted(text)} is too large")
         if value is None or (self.kind in (int, float) and value not in self.range):
-            raise ArgumentError(f"{self.name} takes {self.takes()}; got {text!r}{self._near(text)}")
+            raise ArgumentError(f"{self.name} takes {self.takes()}; got {quoted(text)}{self._near(text)}")
         if self.check is not None:
             try:
                 self.check(text)
-            except ValueError as error:
-                raise ArgumentError(f"{self.name}={text}: {error}") from None
+            except (ValueError, OSError) as error:
+                said = " ".join(str(error).split())[:LONGEST_ERROR]
+                raise ArgumentError(f"{self.name} {quoted(text)}: {said}") from None
         return value
 
     def _value(self, text: str) -> Any:

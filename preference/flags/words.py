@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from preference.flags.config import read_config
-from preference.flags.declaration import ArgumentError, Flag
+from preference.flags.declaration import ArgumentError, Flag, quoted
 from preference.flags.peers import ELSEWHERE, elsewhere
 
 DEFAULTS = "--defaults"  # what stands behind it comes from run_orpo.sh: --name=value words only
@@ -46,7 +47,7 @@ def read_words(words: Sequence[str], flags: Mapping[str, Flag]) -> Given:
     given.where = {name: where for name, where in given.where.items() if name not in typed}
     for word in words[cut + 1 :]:
         if not word.startswith("--") or "=" not in word:
-            raise ArgumentError(f"behind {DEFAULTS} stand --name=value words only; got {word!r}")
+            raise ArgumentError(f"behind {DEFAULTS} stand --name=value words only; got {quoted(word)}")
         name, _, text = word[2:].partition("=")
         given.soft[known(name, flags)] = text
     return given
@@ -60,12 +61,12 @@ def _pairs(words: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[tuple[st
             yield "help", ""
             continue
         if not word.startswith("--") or word == "--":
-            raise ArgumentError(f"{word!r} belongs to no flag: flags are written --name value")
+            raise ArgumentError(f"{quoted(word)} belongs to no flag: flags are written --name value")
         written, equals, text = word[2:].partition("=")
         name = written.replace("-", "_")
         if name.startswith("no_") and name not in flags and name[3:] in flags and flags[name[3:]].kind is bool:
             if equals:
-                raise ArgumentError(f"--{written} takes no value: write --{name[3:]}={text} or --{written}")
+                raise ArgumentError(f"--{written} takes no value: write --{name[3:]} {quoted(text)} or --{written}")
             yield name[3:], "false"
             continue
         if name != "config":
@@ -98,7 +99,7 @@ def known(written: str, flags: Mapping[str, Flag], where: str = "") -> str:
 
 
 def _shown(written: str) -> str:
-    return f"--{written}" if written.isprintable() and " " not in written else repr(f"--{written}")
+    return f"--{written}" if re.fullmatch(r"[\w-]{1,60}", written) else quoted(f"--{written}")
 
 
 def _suggest(name: str, flags: Mapping[str, Flag]) -> str:

@@ -138,7 +138,7 @@ def test_a_config_file_stands_in_for_the_values(launched):
 
 
 def test_a_flag_set_from_outside_without_a_line_is_not_lost(launched):
-    with pytest.raises(ArgumentError, match="optim=sgd is set from outside, but run_orpo.sh has no line for it"):
+    with pytest.raises(ArgumentError, match="optim is set from outside to 'sgd', but run_orpo.sh has no line for it"):
         parse_arguments(launched()[0], {"optim": "sgd", "seed": "5"})
     assert parse_arguments(launched("--optim", "sgd")[0], {"optim": "sgd"}).run.optim == "sgd"
     assert parse_arguments(["--seed", "3"], {"optim": "sgd"}).run.optim == "adamw_torch_fused"  # not by run_orpo.sh
