@@ -14,9 +14,8 @@ INSTEAD = {  # what to do -> names
         "pad_token padding_side",
     "nothing to set, pairs are dealt to micro-batches by length, and the loss of a step does not depend on it":
         "group_by_length length_column_name train_sampling_strategy auto_find_batch_size",
-    "nothing to set, the packed engine chooses the attention by device and model":
-        "flash_attention use_flash_attn use_flash_attention_2 sdp_attention "
-        "xformers_attention shift_attn",
+    "--attn_implementation names an attention; unset, the packed engine chooses by device and model":
+        "flash_attention use_flash_attn use_flash_attention_2 sdp_attention xformers_attention shift_attn",
     "nothing to set, the packed engine has its own head and kernels":
         "use_liger_kernel enable_liger_kernel liger_kernel_config use_liger_loss use_unsloth unsloth rope_scaling "
         "use_cache tf32 activation_offloading",

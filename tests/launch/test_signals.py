@@ -98,9 +98,10 @@ def test_an_evaluation_is_broken_off(tmp_path, signals):
     assert "eval_loss" in trainer.evaluate()
 
 
-def test_a_system_without_sigusr1_has_the_other_two(monkeypatch):
+def test_a_system_that_lacks_signals_has_the_others(monkeypatch):
     """Windows."""
-    monkeypatch.delattr(signal, "SIGUSR1")
+    for name in ("SIGUSR1", "SIGHUP"):
+        monkeypatch.delattr(signal, name)
     names = runpy.run_path(str(ROOT / "preference" / "launch" / "signals.py"))
     assert names["SIGNALS"] == (signal.SIGTERM, signal.SIGINT)
 
