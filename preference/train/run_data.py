@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,12 @@ def load_data(
         )
 
     try:
-        training, own_split = find_inputs(training_source, "train" if args.run.do_train else "evaluate", report)
+        purpose = "train" if args.run.do_train else "evaluate"
+        training, own_split = find_inputs(training_source, purpose, report, held_out)
         train_rows = load(training, "train_text") if args.run.do_train else None
         eval_rows = None
         if args.evaluation_files and args.run.do_eval:
-            evaluation, _ = find_inputs(data.validation_file_dir, "evaluate", report)
+            evaluation, _ = find_inputs(data.validation_file_dir, "evaluate", report, False)
             eval_rows = load(evaluation, "evaluation_text")
         elif held_out and own_split and train_rows:
             eval_rows = load([(Input(""), own_split)], "evaluation_text")
@@ -89,8 +91,8 @@ def load_data(
     return train_set, eval_set, {f"{row.file}:{row.line}": row.question or row.prompt for row in eval_rows or ()}
 
 
-def find_inputs(text: str | None, purpose: str, report: DataReport) -> tuple[Found, list[str]]:
-    """The sources of each input for a purpose, and those of a split beside them that evaluates what they train.
+def find_inputs(text: str | None, purpose: str, report: DataReport, held_out: bool) -> tuple[Found, list[str]]:
+    """The sources of each input for a purpose, and, if `held_out`, those of a split that evaluates what they train.
 
     What is not read of a folder is said in the report. Raises DataError, ValueError.
     """
@@ -98,6 +100,8 @@ def find_inputs(text: str | None, purpose: str, report: DataReport) -> tuple[Fou
     evaluation: list[str] = []
     for one in [Input(text)] if text and text.startswith(HUB) else parse_inputs(text or ""):
         chosen = find(one.path, purpose, report)
+        if not held_out:
+            chosen = replace(chosen, evaluation=[], left=chosen.evaluation + chosen.left)
         found.append((one, chosen.read))
         evaluation += chosen.evaluation
         if chosen.left or chosen.evaluation:

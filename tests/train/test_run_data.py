@@ -40,6 +40,10 @@ def test_the_training_split_trains_and_the_test_split_evaluates(tmp_path, folder
     assert all("test.jsonl" in source for source in evaluation)
     train, evaluation, _ = sets(tmp_path, "--train_file_dir", str(folder), "--do_eval", "false")
     assert len(train) == 20 and not evaluation
+    words = ("--train_file_dir", str(folder), "--validation_file_dir", str(folder / "train.jsonl"))
+    _, evaluation, report = sets(tmp_path, *words)
+    assert all("train.jsonl" in source for source in evaluation)
+    assert report["warnings"][0].endswith("read is train.jsonl; not read: test.jsonl")
 
 
 def test_a_cap_and_a_share_of_two_inputs(tmp_path, folder):
