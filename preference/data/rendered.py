@@ -108,16 +108,16 @@ def rendering_of(pair: Pair) -> Rendering | None:
 
 def _with_opened_reply(pair: Pair, text: str) -> str:
     """The prompt, behind it the label of the reply where both answers begin with one: "Human: Q", "Assistant: good"."""
-    ours, theirs = _reply_label(pair.chosen), _reply_label(pair.rejected)
+    ours = _reply_label(pair.chosen)
+    theirs = _reply_label(pair.rejected) if ours else None
     return f"{text.rstrip()}\n\n{ours[0].strip()}" if ours and theirs else text
 
 
 def _reply_label(answer: Any) -> re.Match[str] | None:
-    return (
-        LEADING_REPLY_LABEL.match(answer)
-        if isinstance(answer, str) and ":" in answer[:LABEL].replace("：", ":")
-        else None
-    )
+    if not isinstance(answer, str):
+        return None
+    head = answer[:LABEL]
+    return LEADING_REPLY_LABEL.match(answer) if ":" in head or "：" in head else None
 
 
 def apply(pair: Pair, found: Rendering) -> None:

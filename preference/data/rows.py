@@ -195,15 +195,14 @@ class _Reading:
     def _records(self, source: str, position: Position | None = None) -> Iterator[Record | Fault]:
         """The records of `source` without the columns that the user wants ignored."""
         records = iter_records(source, position, self.options.encoding)
+        return map(self._without_ignored, records) if self.options.ignore_columns else records
+
+    def _without_ignored(self, item: Record | Fault) -> Record | Fault:
         ignored = self.options.ignore_columns
-        if not ignored:
-            yield from records
-            return
-        for item in records:
-            if isinstance(item, Record):
-                self.ignored |= ignored & item.value.keys()
-                item = Record(item.line, {name: value for name, value in item.value.items() if name not in ignored})
-            yield item
+        if isinstance(item, Fault):
+            return item
+        self.ignored |= ignored & item.value.keys()
+        return Record(item.line, {name: value for name, value in item.value.items() if name not in ignored})
 
     def _values(self, source: str) -> Iterator[RowDict]:
         return (item.value for item in islice(self._records(source), ASK_ROWS) if isinstance(item, Record))
@@ -314,7 +313,7 @@ def _take_notes(pair: Pair, report: DataReport) -> None:
         report.notes["leading_space_in_" + ("chosen" if pair.chosen[0].isspace() else "rejected") + "_only"] += 1
     elif pair.chosen[0].isspace() and pair.prompt is not None and not pair.prompt[-1].isspace():
         report.notes["space_between_prompt_and_answers_stripped"] += 1
-    for name in NOTED:
+    for name in NOTED if pair.extra else ():
         if pair.extra.get(name):
             report.notes[name] += 1
 
@@ -329,7 +328,7 @@ def _check_text(name: str, text: Any) -> None:
 
 
 def _check_history(history: Any) -> tuple[tuple[str, str], ...]:
-    if history is None or history == "":
+    if history is None or history in ("", (), []):
         return ()
     if is_messages(history):
         history = history_of(history)

@@ -195,7 +195,9 @@ def iter_records(
     try:
         for item in _records_of(source, position or Position(), encoding):
             line = item.line
-            yield Record(line, with_values(item.value)) if isinstance(item, Record) else item
+            if isinstance(item, Record) and (value := with_values(item.value)) is not item.value:
+                item = Record(line, value)
+            yield item
     except (EOFError, zlib.error) as error:
         yield Fault(line + 1, "broken_gzip", f"the compressed stream is damaged: {error}")
     except Damaged as error:

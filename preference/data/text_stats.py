@@ -39,8 +39,8 @@ def normalised(text: str) -> str:
 def prompt_key(row: Row) -> int:
     """64 bits, equal within one process for rows with the same system, history and question after normalisation."""
     question = row.question if row.prompt is None else row.prompt
-    history = tuple(normalised(text) for turn in row.history for text in turn)
-    return hash((normalised(row.system or ""), history, normalised(question)))
+    history = tuple(normalised(text) for turn in row.history for text in turn) if row.history else ()
+    return hash((normalised(row.system) if row.system else "", history, normalised(question)))
 
 
 def pair_key(row: Row, prompt: int | None = None) -> int:
@@ -93,7 +93,8 @@ class TextStats:
         chosen, rejected = normalised(row.chosen), normalised(row.rejected)
         self.pairs.append(hash((key, chosen, rejected)))
         self.mirrored.append(hash((key, rejected, chosen)))
-        context = sum(len(text) for turn in row.history for text in turn) + len(row.system or "")
+        context = sum(len(text) for turn in row.history for text in turn) if row.history else 0
+        context += len(row.system) if row.system else 0
         self.lengths["prompt"].append(len(prompt) + context)
         self.lengths["chosen"].append(len(row.chosen))
         self.lengths["rejected"].append(len(row.rejected))
@@ -106,8 +107,10 @@ class TextStats:
 
     def _control_text(self, row: Row) -> None:
         texts = [row.question, row.prompt or "", row.chosen, row.rejected, row.system or ""]
-        texts += [text for turn in row.history for text in turn]
-        found = {match for text in texts if "<" in text or "[" in text for match in _CONTROL.findall(text)}
+        if row.history:
+            texts += [text for turn in row.history for text in turn]
+        marked = [text for text in texts if "<" in text or "[" in text]
+        found = {match for text in marked for match in _CONTROL.findall(text)} if marked else ()
         if found:
             self.counts["control_text_rows"] += 1
             for token in found:

@@ -25,16 +25,13 @@ _STRING_OR_SEAM = re.compile(r"""('(?:[^'\\]|\\.?)*+(?:'|\Z)|"(?:[^"\\]|\\.?)*+(
 
 def with_values(row: dict[str, Any]) -> dict[str, Any]:
     """The row itself, or a copy in which texts that are written lists have become lists."""
-    found = {
-        column: value
-        for column, text in row.items()
-        if isinstance(text, str) and _may_be(text) and (value := value_of(column, text)) is not text
-    }
+    found = None
+    for column, text in row.items():
+        if isinstance(text, str) and text[:1] in _FIRST and text[-1:] in _LAST:
+            value = value_of(column, text)
+            if value is not text:
+                found = (found or {}) | {column: value}
     return row | found if found else row
-
-
-def _may_be(text: str) -> bool:
-    return text[:1] in _FIRST and text[-1:] in _LAST
 
 
 def value_of(column: str, text: str) -> Any:
