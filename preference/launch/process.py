@@ -6,6 +6,7 @@ The only place below the scripts that reads the environment: torchrun's variable
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import signal
 import sys
@@ -46,10 +47,30 @@ def run_script(main: Callable[[], None], name: str) -> None:
             leave_after_signal(error.step)
         tell_of_failure()
         let_the_cause_speak(error, name)
+        if sentence := of_the_system(error):
+            sys.exit(shown(f"{name}: {sentence}"))
         if not isinstance(error, PreferenceError):  # a fault of the program: its traceback is wanted
             sys.stderr.write(shown("".join(traceback.format_exception(error))))
             sys.exit(1)
         sys.exit(shown(f"{name}: {type(error).__name__}: {error}"))
+
+
+ADVICE = {
+    errno.ENOSPC: "free some space, or set output_dir and cache_dir to another disk",
+    errno.EDQUOT: "your quota is used up: free some space, or set output_dir and cache_dir to another disk",
+    errno.EROFS: "the file system is read-only: set output_dir and cache_dir to folders that can be written to",
+    errno.EACCES: "set output_dir and cache_dir to folders of yours, or change the permissions",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EIO: "the disk or its connection fails",
+}
+
+
+def of_the_system(error: Exception) -> str | None:
+    """What the operating system refused, in a sentence with the way out; None for everything else."""
+    if not isinstance(error, OSError) or error.errno not in ADVICE:
+        return None
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror}{where}: {ADVICE[error.errno]}"
 
 
 def say(text: str = "") -> None:

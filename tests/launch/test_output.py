@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from test_signals import folder  # noqa: F401  a fixture
 
 from preference.files import JsonLines, read_lines
 from preference.integrity import fault
+from preference.launch.process import of_the_system, run_script
 from preference.launch.signals import EXIT_STOPPED
 from preference.train.checkpoints import checkpoint_folders
 
@@ -112,3 +114,14 @@ def test_a_hangup_a_killed_launcher_and_a_rank_that_stands_still(folder, tmp_pat
     os.kill(workers(process.pid)[1], signal.SIGSTOP)
     wait_for_log(output, process, "rank 1 has not been heard of by rank 0 for 5 s", 1, timeout=60)
     assert process.wait(90) == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
+def test_what_the_system_refuses_is_one_sentence(code, capsys):
+    def main() -> None:
+        raise OSError(code, os.strerror(code), "/data/cache")
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main, "orpo_train.py")
+    assert str(end.value).startswith(f"orpo_train.py: {os.strerror(code)} (/data/cache): ")
+    assert of_the_system(ValueError("x")) is None and of_the_system(FileNotFoundError(2, "no", "x")) is None
