@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from preference.engine.forward import causal_lm
 from preference.errors import PreferenceError
 
 CONFIGS = Path(__file__).parent / "zero"
@@ -81,12 +82,22 @@ def keep_float32(accelerator: Any) -> None:
         )
 
 
+def layer_classes(model: nn.Module) -> list[str]:
+    """The classes of layers that are sharded one by one: of those that the family names, the ones in this model.
+
+    Qwen3.5 names the layers of its vision tower too, which its text model lacks; accelerate would stop there.
+    """
+    lm = causal_lm(model)
+    return sorted({type(module).__name__ for module in lm.modules()} & set(lm._no_split_modules or ()))
+
+
 def shard_model(accelerator: Any, model: nn.Module) -> nn.Module:
     """Shard a model under FSDP2 before its training, so that it can be evaluated and can generate.
 
     accelerate shards a model together with its optimizer only. Sharding it first is the same in-place operation, and
     training then makes the optimizer over the shards.
     """
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = layer_classes(model)
     model = fsdp2_prepare_model(accelerator, model)
     # Groups settle their dtypes by the weights that need a gradient then: now, not in a first forward whose adapter is
     # switched off, as the reference's is.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import build
 from launched import launch, wait_for_step
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from preference.engine import forward
 from preference.integrity import fault
 from preference.train.checkpoints import checkpoint_folders
-from preference.train.sharding import StrategyError, strategy_options
+from preference.train.sharding import StrategyError, layer_classes, strategy_options
 
 
 def losses(output: Path) -> list[tuple[float, float]]:
@@ -127,3 +128,9 @@ def test_deepspeed_is_asked_for_where_it_is_missing(monkeypatch):
     for strategy in ("zero2", "zero3", "zero3_offload"):
         config = json.loads(Path(strategy_options(strategy, 2)["deepspeed"]).read_text())
         assert config["zero_optimization"]["stage"] == int(strategy[4])
+
+
+def test_layers_that_a_model_does_not_have_are_not_looked_for() -> None:
+    assert "Qwen3_5VisionBlock" in build("qwen3_5_text")._no_split_modules
+    assert layer_classes(build("qwen3_5_text")) == ["Qwen3_5DecoderLayer"]
+    assert layer_classes(build("llama")) == ["LlamaDecoderLayer"]
