@@ -175,7 +175,9 @@ from the final state of the run that it follows, its convolution from that one's
 row as it is; in the recurrence itself, runs of a level that are about as long are the rows of one call. It is called
 through the functions of transformers' modeling files, which take the kernels of `flash-linear-attention`,
 `causal-conv1d` and `mamba-ssm` where these are installed, and torch otherwise
-(`preference/engine/states/`).
+(`preference/engine/states/`). No kernel of these packages was run: no GPU was at hand. Their arguments were read from
+flash-linear-attention 0.6.0 and the sources of the other two, and the tests run torch in their place, called as they
+are.
 
 `tests/engine/test_states.py` compares log-probabilities and the gradients of all weights, and of LoRA on all
 projections, with one plain forward per sequence, in double precision within 1e-5 (the recurrences themselves are
