@@ -154,3 +154,12 @@ def test_a_full_disk_leaves_the_earlier_result(tmp_path, monkeypatch):
     with pytest.raises(checkpoints.CheckpointError, match="the model could not be written: OSError.*No space"):
         writer.write_result(save)
     assert fault(tmp_path) is None and not (tmp_path / WRITING).exists()
+
+
+def test_a_run_does_not_write_among_its_data(tmp_path):
+    """The files of the run would be read as data the next time."""
+    (tmp_path / "rows").mkdir()
+    for flag in ("train_file_dir", "validation_file_dir"):
+        with pytest.raises(OutputError, match=f"lies in {flag} .*rows, which is read: set another"):
+            claimed(tmp_path / "rows/run", inputs={flag: str(tmp_path / "rows")})
+    claimed(tmp_path / "run", inputs={"train_file_dir": str(tmp_path / "rows")})
