@@ -186,7 +186,7 @@ def test_runs_of_a_level_are_rows_padded_to_twice_their_length_at_most() -> None
     assert tree.positions(torch.device("cpu"))[[0, 130, 195, 258]].tolist() == [0, 130, 130, 133]
 
 
-# What the packages' functions take, read from flash-linear-attention 0.6.0 and the sources of causal-conv1d and mamba-ssm.
+# What the packages' functions take: flash-linear-attention 0.6.0, and the sources of causal-conv1d and mamba-ssm.
 KERNELS = {
     "causal_conv1d_fn": "x weight bias seq_idx initial_states return_final_states final_states_out activation",
     "torch_chunk_gated_delta_rule": "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel",
