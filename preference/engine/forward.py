@@ -45,7 +45,7 @@ def logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
-def _gathered(weight: Tensor | None) -> Tensor | None:
+def _gathered(weight: Tensor) -> Tensor:
     """A weight that FSDP2 has dealt out, whole. A frozen one travels in autocast's dtype, which the products take."""
     if not isinstance(weight, DTensor):
         return weight
@@ -62,7 +62,7 @@ def _score(head: nn.Module, hidden_TD: Tensor, ids_T: Tensor, config: Any) -> Te
         if isinstance(head, FSDPModule):  # in one group with the last norm, which torch < 2.13 leaves open else
             with torch.no_grad():
                 head(hidden_TD[:0])
-        weight, bias = (_gathered(x) for x in (head.weight, head.bias))
+        weight, bias = _gathered(head.weight), None if head.bias is None else _gathered(head.bias)
         return token_logps(hidden_TD.to(weight.device), weight, bias, ids_T.to(weight.device), scale, cap)
 
     def rows(hidden: Tensor, ids: Tensor) -> Tensor:

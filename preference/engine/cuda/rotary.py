@@ -51,7 +51,7 @@ def _switch(plain: Callable[..., Any]) -> Callable[..., Any]:
             return plain(q, k, cos, sin, *args, **kwargs)
         return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
-    function.plain = plain
+    vars(function)["plain"] = plain
     return function
 
 
