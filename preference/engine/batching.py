@@ -278,9 +278,8 @@ class PackSteps:
     """Collates one `Step`: packs its micro-batches. Runs on the loader's worker processes.
 
     Makes a dict: micro_batches, a list of packed batches (engine/packing.py), each with `rows` [B], the numbers of
-        its rows in
-    the dataset, and, with `reference` given, reference [B, 2]; source, for each micro-batch the "file:line" of its
-    rows; totals; num_tokens, the tokens that this rank's micro-batches push through the model.
+    its rows in the dataset, and, with `reference` given, reference [B, 2]; source, for each micro-batch the
+    "file:line" of its rows; totals; num_tokens, the tokens that this rank's micro-batches push through the model.
 
     Args:
         reference: the reference model's (chosen, rejected) sums of log-probabilities for the whole dataset, [n, 2].

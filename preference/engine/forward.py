@@ -77,7 +77,7 @@ def _packed_forward(self: PreTrainedModel, packed: Mapping[str, Any], kwargs: di
     inputs = {name: value for name, value in kwargs.items() if value is not None}
     backbone = self.model if self.base_model is self else self.base_model
     side_of(packed["input_ids"].device.type).begin(self)
-    if "runs" in packed:
+    if "segments" in packed:
         keep_tree_in_recomputation(self)
         tree = Tree(packed)
         if has_own_attention(self):

@@ -45,7 +45,7 @@ class PackedMask:
         return self.keeps(key[keys - queries :, None], key)
 
     def keeps(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether a query keeps a key of its own chain, both given by their positions."""
+        """Whether a query keeps a key of its own branch, both given by their positions."""
         keep = key <= query
         if self.window is not None:
             keep = keep & (key > query - self.window)

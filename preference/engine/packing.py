@@ -10,9 +10,9 @@ prefix and themselves, never each other. Prompts of a row that begin alike (a sy
 prompt) share those tokens in the same way: a row is a tree, its root what all prompts have in common, its leaves the
 answers.
 
-The tree lies in the row depth first, as *runs* of tokens. A *chain* is a run with its first child, that one's first
-child and so on: neighbours in the row and an ordinary causal sequence. It sees the runs between the root and its
-first run, and nothing else (engine/attention.py).
+The tree lies in the row depth first, as *segments* of tokens. A *branch* is a segment with its first child, that one's
+first child and so on: neighbours in the row and an ordinary causal sequence. It sees the segments between the root and
+its first segment, and nothing else (engine/attention.py).
 
 Models that cannot share a prefix get two full sequences per pair as right-padded rows of a batch instead: nothing
 about their forward is changed, and causality keeps the padding out of every result.
@@ -35,7 +35,7 @@ from preference.errors import PreferenceError
 
 Pair = Mapping[str, Any]
 
-MIN_SHARED = 8  # tokens that prompts must have in common for a run of their own to pay
+MIN_SHARED = 8  # tokens that prompts must have in common for a segment of their own to pay
 
 
 class PackingError(PreferenceError, ValueError):
@@ -72,30 +72,30 @@ class _Row:
     """A packed row as it grows.
 
     Attributes:
-        ids: tokens of each run.
-        begins: position of each run's first token.
-        chains: [first run, run behind the last, runs that it sees besides], as in `pack_pairs`.
-        prompts: for each pair the runs of its prefix.
+        ids: tokens of each segment.
+        position_offsets: position of each segment's first token.
+        branches: [first segment, segment behind the last, segments that it sees besides], as in `pack_pairs`.
+        prompts: for each pair the segments of its prefix.
         answers: for each pair its two branches.
     """
 
     ids: list[np.ndarray] = field(default_factory=list)
-    begins: list[int] = field(default_factory=list)
-    chains: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
+    position_offsets: list[int] = field(default_factory=list)
+    branches: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
     prompts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     answers: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, ids: Sequence[int], position: int, path: tuple[int, ...], goes_on: bool) -> int:
-        """The number of a new run below the runs of `path`; it goes on with the last chain or begins one."""
-        run = len(self.ids)
+        """The number of a new segment below the segments of `path`; it continues the last branch or begins one."""
+        segment = len(self.ids)
         self.ids.append(np.asarray(ids, dtype=np.int64))
-        self.begins.append(position)
-        first, _, before = self.chains.pop() if goes_on else (run, run, path)
-        self.chains.append((first, run + 1, before))
-        return run
+        self.position_offsets.append(position)
+        first, _, before = self.branches.pop() if goes_on else (segment, segment, path)
+        self.branches.append((first, segment + 1, before))
+        return segment
 
     def add_pair(self, number: int, pair: Pair, depth: int, path: tuple[int, ...], goes_on: bool) -> None:
-        """A pair whose first `depth` tokens are the runs of `path`."""
+        """A pair whose first `depth` tokens are the segments of `path`."""
         *prefix, last = pair["prompt_ids"]
         if prefix[depth:]:
             path, goes_on = (*path, self.add(prefix[depth:], depth, path, goes_on)), True
@@ -149,34 +149,34 @@ def _pack_shared(pairs: Sequence[Pair]) -> tuple[dict[str, Any], list[np.ndarray
     row.add_pairs(prefixes, pairs, 0, (), False)
     sizes = np.array([len(ids) for ids in row.ids])
     starts = sizes.cumsum() - sizes
-    runs = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    segments = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
     none = np.zeros(0, dtype=np.int64)
     at = [
         part
         for number in range(len(pairs))
         for part in (
-            np.concatenate([none, *(runs[i] for i in row.prompts[number])]),
-            *(runs[i] for i in row.answers[number]),
+            np.concatenate([none, *(segments[i] for i in row.prompts[number])]),
+            *(segments[i] for i in row.answers[number]),
         )
     ]
-    # For varlen kernels: a chain's queries stand in the row, its keys are gathered.
-    keys = [[*before, *range(first, last)] for first, last, before in row.chains]
-    query_sizes = [int(sizes[first:last].sum()) for first, last, _ in row.chains]
+    # For varlen kernels: a branch's queries stand in the row, its keys are gathered.
+    keys = [[*before, *range(first, last)] for first, last, before in row.branches]
+    query_sizes = [int(sizes[first:last].sum()) for first, last, _ in row.branches]
     key_sizes = [int(sizes[seen].sum()) for seen in keys]
     cumulative = [np.concatenate([[0], np.cumsum(x)]).astype(np.int32) for x in (query_sizes, key_sizes)]
-    key_at = np.concatenate([runs[i] for seen in keys for i in seen])
+    key_at = np.concatenate([segments[i] for seen in keys for i in seen])
     uses = np.bincount(key_at, minlength=int(sizes.sum()))
     return {
         "input_ids": torch.from_numpy(np.concatenate(row.ids))[None],
-        "position_ids": torch.from_numpy(_ragged_arange(np.array(row.begins), sizes))[None],
-        "runs": sizes.tolist(),
-        "begins": row.begins,
-        "chains": row.chains,
+        "position_ids": torch.from_numpy(_ragged_arange(np.array(row.position_offsets), sizes))[None],
+        "segments": sizes.tolist(),
+        "position_offsets": row.position_offsets,
+        "branches": row.branches,
         "key_at": torch.from_numpy(key_at),
         "key_order": torch.from_numpy(np.argsort(key_at, kind="stable")),
         "key_starts": torch.from_numpy(np.concatenate([[0], uses.cumsum()])),
-        "cu_queries": torch.from_numpy(cumulative[0]),
-        "cu_keys": torch.from_numpy(cumulative[1]),
+        "cu_seqlens_q": torch.from_numpy(cumulative[0]),
+        "cu_seqlens_k": torch.from_numpy(cumulative[1]),
         "longest": (max(query_sizes), max(key_sizes)),
     }, at
 
@@ -205,8 +205,7 @@ def pack_pairs(pairs: Sequence[Pair], *, share_prompt: bool = True, prompt_logps
 
     Args:
         pairs: mappings with prompt_ids, chosen_ids, rejected_ids (ints) and optionally `weight` (1; 0 for a pair that
-        only evens
-            out the ranks) and `source` (for messages).
+            only evens out the ranks) and `source` (for messages).
         share_prompt: the packed row described above; otherwise two right-padded rows per pair.
         prompt_logps: score the prompt tokens too (`Objective.needs_prompt`).
 
@@ -215,11 +214,13 @@ def pack_pairs(pairs: Sequence[Pair], *, share_prompt: bool = True, prompt_logps
         turn); target_ids [U], the tokens to score, each once; target_at [U], where in the flattened input_ids each of
         them is predicted; score_at [T], which of those each pair's tokens are, prompt, chosen and rejected of each
         pair in turn; scored [B, 3], how many of each kind; lengths [B, 3], prompt_len (p-1), chosen and rejected
-        tokens; weight [B]. The packed row has besides: runs and begins, the tokens of each run and the position of its
-        first; chains, triples (first run, run
-        behind the last, the runs before it that it sees); and for varlen attention kernels key_at [M], cu_queries,
-        cu_keys and longest, the most queries and keys of a chain; key_order [M] and key_starts [N+1], the places in
-        key_at of each token in turn, and where each token's begin.
+        tokens; weight [B].
+
+        The packed row has besides: segments and position_offsets, the tokens of each segment and the position of its
+        first; branches, triples (first segment, segment behind the last, the segments before it that it sees); and
+        for varlen attention kernels key_at [M], cu_seqlens_q, cu_seqlens_k and longest, the most queries and keys of
+        a branch; key_order [M] and key_starts [N+1], the places in key_at of each token in turn, and where each
+        token's begin.
 
     Raises:
         PackingError: an empty prompt or answer.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from preference.engine.chains import padded
+from preference.engine.branches import padded
 from preference.engine.exp_rows import exp_rows
 from preference.engine.side import Side
 

@@ -175,4 +175,4 @@ def test_share_prompt_can_be_turned_off() -> None:
     model = tiny_model("llama")
     assert prepare_model(model).share_prompt
     assert not prepare_model(model, share_prompt=False).share_prompt
-    assert "runs" not in pack_pairs(random_pairs(1), share_prompt=False)
+    assert "segments" not in pack_pairs(random_pairs(1), share_prompt=False)

@@ -8,7 +8,7 @@ from cuda_stand_ins import use_card, varlen, varlen_backward
 from test_packing import dense_attention, related_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from preference.engine.chains import by_chain
+from preference.engine.branches import by_chain
 from preference.engine.cuda.attention import WAYS, attend
 from preference.engine.masks import EngineError, PackedMask, Scores
 from preference.engine.packing import pack_pairs
@@ -49,7 +49,7 @@ def test_each_way_is_dense_attention_under_the_layouts_mask(monkeypatch, window,
 @pytest.mark.parametrize("extra", [{"cap": 1.5}, {"sinks": torch.linspace(-1, 2, 4, dtype=torch.float64)}])
 @pytest.mark.parametrize("window", [None, 6])
 def test_capped_scores_and_sinks_are_those_of_the_chains(monkeypatch, extra, window) -> None:
-    """FlexAttention and the padded rows against attention written out chain by chain, with narrower values."""
+    """FlexAttention and the padded rows against attention written out branch by branch, with narrower values."""
     calls = use_card(monkeypatch)
     batch = pack_pairs(related_pairs(5))
     inputs = made(batch, size=16, value_size=24, dtype=torch.float32)
@@ -112,7 +112,7 @@ def test_the_gradient_of_a_key_that_many_see_is_summed_in_float32(monkeypatch) -
     prompt = [*range(10, 60)]
     pairs = [dict(prompt_ids=prompt, chosen_ids=[i, 5, 6], rejected_ids=[i + 100, 7]) for i in range(64)]
     batch = pack_pairs(pairs)
-    assert len(batch["chains"]) == 128
+    assert len(batch["branches"]) == 128
     parts = made(batch, dtype=torch.bfloat16)
     out = attend(*parts, PackedMask(batch), PLAIN)
     d_key = torch.autograd.grad(out, parts, torch.randn(out.shape).bfloat16())[1][0].transpose(0, 1)

@@ -54,12 +54,12 @@ def test_layout_of_a_row() -> None:
     assert batch["target_ids"].tolist() == [23, 34, 12, 13, 21, 22, 31, 32, 33]
     assert batch["target_at"].tolist() == list(range(9))
     assert batch["score_at"].tolist() == [2, 3, 4, 5, 6, 7, 8, 0, 1]
-    assert (batch["runs"], batch["begins"]) == ([1, 1, 2, 2, 3], [0, 0, 0, 2, 2])
-    assert batch["chains"] == [(0, 1, ()), (1, 2, ()), (2, 4, ()), (4, 5, (2,))]
+    assert (batch["segments"], batch["position_offsets"]) == ([1, 1, 2, 2, 3], [0, 0, 0, 2, 2])
+    assert batch["branches"] == [(0, 1, ()), (1, 2, ()), (2, 4, ()), (4, 5, (2,))]
     assert batch["scored"].tolist() == batch["lengths"].tolist() == [[2, 2, 3], [0, 1, 1]]
     assert batch["weight"].tolist() == [1.0, 0.0]
-    assert batch["cu_queries"].tolist() == [0, 1, 2, 6, 9]
-    assert batch["cu_keys"].tolist() == [0, 1, 2, 6, 11]
+    assert batch["cu_seqlens_q"].tolist() == [0, 1, 2, 6, 9]
+    assert batch["cu_seqlens_k"].tolist() == [0, 1, 2, 6, 11]
     assert batch["key_at"].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 6, 7, 8]
     assert batch["key_order"].tolist() == [0, 1, 2, 6, 3, 7, 4, 5, 8, 9, 10]
     assert batch["key_starts"].tolist() == [0, 1, 2, 4, 6, 7, 8, 9, 10, 11]
@@ -125,7 +125,7 @@ def test_layout_of_rows() -> None:
     assert [row[:n] for row, n in zip(ids.tolist(), [4, 5, 1, 1], strict=True)] == [
         [11, 12, 13, 21], [11, 12, 13, 31, 32], [14], [14]
     ]  # fmt: skip
-    assert "runs" not in batch and "position_ids" not in batch
+    assert "segments" not in batch and "position_ids" not in batch
     assert batch["target_at"].tolist() == [0, 1, 2, 3, 7, 8, 9, 10, 15]
     assert pack_pairs(PAIRS, share_prompt=False, prompt_logps=False)["target_at"].tolist() == [2, 3, 7, 8, 9, 10, 15]
 
@@ -147,7 +147,7 @@ def test_empty_parts_are_refused_by_name(empty: str) -> None:
 def test_a_batch_travels_to_workers() -> None:
     batch = pickle.loads(pickle.dumps(pack_pairs(PAIRS)))
     assert all(isinstance(value, (torch.Tensor, list, tuple)) for value in batch.values())
-    plain = itertools.chain(batch["runs"], batch["begins"], batch["longest"], *batch["chains"])
+    plain = itertools.chain(batch["segments"], batch["position_offsets"], batch["longest"], *batch["branches"])
     assert all(type(n) in (int, tuple) for n in plain)
 
 
@@ -182,13 +182,13 @@ def test_segment_attention_is_attention(monkeypatch, whole, block, heads, key_he
     grad = torch.randn(1, n, heads, 8, dtype=torch.float64)
     dense = dense_attention(*inputs, batch, window, chunk)
     module = torch.nn.Module()
-    for run in (
+    for segment in (
         attention.packed_attention(module, *inputs, mask),
         attention.packed_attention(module, *inputs, mask, softcap=1e9),  # branch by branch, written out
     ):
-        assert torch.allclose(run, dense, atol=1e-7)
+        assert torch.allclose(segment, dense, atol=1e-7)
         want = torch.autograd.grad(dense, inputs, grad, retain_graph=True)
-        for a, b in zip(torch.autograd.grad(run, inputs, grad), want, strict=True):
+        for a, b in zip(torch.autograd.grad(segment, inputs, grad), want, strict=True):
             assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -231,11 +231,11 @@ def dense_attention(query, key, value, batch, window, chunk) -> torch.Tensor:
 
 
 def paths_of(batch) -> list[list[int]]:
-    """For each position of the row the positions from the root of its tree to itself, by runs and chains."""
-    starts = [0, *itertools.accumulate(batch["runs"])]
+    """For each position of the row the positions from the root of its tree to itself, by segments and branches."""
+    starts = [0, *itertools.accumulate(batch["segments"])]
     paths = []
-    for first, last, before in batch["chains"]:
-        path = [at for run in before for at in range(starts[run], starts[run + 1])]
+    for first, last, before in batch["branches"]:
+        path = [at for segment in before for at in range(starts[segment], starts[segment + 1])]
         for at in range(starts[first], starts[last]):
             path = [*path, at]
             paths.append(path)
@@ -282,4 +282,4 @@ def test_one_copy_brings_every_tensor_of_a_batch() -> None:
     assert there.keys() == tensors.keys() and len({x.untyped_storage().data_ptr() for x in there.values()}) == 1
     for name, tensor in tensors.items():
         assert there[name].dtype == tensor.dtype and torch.equal(there[name], tensor)
-    assert to_device(batch, torch.device("cpu"))["runs"] == batch["runs"]
+    assert to_device(batch, torch.device("cpu"))["segments"] == batch["segments"]

@@ -155,14 +155,14 @@ def test_however_a_batch_is_cut(tmp_path) -> None:
 
 
 def tree_of(*parents: int, sizes: list[int]) -> Tree:
-    chains = []
-    for run, parent in enumerate(parents):
+    branches = []
+    for segment, parent in enumerate(parents):
         above, path = parent, []
         while above >= 0:
             path, above = [above, *path], parents[above]
-        chains.append((run, run + 1, tuple(path)))
-    begins = [sum(sizes[i] for i in path) for _, _, path in chains]
-    return Tree({"runs": sizes, "chains": chains, "begins": begins})
+        branches.append((segment, segment + 1, tuple(path)))
+    begins = [sum(sizes[i] for i in path) for _, _, path in branches]
+    return Tree({"segments": sizes, "branches": branches, "position_offsets": begins})
 
 
 def test_runs_of_a_level_are_rows_padded_to_twice_their_length_at_most() -> None:
@@ -178,10 +178,10 @@ def test_runs_of_a_level_are_rows_padded_to_twice_their_length_at_most() -> None
     assert levels[2][0].parents.tolist() == [0]
     order, at = tree.tails(4, torch.device("cpu"))
     none = tree.length
-    # Before run 4: the three tokens of run 2, which end its path; before run 2: the last of run 0.
+    # Before segment 4: the three tokens of segment 2, which end its path; before segment 2: the last of segment 0.
     before = {0: [none] * 3, 1: [127, 128, 129], 3: [none] * 3, 4: [195, 196, 197]}
-    for run, expected in before.items():
-        begin = int(at[tree.starts[run]])
+    for segment, expected in before.items():
+        begin = int(at[tree.starts[segment]])
         assert order[begin - 3 : begin].tolist() == expected
     assert tree.positions(torch.device("cpu"))[[0, 130, 195, 258]].tolist() == [0, 130, 130, 133]
 

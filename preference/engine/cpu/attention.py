@@ -1,10 +1,10 @@
-"""Attention over the chains of a packed row on a CPU, as batched matrix products.
+"""Attention over the branches of a packed row on a CPU, as batched matrix products.
 
 torch's flash kernel is slow here for short sequences, most of all its backward (in bfloat16 nine times slower than the
-products that it consists of), and a call for each chain spends more on calls than on numbers. So neighbouring short
-chains are one block: all their queries against all that any of them sees, under a mask that keeps them apart. A longer
-chain is cut into blocks of queries that see no more keys than causality allows. Scores and softmax are in fp32 at
-least, as in flash attention. Query heads that share a key head are one product.
+products that it consists of), and a call for each branch spends more on calls than on numbers. So neighbouring short
+branches are one block: all their queries against all that any of them sees, under a mask that keeps them apart. A
+longer branch is cut into blocks of queries that see no more keys than causality allows. Scores and softmax are in fp32
+at least, as in flash attention. Query heads that share a key head are one product.
 
 The probabilities are kept for the backward in 16 bits: computing them again takes a third of its time, as the products
 of scores are in fp32. In fp32 they would be twice as large and save a sixth; there nothing quadratic is kept.
@@ -19,20 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WHOLE = 256  # keys up to which neighbouring chains are one block
-BLOCK = 128  # queries of a block of a longer chain
+WHOLE = 256  # keys up to which neighbouring branches are one block
+BLOCK = 128  # queries of a block of a longer branch
 
 
 class _Plan:
     """The blocks of a packed row (engine/packing.py) with their masks.
 
     Args:
-        layout: a packed batch; of it runs, begins and chains are read.
+        layout: a packed batch; of it segments, position_offsets and branches are read.
         window, chunk: as in `preference.engine.attention.PackedMask`.
     """
 
     def __init__(self, layout: Mapping[str, Any], window: int | None, chunk: int | None) -> None:
-        self.sizes, self.begins, self.chains = layout["runs"], layout["begins"], layout["chains"]
+        self.sizes, self.branches = layout["segments"], layout["branches"]
+        self.position_offsets = layout["position_offsets"]
         self.starts = [0, *accumulate(self.sizes)]
         self.window, self.chunk = window, chunk
         self.blocks = list(self._blocks())
@@ -41,33 +42,33 @@ class _Plan:
     def _blocks(self) -> Iterator[tuple[slice, tuple[slice, ...]]]:
         """(queries, keys) of each block, as slices of the row."""
         first = 0
-        while first < len(self.chains):
+        while first < len(self.branches):
             last = first + 1
-            while last < len(self.chains) and self._keys(first, last + 1) <= WHOLE:
+            while last < len(self.branches) and self._keys(first, last + 1) <= WHOLE:
                 last += 1
-            start, stop = self.starts[self.chains[first][0]], self.starts[self.chains[last - 1][1]]
+            start, stop = self.starts[self.branches[first][0]], self.starts[self.branches[last - 1][1]]
             step = stop - start if self._keys(first, last) <= WHOLE else BLOCK
             for at in range(start, stop, step):
                 yield self._block(at, min(at + step, stop), self._seen(first, last))
             first = last
 
     def _seen(self, first: int, last: int) -> list[int]:
-        """The runs that chains `first` to `last` - 1 see."""
-        own = range(self.chains[first][0], self.chains[last - 1][1])
-        return sorted({run for *_, before in self.chains[first:last] for run in before}.union(own))
+        """The segments that branches `first` to `last` - 1 see."""
+        own = range(self.branches[first][0], self.branches[last - 1][1])
+        return sorted({segment for *_, before in self.branches[first:last] for segment in before}.union(own))
 
     def _keys(self, first: int, last: int) -> int:
-        return sum(self.sizes[run] for run in self._seen(first, last))
+        return sum(self.sizes[segment] for segment in self._seen(first, last))
 
     def _block(self, start: int, stop: int, seen: Sequence[int]) -> tuple[slice, tuple[slice, ...]]:
-        """Queries `start` to `stop` and, of the runs that they may see, the keys that causality and window leave."""
-        own = [run for run in seen if self.starts[run] < stop and self.starts[run + 1] > start]
-        earliest = min(self.begins[run] + max(0, start - self.starts[run]) for run in own)
+        """Queries `start` to `stop` and, of the segments that they may see, the keys left by causality and window."""
+        own = [segment for segment in seen if self.starts[segment] < stop and self.starts[segment + 1] > start]
+        earliest = min(self.position_offsets[segment] + max(0, start - self.starts[segment]) for segment in own)
         oldest = 0 if self.window is None else earliest - self.window + 1
         keys: list[slice] = []
-        for run in seen:
-            begin = self.starts[run] + max(0, oldest - self.begins[run])
-            end = min(self.starts[run + 1], stop)
+        for segment in seen:
+            begin = self.starts[segment] + max(0, oldest - self.position_offsets[segment])
+            end = min(self.starts[segment + 1], stop)
             if begin < end and keys and begin == keys[-1].stop:
                 keys[-1] = slice(keys[-1].start, end)
             elif begin < end:
@@ -75,13 +76,13 @@ class _Plan:
         return slice(start, stop), tuple(keys)
 
     def _visible(self) -> Iterator[Tensor]:
-        """bool [queries, keys] of each block: what the query's chain sees, no later and within the window or chunk."""
-        sees = torch.zeros(len(self.chains), len(self.sizes), dtype=torch.bool)
-        for number, _ in enumerate(self.chains):
+        """bool [queries, keys] of each block: what the query's branch sees, no later and within the window or chunk."""
+        sees = torch.zeros(len(self.branches), len(self.sizes), dtype=torch.bool)
+        for number, _ in enumerate(self.branches):
             sees[number, self._seen(number, number + 1)] = True
-        run_of = torch.cat([torch.full((size,), run) for run, size in enumerate(self.sizes)])
-        position = torch.cat([torch.arange(b, b + n) for b, n in zip(self.begins, self.sizes, strict=True)])
-        lengths = [self.starts[last] - self.starts[first] for first, last, _ in self.chains]
+        run_of = torch.cat([torch.full((size,), segment) for segment, size in enumerate(self.sizes)])
+        position = torch.cat([torch.arange(b, b + n) for b, n in zip(self.position_offsets, self.sizes, strict=True)])
+        lengths = [self.starts[last] - self.starts[first] for first, last, _ in self.branches]
         chain_of = torch.cat([torch.full((size,), number) for number, size in enumerate(lengths)])
         for rows, keys in self.blocks:
             key = torch.cat([torch.arange(part.start, part.stop) for part in keys])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from preference.engine.chains import by_chain
+from preference.engine.branches import by_chain
 from preference.engine.cpu import memory
 from preference.engine.cpu.attention import segment_attention
 from preference.engine.cpu.norm import lighten_norms

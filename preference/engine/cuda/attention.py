@@ -1,9 +1,9 @@
 """Attention over a packed row on CUDA: which kernel takes a call, and torch's varlen kernel.
 
 - varlen (`torch.nn.attention.varlen`): 16 bits, compute capability 8.0, heads of a multiple of 8 up to 256 numbers,
-  plain scores. A query segment per chain, keys gathered, causal from the bottom right.
+  plain scores. A query segment per branch, keys gathered, causal from the bottom right.
 - flex (engine/cuda/flex.py): soft-capping, sinks, chunks, values narrower than keys, float32, older cards.
-- sdpa (engine/chains.py): dropout of the weights, narrow heads, cards that Triton does not know.
+- sdpa (engine/branches.py): dropout of the weights, narrow heads, cards that Triton does not know.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from preference.engine.chains import padded
+from preference.engine.branches import padded
 from preference.engine.cuda.flex import flex
 from preference.engine.cuda.kernels import sum_uses
 from preference.engine.masks import EngineError, PackedMask, Scores
@@ -98,7 +98,7 @@ class GatheredVarlen(torch.autograd.Function):
         ctx.repeats = 1 if _takes_groups() else query.shape[1] // key.shape[1]
         keys, values = (_repeat(x, ctx.repeats) for x in (keys, values))
         out, logsumexp, random = _varlen_ops()[0](
-            query, keys, values, layout["cu_queries"], layout["cu_keys"], *layout["longest"], True, scale,
+            query, keys, values, layout["cu_seqlens_q"], layout["cu_seqlens_k"], *layout["longest"], True, scale,
             window_size=[window, 0], **groups,
         )  # fmt: skip
         ctx.save_for_backward(query, key, value, out, logsumexp, random)
@@ -111,7 +111,7 @@ class GatheredVarlen(torch.autograd.Function):
         layout = ctx.layout
         keys, values = (_repeat(x[layout["key_at"]], ctx.repeats) for x in (key, value))
         d_query, d_keys, d_values = _varlen_ops()[1](
-            grad.contiguous(), query, keys, values, out, logsumexp, layout["cu_queries"], layout["cu_keys"],
+            grad.contiguous(), query, keys, values, out, logsumexp, layout["cu_seqlens_q"], layout["cu_seqlens_k"],
             *layout["longest"], True, random, ctx.scale, window_size=[ctx.window, 0],
         )  # fmt: skip
         if ctx.repeats > 1:

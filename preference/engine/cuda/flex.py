@@ -19,12 +19,12 @@ from preference.engine.masks import PackedMask, Scores
 
 def _sight(mask: PackedMask, device: torch.device) -> Callable[..., Tensor]:
     """FlexAttention's mask function: which place of the row sees which."""
-    sizes, begins, chains = (mask.layout[name] for name in ("runs", "begins", "chains"))
+    sizes, begins, branches = (mask.layout[name] for name in ("segments", "position_offsets", "branches"))
     starts = [0, *accumulate(sizes)]
-    sees = torch.zeros(len(chains), len(sizes), dtype=torch.bool)
-    for number, (first, last, before) in enumerate(chains):
+    sees = torch.zeros(len(branches), len(sizes), dtype=torch.bool)
+    for number, (first, last, before) in enumerate(branches):
         sees[number, [*before, *range(first, last)]] = True
-    lengths = [starts[last] - starts[first] for first, last, _ in chains]
+    lengths = [starts[last] - starts[first] for first, last, _ in branches]
     run_of = torch.repeat_interleave(torch.tensor(sizes))
     chain_of = torch.repeat_interleave(torch.tensor(lengths))
     position = torch.arange(starts[-1]) - torch.tensor(starts[:-1])[run_of] + torch.tensor(begins)[run_of]
@@ -38,7 +38,7 @@ def _sight(mask: PackedMask, device: torch.device) -> Callable[..., Tensor]:
 
 
 def block_mask(mask: PackedMask, device: torch.device) -> BlockMask:
-    tokens = sum(mask.layout["runs"])
+    tokens = sum(mask.layout["segments"])
     return create_block_mask(_sight(mask, device), None, None, tokens, tokens, device=device)
 
 

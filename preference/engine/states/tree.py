@@ -74,11 +74,11 @@ class Tree:
     """
 
     def __init__(self, layout: Mapping[str, Any]) -> None:
-        self.sizes: list[int] = layout["runs"]
+        self.sizes: list[int] = layout["segments"]
         self.length = sum(self.sizes)
         self.starts = [0, *accumulate(self.sizes)]
-        self.parents = _parents(layout["chains"], len(self.sizes))
-        self.begins: list[int] = layout["begins"]
+        self.parents = _parents(layout["branches"], len(self.sizes))
+        self.begins: list[int] = layout["position_offsets"]
         self.longest = max(begin + size for begin, size in zip(self.begins, self.sizes, strict=True))
         self._made: dict[Any, Any] = {}
 

@@ -1,7 +1,7 @@
-"""Attention over a packed row in torch's own operators: chain by chain, or all chains as rows of one padded batch.
+"""Attention over a packed row in torch's own operators: branch by branch, or all branches as rows of one padded batch.
 
-The padded batch costs the same few operators however many chains there are, and the work of padding; chain by chain
-costs some ten operators a chain and no padding.
+The padded batch costs the same few operators however many branches there are, and the work of padding; branch by branch
+costs some ten operators a branch and no padding.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def weigh(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, scores: Score
 def by_chain(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scores: Scores) -> Tensor:
     """All [1, heads, N, D] -> [1, N, H, D]."""
     key, value = repeat_heads(query, key, value)
-    # One split and one concatenation: a slice for each chain would write a full-length gradient for each chain.
-    queries, keys, values = (x.split(mask.layout["runs"], dim=2) for x in (query, key, value))
+    # One split and one concatenation: a slice for each branch would write a full-length gradient for each branch.
+    queries, keys, values = (x.split(mask.layout["segments"], dim=2) for x in (query, key, value))
     outputs = []
-    for first, last, before in mask.layout["chains"]:
+    for first, last, before in mask.layout["branches"]:
         seen = [*before, *range(first, last)]
         q = torch.cat(queries[first:last], dim=2)
-        k, v = (torch.cat([x[run] for run in seen], dim=2) for x in (keys, values))
+        k, v = (torch.cat([x[segment] for segment in seen], dim=2) for x in (keys, values))
         outputs.append(_attend(q, k, v, mask, scores))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
@@ -60,7 +60,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, scores: Scores) -
 
 @dataclass(frozen=True)
 class _Padded:
-    """The chains of a row as rows of a batch: C chains of at most n queries and m keys.
+    """The branches of a row as rows of a batch: C branches of at most n queries and m keys.
 
     Attributes:
         query_at [C, n], key_at [C, m]: the place in the row of each; padding repeats place 0.
@@ -74,9 +74,9 @@ class _Padded:
     back: Tensor
 
 
-def _places(runs: list[range], chosen: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Places [C, longest] of the runs of each chain, padded with 0, and how many there are, [C]."""
-    rows = [np.concatenate([np.asarray(runs[i]) for i in seen]) for seen in chosen]
+def _places(segments: list[range], chosen: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Places [C, longest] of the segments of each branch, padded with 0, and how many there are, [C]."""
+    rows = [np.concatenate([np.asarray(segments[i]) for i in seen]) for seen in chosen]
     lengths = np.array([len(row) for row in rows])
     places = np.zeros((len(rows), lengths.max()), dtype=np.int64)
     for place, row in zip(places, rows, strict=True):
@@ -85,12 +85,12 @@ def _places(runs: list[range], chosen: list[list[int]]) -> tuple[np.ndarray, np.
 
 
 def _pad(mask: PackedMask, device: torch.device) -> _Padded:
-    starts = [0, *accumulate(mask.layout["runs"])]
-    runs = [range(a, b) for a, b in pairwise(starts)]
-    chains = mask.layout["chains"]
-    query_at, queries = _places(runs, [list(range(first, last)) for first, last, _ in chains])
-    key_at, keys = _places(runs, [[*before, *range(first, last)] for first, last, before in chains])
-    # Chains lie in the row one behind the other, so its places are the padded queries in order.
+    starts = [0, *accumulate(mask.layout["segments"])]
+    segments = [range(a, b) for a, b in pairwise(starts)]
+    branches = mask.layout["branches"]
+    query_at, queries = _places(segments, [list(range(first, last)) for first, last, _ in branches])
+    key_at, keys = _places(segments, [[*before, *range(first, last)] for first, last, before in branches])
+    # Branches lie in the row one behind the other, so its places are the padded queries in order.
     real = np.arange(query_at.shape[1]) < queries[:, None]
     moved = [torch.from_numpy(x).to(device, non_blocking=True) for x in (query_at, key_at, queries, keys)]
     query_at, key_at, queries, keys = moved
