@@ -35,6 +35,8 @@ class Shown(logging.Filter):
 
 def clean_logging() -> None:
     """Every handler that writes to a terminal, and the one that Python falls back on, writes what `shown` leaves."""
+    # On every CPU it says that it looked for a kernel in a package that is not needed here
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     handlers = [logging.lastResort, *logging.getLogger().handlers]
     handlers += logging.getLogger("transformers").handlers
     for handler in filter(None, handlers):
