@@ -30,19 +30,25 @@ usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, int(sys.argv[1])
 # Prints one line a difference; exits with 0: all as pinned, 3: other versions, 4: packages missing.
 compare_with_pins() {
     "$1" - "$here/$wanted" <<'PYTHON_CODE'
-import re, sys
+import platform, re, sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PIN = re.compile(r"""([\w.-]+)==([\w.+!-]+)(?:\s*;\s*python_version\s*(<|>=)\s*"(\d+)\.(\d+)")?\s*(?:#.*)?$""")
+PIN = re.compile(r"([\w.-]+)==([\w.+!-]+)\s*(?:;\s*([^#]+))?(?:#.*)?$")
+HERE = {"python_version": sys.version_info[:2], "platform_machine": platform.machine(), "sys_platform": sys.platform}
+
+def applies(marker):
+    """Whether a pin is for this machine: its marker, with versions as numbers, is a Python expression."""
+    numbers = re.sub(r'python_version\s*(<|>=)\s*"(\d+)\.(\d+)"', r"python_version \1 (\2, \3)", marker)
+    return eval(numbers, {"__builtins__": {}}, HERE)
 
 def pins(path):
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
             yield from pins(path.with_name(line[3:].strip()))
         elif line.strip() and not line.startswith("#"):
-            name, pinned, sign, *than = PIN.match(line).groups()
-            if sign is None or (sys.version_info[:2] < tuple(map(int, than))) == (sign == "<"):
+            name, pinned, marker = PIN.match(line).groups()
+            if marker is None or applies(marker):
                 yield name, pinned
 
 other, missing = [], []
