@@ -151,7 +151,7 @@ _NEAR_END = 10  # an error this close to the end of the buffer may only mean tha
 class _Window:
     """A sliding window of text over a byte stream: `text[pos:]` is not consumed yet, `line` is the line of `pos`."""
 
-    def __init__(self, stream: BinaryIO, line: int = 1):
+    def __init__(self, stream: Any, line: int = 1):
         self.stream = stream
         self.decode = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape").decode
         self.text, self.pos, self.line = "", 0, line
@@ -176,7 +176,8 @@ class _Window:
     def skip_gap(self) -> bool:
         """Step over white space and commas. False when nothing is left."""
         while True:
-            self.advance(_GAP.match(self.text, self.pos).end())
+            gap = _GAP.match(self.text, self.pos)  # may be empty, and so is always there
+            self.advance(gap.end() if gap else self.pos)
             if self.pos < len(self.text):
                 return True
             if not self.more() and self.pos == len(self.text):

@@ -229,10 +229,11 @@ class _Reading:
             if self.strict:
                 raise DataError.at(source, item.line, outcome.reason, outcome.detail)
 
-    def _outcomes(self, source: str, format: Format, item: Record | Fault) -> Iterator[Row | Drop]:
+    def _outcomes(self, source: str, format: Format | None, item: Record | Fault) -> Iterator[Row | Drop]:
         if isinstance(item, Fault):
             yield Drop(item.reason, item.detail)
             return
+        assert format is not None  # it is recognised before the first record is read
         row = item.value if format.needs else _without_nulls(item.value)
         for pair in self._pairs_of(format, row, source):
             if isinstance(pair, Drop):

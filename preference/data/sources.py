@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from preference.data.json_records import BOM, Fault, Record, json_layout, json_lines, json_values
 from preference.data.json_shapes import looks_like_table, rows_inside, table_rows
@@ -135,7 +135,9 @@ class _Folder:
         self.seen: set[str] = set()
 
     def say(self, report: DataReport | None) -> None:
-        for why, names in self.passed.items() if report is not None else ():
+        if report is None:
+            return
+        for why, names in self.passed.items():
             report.warn(f"{self.root}: {len(names)} {why}: {', '.join(names[:3])}" + ", ..." * (len(names) > 3))
 
     def sources(self, folder: Path | None = None) -> list[str]:
@@ -228,7 +230,7 @@ def _begins_as_parquet(path: str) -> bool:
         return raw.read(4) == b"PAR1"
 
 
-def _head(stream: BinaryIO) -> bytes:
+def _head(stream: Any) -> bytes:
     head = b""
     try:
         while len(head) < HEAD and (piece := stream.read1(HEAD - len(head))):

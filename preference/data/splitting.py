@@ -50,7 +50,7 @@ def split_by_prompt(rows: Sequence[Row] | Dataset, percentage: float, seed: int)
     return _select(rows, training), _select(rows, sorted(evaluation))
 
 
-def _questions(rows: Sequence[Row] | Dataset) -> Any:
+def _questions(rows: Any) -> Any:
     if hasattr(rows, "column_names"):
         return (text for batch in rows.select_columns("prompt").iter(10_000) for text in batch["prompt"])
     return (row.question if row.prompt is None else row.prompt for row in rows)

@@ -57,8 +57,8 @@ def script_of(text: str) -> str:
         return "other"
     if counts["kana"] * 5 > counts["han"] + counts["latin"]:
         return "kana"  # Japanese text has both
-    counts["latin"] /= 4  # a Latin letter says about a quarter of what a Han character says
-    return max(counts, key=lambda name: counts[name])
+    weight = {"latin": 1}  # a Latin letter says about a quarter of what a Han character says
+    return max(counts, key=lambda name: counts[name] * weight.get(name, 4))
 
 
 def nearly_identical(a: str, b: str) -> bool:
@@ -144,7 +144,7 @@ def spread(values: Sequence[int]) -> dict[str, float]:
 
     if not len(values):
         return {}
-    points = np.percentile(values, [0, 50, 90, 99, 100], method="higher")  # lengths that occur
+    points: np.ndarray = np.percentile(values, [0, 50, 90, 99, 100], method="higher")  # lengths that occur
     quantiles = dict(zip(("min", "p50", "p90", "p99", "max"), map(int, points), strict=True))
     return {"mean": round(float(np.mean(values)), 1), **quantiles}
 

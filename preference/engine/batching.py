@@ -244,7 +244,7 @@ class EvaluationPlan(Sampler[list[Step]]):
 def _report_long_rows(lengths: np.ndarray, cut: Cut) -> None:
     if not cut.tokens or not len(lengths):
         return
-    rows = cut.cost(lengths) + cut.once
+    rows: np.ndarray = cut.cost(lengths) + cut.once
     if (rows > cut.tokens).any():
         logger.warning(
             "%d of %d pairs are longer than max_tokens_per_micro_batch=%d (the longest has %d tokens): each gets a "

@@ -63,7 +63,7 @@ def packed_length(pair: Pair, *, share_prompt: bool = True) -> int:
 
 def _ragged_arange(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """arange(start, start + length) of each pair (start, length), one behind the other."""
-    offsets = np.repeat(starts - (lengths.cumsum() - lengths), lengths)
+    offsets: np.ndarray = np.repeat(starts - (lengths.cumsum() - lengths), lengths)
     return offsets + np.arange(lengths.sum())
 
 
@@ -150,7 +150,7 @@ def _pack_shared(pairs: Sequence[Pair]) -> tuple[dict[str, Any], list[np.ndarray
     sizes = np.array([len(ids) for ids in row.ids])
     starts = sizes.cumsum() - sizes
     segments = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    none = np.zeros(0, dtype=np.int64)
+    none: np.ndarray = np.zeros(0, dtype=np.int64)
     at = [
         part
         for number in range(len(pairs))

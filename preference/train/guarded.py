@@ -54,6 +54,12 @@ class GuardedTrainer(Trainer):
     """
 
     loraplus_lr_ratio: float | None = None
+    # What transformers sets in a method of its own, for type checkers
+    model: Any
+    lr_scheduler: Any
+    deepspeed: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

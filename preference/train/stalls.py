@@ -25,10 +25,10 @@ def _state(pid: int) -> str:
 
 
 def data_workers() -> str:
-    workers = multiprocessing.active_children()
-    if not workers:
+    pids = [worker.pid for worker in multiprocessing.active_children() if worker.pid]
+    if not pids:
         return "this process reads and packs them itself (dataloader_num_workers=0)"
-    return "its data workers: " + ", ".join(f"process {worker.pid} {_state(worker.pid)}" for worker in workers)
+    return "its data workers: " + ", ".join(f"process {pid} {_state(pid)}" for pid in pids)
 
 
 @contextlib.contextmanager

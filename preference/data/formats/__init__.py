@@ -255,10 +255,11 @@ def _other_question(best: Format, other: Format, row: RowDict) -> bool:
     if other not in _BY_QUESTION or other is axolotl.ICR:  # `input` goes behind the question
         return False
     try:
-        questions = [str(pair.question).strip() for format in (best, other) for pair in format.pairs(row, Options())]
+        pairs = [pair for format in (best, other) for pair in format.pairs(row, Options())]
+        questions = [str(pair.question).strip() for pair in pairs if isinstance(pair, Pair)]
     except Drop:
         return False
-    return all(questions) and questions[0] != questions[1]
+    return len(questions) > 1 and all(questions) and questions[0] != questions[1]
 
 
 def _near_miss(rows: Sequence[RowDict]) -> Recognised:

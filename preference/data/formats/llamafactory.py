@@ -40,8 +40,8 @@ def ranking(row: RowDict, options: Options) -> Iterator[Pair | Drop]:
 
 
 def v1(row: RowDict, options: Options) -> Iterator[Pair]:
-    answers = take(row, "chosen_messages|chosen_conversations", "rejected_messages|rejected_conversations")
-    yield pair_of_dialogues(*answers, row.get("system"))
+    chosen, rejected = take(row, "chosen_messages|chosen_conversations", "rejected_messages|rejected_conversations")
+    yield pair_of_dialogues(chosen, rejected, row.get("system"))
 
 
 def _with_input(instruction: object, row: RowDict) -> object:

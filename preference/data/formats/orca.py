@@ -11,8 +11,8 @@ from preference.data.formats.trl import pair_of_prompt, take_question
 
 def orca(row: RowDict, options: Options) -> Iterator[Pair]:
     """The first revision named the answers after their models."""
-    columns = take_question(row, "question", "chosen|chatgpt", "rejected|llama2-13b-chat")
-    pair = pair_of_prompt(*columns, row.get("system"), row.get("history"))
+    question, chosen, rejected = take_question(row, "question", "chosen|chatgpt", "rejected|llama2-13b-chat")
+    pair = pair_of_prompt(question, chosen, rejected, row.get("system"), row.get("history"))
     pair.prompt = None
     yield pair
 
@@ -27,9 +27,9 @@ def rejudged(row: RowDict, options: Options) -> Iterator[Pair]:
     extra = {}
     if options.min_score_gap is not None:
         ratings = row.get("rating")
-        paired = isinstance(ratings, (list, tuple)) and len(ratings) == 2
-        scores = [number(value) for value in ratings] if paired else []
-        low, high = sorted(scores) if scores and None not in scores else (None, None)
+        paired = ratings if isinstance(ratings, (list, tuple)) and len(ratings) == 2 else ()
+        scores = [score for score in map(number, paired) if score is not None]
+        low, high = sorted(scores) if len(scores) == 2 else (None, None)
         extra = check_gap(high, low, options)
     yield Pair(question, chosen, rejected, row.get("system"), extra=extra)
 

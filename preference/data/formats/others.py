@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from typing import Any
 
 from preference.data.formats.base import RANKED, Drop, Format, Options, Pair, RowDict, number, take
 from preference.data.formats.hh import is_transcript, turns_of_transcript
@@ -27,14 +28,15 @@ def nectar(row: RowDict, options: Options) -> Iterator[Pair | Drop]:
     candidates = []
     for answer in answers:
         text, rank = take(answer, "answer", "rank")
-        if not isinstance(text, str) or number(rank) is None:
+        place = number(rank)
+        if not isinstance(text, str) or place is None:
             raise Drop("wrong_type", "an answer must have a text and a rank")
-        candidates.append((text, -number(rank)))
+        candidates.append((text, -place))
     for picked in pick(candidates, options, str(prompt)):
         yield picked if isinstance(picked, Drop) else _nectar_pair(prompt, picked[0], picked[1])
 
 
-def _nectar_pair(prompt: object, chosen: str, rejected: str) -> Pair:
+def _nectar_pair(prompt: Any, chosen: str, rejected: str) -> Pair:
     if not is_transcript(prompt):
         return Pair(prompt, chosen, rejected)
     turns = turns_of_transcript(prompt)
@@ -52,7 +54,8 @@ def azure(row: RowDict, options: Options) -> Iterator[Pair]:
         raise Drop("wrong_type", "input must be an object with messages, or a question")
     if given.get("tools"):
         raise Drop("tool_calls", "input has tools: a triple cannot carry them")
-    yield pair_of_messages(*take(given, "messages"), chosen, rejected, given.get("system"))
+    (messages,) = take(given, "messages")
+    yield pair_of_messages(messages, chosen, rejected, given.get("system"))
 
 
 def zhongjing_ranks(row: RowDict, options: Options) -> Iterator[Pair | Drop]:

@@ -32,8 +32,9 @@ def _rated(completion: Any) -> tuple[str, float] | None:
         return None
     annotations = completion.get("annotations")
     aspects = [annotations.get(aspect) if isinstance(annotations, dict) else None for aspect in ASPECTS]
-    ratings = [number(aspect.get("Rating")) if isinstance(aspect, dict) else None for aspect in aspects]
-    return None if None in ratings else (completion["response"], sum(ratings) / len(ratings))
+    rated = [number(aspect.get("Rating")) if isinstance(aspect, dict) else None for aspect in aspects]
+    ratings = [rating for rating in rated if rating is not None]
+    return None if len(ratings) < len(rated) else (completion["response"], sum(ratings) / len(ratings))
 
 
 def dialogues(row: RowDict, options: Options) -> Iterator[Pair]:

@@ -161,7 +161,8 @@ class Tree:
 
     def _before(self, run: int, count: int) -> list[int]:
         """The last `count` tokens before a run; N for each that there is not."""
-        parent, tokens = self.parents[run], []
+        parent = self.parents[run]
+        tokens: list[int] = []
         while parent >= 0 and len(tokens) < count:
             begin = max(self.starts[parent], self.starts[parent + 1] - count + len(tokens))
             tokens = [*range(begin, self.starts[parent + 1]), *tokens]
