@@ -15,7 +15,6 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ def main() -> None:
         export(args)
         if args.push_to_hub:
             push(Path(args.output), args.push_to_hub, args.hub)
-    except PreferenceError as error:
+    except (PreferenceError, OSError) as error:  # what the system refuses, its own words say
         sys.exit(shown(f"export_model.py: {error}"))
 
 
@@ -75,6 +74,7 @@ def export(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from preference.serve.loading import find_source, load_template, load_tokenizer, resolve_base
+    from preference.serve.placing import move_into_place, workspace
 
     logging.disable_progress_bar()
     modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
@@ -90,8 +90,7 @@ def export(args: argparse.Namespace) -> None:
     for warning in warnings:
         say(f"warning: {warning}")
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=output.parent))
+    folder = workspace(output)
     try:
         write(args, source, config, tokenizer, template, folder, modelscope)
         for origin in (base, source.base):
@@ -126,17 +125,6 @@ def check_output(output: Path, overwrite: bool, sources: list[str]) -> None:
             raise ExportError(
                 f"--output {output} holds no model, so --overwrite leaves it alone: choose another folder"
             )
-
-
-def move_into_place(folder: Path, output: Path) -> None:
-    """Put `folder` where `output` is; what lay there goes only once the new one is whole."""
-    old = None
-    if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent)) / output.name
-        output.rename(old)
-    folder.rename(output)
-    if old:
-        shutil.rmtree(old.parent)
 
 
 def load_config(base: str, args: argparse.Namespace) -> Any:
@@ -232,7 +220,8 @@ def copy_licence(origin: str | None, folder: Path) -> None:
         return
     for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"):
         for file in Path(origin).glob(pattern):
-            shutil.copy(file, folder / file.name)
+            if file.is_file() and not file.is_symlink():  # a link could bring any file of this machine along
+                shutil.copy(file, folder / file.name)
 
 
 def push(folder: Path, name: str, hub: str) -> None:

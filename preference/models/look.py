@@ -25,6 +25,8 @@ from preference.models.quantized import QuantizationError, Stored, as_stored
 SHOWN = 4  # names of tensors in a message
 LOADING_FAULTS = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, SafetensorError)
 
+WHOLE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class ModelError(PreferenceError, RuntimeError):
     """A model that cannot be used as it was handed in, or not for what was asked; the message says the way out."""
@@ -84,6 +86,7 @@ def load_weights(
     check_tensors(source, model, info)
     if stored is not None and stored.dense:
         model.to(dtype)  # dequantised while it was loaded: of one type, as other weights are
+    check_finite(source, model)
     _keep_unpacked(model)
     return model
 
@@ -131,6 +134,22 @@ def check_tensors(source: str, model: PreTrainedModel, info: Mapping[str, Any]) 
             f"{source}: its weights are not those that its config.json describes (model_type {config.model_type}, "
             f"{depth} layers): {'; '.join(faults)}. Get the folder anew, weights and config.json of one model; "
             "model_name_or_path names it"
+        )
+
+
+@torch.no_grad()
+def check_finite(source: str, model: nn.Module) -> None:
+    """Refuse weights that hold NaN or infinity: nothing can be learned from them or answered with them."""
+    broken = []
+    for name, p in model.named_parameters():
+        if p.dtype in WHOLE_TYPES and p.numel() and not p.is_meta:
+            least, most = torch.aminmax(p)
+            if not (torch.isfinite(least) and torch.isfinite(most)):
+                broken.append(name)
+    if broken:
+        raise ModelError(
+            f"{source}: {len(broken)} tensors hold NaN or infinity ({_some(broken)}): the model is damaged, or was "
+            "saved by a run that diverged. Take an earlier checkpoint of it, or get it anew; model_name_or_path names it"
         )
 
 
