@@ -24,7 +24,6 @@ from preference.models.quantized import QuantizationError, Stored, as_stored
 
 SHOWN = 4  # names of tensors in a message
 LOADING_FAULTS = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, SafetensorError)
-
 WHOLE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
