@@ -148,7 +148,7 @@ def check_finite(source: str, model: nn.Module) -> None:
     if broken:
         raise ModelError(
             f"{source}: {len(broken)} tensors hold NaN or infinity ({_some(broken)}): the model is damaged, or was "
-            "saved by a run that diverged. Take an earlier checkpoint of it, or get it anew; model_name_or_path names it"
+            "saved by a run that diverged. Take an earlier checkpoint, or get it anew; model_name_or_path names it"
         )
 
 
