@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from preference.engine.cpu.norm import _RMSNorm, lighten_norms
-from preference.engine.layers.gated import _Gated, lighten_gated_layers
-from preference.engine.layers.linear import cast_once, lighten_linear_layers
+from preference.engine.cpu.norm import _RMSNorm, save_memory_in_norms
+from preference.engine.layers.gated import _Gated, save_memory_in_gated_layers
+from preference.engine.layers.linear import cast_once, save_memory_in_linear_layers
 from preference.engine.layers.lora import _Adapted, hold_frozen, join_adapters
 from preference.engine.probe import prepare_model
 from tiny import tiny_model
@@ -127,7 +127,7 @@ def test_held_weights_generate_with_and_without_the_adapter() -> None:
 
 def test_linear_layers_under_autocast_are_the_same_to_the_bit() -> None:
     usual, shared = tiny_model("qwen2"), tiny_model("qwen2")
-    lighten_linear_layers(shared)
+    save_memory_in_linear_layers(shared)
     names = ["logits", *(name for name, _ in usual.named_parameters())]
     for name, a, b in zip(names, outputs(shared, autocast=True), outputs(usual, autocast=True), strict=True):
         # the gradient of a bias is summed in float32 here, in bfloat16 there
@@ -159,9 +159,9 @@ def test_gated_layers_are_the_same_to_the_bit_and_keep_less(how, autocast, check
     found, kept = [], []
     for model in (usual, light):
         join_adapters(model)
-        lighten_linear_layers(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        save_memory_in_linear_layers(model.get_base_model() if hasattr(model, "get_base_model") else model)
         if model is light:
-            assert lighten_gated_layers(model) == 2
+            assert save_memory_in_gated_layers(model) == 2
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -193,7 +193,7 @@ def inner_tensors_kept(model, autocast: bool) -> int:
 def test_other_feed_forward_layers_are_left_alone(arch: str, found: int, monkeypatch) -> None:
     usual, light = tiny_model(arch), tiny_model(arch)
     made = calls(monkeypatch, _Gated)
-    assert lighten_gated_layers(light) == found
+    assert save_memory_in_gated_layers(light) == found
     made.clear()
     assert relative(outputs(light), outputs(usual)) < 1e-6 and len(made) == found
 
@@ -201,7 +201,7 @@ def test_other_feed_forward_layers_are_left_alone(arch: str, found: int, monkeyp
 def test_a_feed_forward_layer_with_a_part_more_is_left_alone() -> None:
     model = tiny_model("llama")
     model.model.layers[0].mlp.dropout = nn.Dropout(0.1)  # which a class may use or not
-    assert lighten_gated_layers(model) == 1
+    assert save_memory_in_gated_layers(model) == 1
 
 
 # ---- norms
@@ -219,7 +219,7 @@ def test_the_norm_has_its_formulas_gradient() -> None:
 def test_norms_that_do_something_else_are_left_alone(arch: str, found: int, monkeypatch) -> None:
     usual, light = tiny_model(arch), tiny_model(arch)
     made = calls(monkeypatch, _RMSNorm)
-    assert lighten_norms(light) == found
+    assert save_memory_in_norms(light) == found
     made.clear()
     assert relative(outputs(light), outputs(usual)) < 1e-5 and len(made) == found
 

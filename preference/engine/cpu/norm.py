@@ -70,7 +70,7 @@ def _forward(self: nn.Module, x: Tensor) -> Tensor:
     return _RMSNorm.apply(x, self.weight, _epsilon(self))
 
 
-def lighten_norms(model: nn.Module) -> int:
+def save_memory_in_norms(model: nn.Module) -> int:
     """Let RMS norms in float32 run as above where a gradient is wanted; returns how many were found to be the same."""
     norms = [m for m in model.modules() if "forward" not in vars(m) and _is_plain(m)]
     for norm in norms:

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from preference.engine.branches import by_chain
 from preference.engine.cpu import memory
 from preference.engine.cpu.attention import segment_attention
-from preference.engine.cpu.norm import lighten_norms
+from preference.engine.cpu.norm import save_memory_in_norms
 from preference.engine.exp_rows import exp_rows
-from preference.engine.layers.gated import lighten_gated_layers
-from preference.engine.layers.linear import lighten_linear_layers
+from preference.engine.layers.gated import save_memory_in_gated_layers
+from preference.engine.layers.linear import save_memory_in_linear_layers
 from preference.engine.layers.lora import join_adapters
 from preference.engine.masks import PackedMask, Scores
 from preference.engine.side import Side
@@ -36,9 +36,9 @@ def cached_exp_rows(logits_CV: Tensor, ids_C: Tensor, scale: float, cap: float |
 def lighten(model: nn.Module) -> None:
     memory.keep_freed_memory()
     if all(p.numel() for p in model.parameters()):  # not while ZeRO-3 has them dealt out
-        lighten_gated_layers(model)
-        lighten_linear_layers(model)
-        lighten_norms(model)
+        save_memory_in_gated_layers(model)
+        save_memory_in_linear_layers(model)
+        save_memory_in_norms(model)
         join_adapters(model)
 
 

@@ -14,8 +14,8 @@ from preference.engine.cuda.kernels import exp_rows
 from preference.engine.cuda.lora import cast_adapters, join_adapters
 from preference.engine.cuda.norm import fuse_norms
 from preference.engine.cuda.rotary import fuse_rotary
-from preference.engine.layers.gated import lighten_gated_layers
-from preference.engine.layers.linear import lighten_linear_layers
+from preference.engine.layers.gated import save_memory_in_gated_layers
+from preference.engine.layers.linear import save_memory_in_linear_layers
 from preference.engine.side import Side
 
 HEAD_ROWS = 4096
@@ -23,8 +23,8 @@ HEAD_ROWS = 4096
 
 def lighten(model: nn.Module) -> None:
     if all(p.numel() for p in model.parameters()):  # not while ZeRO-3 has them dealt out
-        lighten_gated_layers(model, product_for)
-        lighten_linear_layers(model)
+        save_memory_in_gated_layers(model, product_for)
+        save_memory_in_linear_layers(model)
         fuse_norms(model)
         fuse_rotary(model)
         join_adapters(model)

@@ -102,7 +102,7 @@ def _is_gated(module: nn.Module) -> bool:
             return False
 
 
-def lighten_gated_layers(
+def save_memory_in_gated_layers(
     model: nn.Module, product: Callable[[nn.Module], type[GatedProduct]] = lambda act: GatedProduct
 ) -> int:
     """Let gated feed-forward layers run as above where a gradient is wanted; returns how many were found the same.

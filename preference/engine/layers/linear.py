@@ -85,7 +85,7 @@ def _forward(self: nn.Linear, x: Tensor) -> Tensor:
     return _Linear.apply(x, self.weight, self.bias, dtype)
 
 
-def lighten_linear_layers(model: PreTrainedModel) -> None:
+def save_memory_in_linear_layers(model: PreTrainedModel) -> None:
     """Let the plain linear layers of `model` whose weights are trained run as above.
 
     The head is left out: it has a function of its own (engine/head.py).
