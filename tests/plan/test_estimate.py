@@ -359,7 +359,7 @@ def test_a_dry_run_needs_no_weights_and_leaves_the_output_folder_as_it_was(tmp_p
     orpo_train.main()
     said = capsys.readouterr().out
     assert not out.exists()
-    assert "rows: 12 read" in said and "⟦good" in said and "it fits" in said and "M of them trained" in said
+    assert "data: 12 rows read" in said and "⟦good" in said and "it fits" in said and "M of them trained" in said
     out.mkdir()
     (out / "data_report.json").write_text("of a finished run")
     orpo_train.main()
