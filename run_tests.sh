@@ -34,4 +34,4 @@ fi
 
 # Two worker processes of one thread each use two cores better than one process of two threads: the models of the tests are tiny.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
-exec "$PYTHON" -m pytest -q -n "${PYTEST_WORKERS:-2}" --dist loadfile --durations=15 "$@"
+exec "$PYTHON" -m pytest -q -n "${PYTEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=15 "$@"

@@ -21,9 +21,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
+# Files that take long or wait for processes come first, so that the workers end together.
+FIRST = ("launch", "train", "system", "serve", "engine")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is no CUDA device; torch is imported only if there are such tests."""
+    items.sort(key=lambda item: FIRST.index(folder) if (folder := item.path.parent.name) in FIRST else len(FIRST))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch
