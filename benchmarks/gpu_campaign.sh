@@ -21,7 +21,7 @@ mkdir -p "$folder"
 folder=$(CDPATH='' cd -- "$folder" && pwd)
 cd "$here"
 starter=models/SmolLM2-135M-Instruct
-sample=data/train/english.jsonl
+sample=data/train/en.jsonl
 
 "$PYTHON" -c 'import torch; raise SystemExit(0 if torch.cuda.is_available() else "no CUDA device is here: nothing was measured")'
 
