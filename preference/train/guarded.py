@@ -34,6 +34,7 @@ class GuardedTrainer(Trainer):
     - get_batch_samples: rows that do not come are reported (train/stalls.py);
     - _get_grad_norm: called between the gradient and the optimizer step, whether it clips or not; the only place where
       losses and gradients are known and the weights are still good (train/watchdog.py);
+    - log: no line is written of a step before the watchdog knows it to be good;
     - _save_checkpoint, _get_output_dir: a checkpoint is written elsewhere, verified and renamed
       (train/checkpoints.py). An on_save callback comes after the folder has its name and cannot stop a bad one;
     - _run_epoch: resumed from the last step's checkpoint, the Trainer would train one step too many;
@@ -75,8 +76,12 @@ class GuardedTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.watchdog.check(grad_norm, self.state.global_step + 1)
+        self.watchdog.check(grad_norm, self.state.global_step + 1, self.optimizer)
         return grad_norm
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        self.watchdog.settle()
+        super().log(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:

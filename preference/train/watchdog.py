@@ -1,12 +1,14 @@
 """Stops a training run before a non-finite loss, gradient or weight does harm, and names the rows.
 
 Each optimizer step costs one host sync and, with several ranks, one small all-reduce, so that all ranks stop together.
+On CUDA the host does not wait: a fused optimizer skips a bad step by itself, and the host reads of it a step later.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,6 +60,50 @@ class SpikeMeter:
         return spike
 
 
+def _differ(mean: Any, mean_square: Any) -> Any:
+    """Whether norms with this mean and mean square are not all the same."""
+    return mean_square - mean**2 > 1e-4 * mean**2
+
+
+def _is_bad(loss_is_bad: Tensor, norm_is_bad: Tensor, loss: Tensor, mean: Tensor, mean_square: Tensor) -> Tensor:
+    """Whether the step must not be taken, on the device."""
+    return (loss_is_bad > 0) | (norm_is_bad > 0) | _differ(mean, mean_square)
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """What was found in an optimizer step, on its way to the host."""
+
+    facts: Tensor
+    arrived: torch.cuda.Event | None
+    watched: list[tuple[Tensor, list[str]]]
+    step: int
+
+    def read(self) -> list[float]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.facts.tolist()
+
+
+def _to_host(facts: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy that nobody waits for, and when it is there."""
+    if facts.device.type != "cuda":
+        return facts, None
+    host = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
+    host.copy_(facts, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
+
+
+def _skips_on_device(optimizer: Any) -> bool:
+    """Whether a step of it does nothing where its `found_inf` is 1: torch's fused kernels, over whole weights."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    groups = optimizer.param_groups
+    return all(g.get("fused") for g in groups) and not any(hasattr(p, "to_local") for g in groups for p in g["params"])
+
+
 class Watchdog:
     """Knows the losses of the current optimizer step and the rows behind them.
 
@@ -70,6 +116,8 @@ class Watchdog:
         self.accelerator = accelerator
         self.watched: list[tuple[Tensor, list[str]]] = []
         self.spikes = SpikeMeter()
+        self.later = accelerator.device.type == "cuda"  # read what was found in a step when the next is checked
+        self.unread: _Unread | None = None
 
     def watch(self, loss: Tensor, rows: list[str], step: int) -> None:
         """Note a loss of optimizer step `step` (counted from 1) and the rows that it comes from.
@@ -81,27 +129,57 @@ class Watchdog:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             self._check_finite(torch.zeros((), device=loss.device), step)
 
-    def check(self, grad_norm: Any, step: int) -> None:
+    def check(self, grad_norm: Any, step: int, optimizer: Any = None) -> None:
         """Check the step's losses and the norm of its gradient (None: there is none), and forget them.
+
+        Args:
+            optimizer: what will take the step. Where it can skip it on the device, this may raise a step later.
 
         Raises:
             TrainingError: on all ranks; one of them is not finite, or the ranks' gradients differ.
         """
+        self.settle()
         if self.watched and grad_norm is not None:
-            self._check_finite(grad_norm, step)
+            optimizer = getattr(optimizer, "optimizer", optimizer)  # under accelerate's
+            if self.later and self.accelerator.scaler is None and _skips_on_device(optimizer):
+                facts = self._facts(grad_norm)
+                optimizer.found_inf = _is_bad(*facts.unbind()).float()
+                self.unread = _Unread(*_to_host(facts), self.watched, step)
+            else:
+                self._check_finite(grad_norm, step)
         self.watched = []
 
+    def settle(self) -> None:
+        """Judge a step that was not read yet.
+
+        Raises:
+            TrainingError: as `check`.
+        """
+        if self.unread is None:
+            return
+        unread, self.unread, watched = self.unread, None, self.watched
+        self.watched = unread.watched
+        self._judge(unread.read(), unread.step)
+        self.watched = watched
+
     def _check_finite(self, grad_norm: Any, step: int) -> None:
+        self._judge(self._facts(grad_norm).tolist(), step)
+
+    def _facts(self, grad_norm: Any) -> Tensor:
+        """Over all ranks: shares with a bad loss and with a bad norm; the means of loss, norm and squared norm."""
         losses = torch.stack([loss.float() for loss, _ in self.watched])
         norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
         norm = torch.as_tensor(norm, dtype=torch.float32, device=losses.device).reshape(())
         bad_loss = ~losses.isfinite().all()
         total, known_norm = losses.sum().nan_to_num(0, 0, 0), norm.nan_to_num(0, 0, 0)
         facts = torch.stack([bad_loss.float(), (~norm.isfinite()).float(), total, known_norm, known_norm**2])
-        loss_is_bad, norm_is_bad, loss, mean, mean_square = self.accelerator.reduce(facts, "mean").tolist()
+        return self.accelerator.reduce(facts, "mean")
+
+    def _judge(self, facts: list[float], step: int) -> None:
+        loss_is_bad, norm_is_bad, loss, mean, mean_square = facts
         if loss_is_bad or (norm_is_bad and not self._scaler_handles_it()):
             self._stop("loss" if loss_is_bad else "gradient", step)
-        if mean_square - mean**2 > 1e-4 * mean**2:
+        if _differ(mean, mean_square):
             raise TrainingError(f"step {step}: the ranks have different gradients and diverge")
         self._report_spike(loss, step)
 
@@ -135,8 +213,9 @@ class Watchdog:
         """A finite gradient can still make infinite weights (a learning rate far too high); they must not be kept.
 
         Raises:
-            TrainingError: on all ranks; a trained weight is not finite.
+            TrainingError: on all ranks; a trained weight is not finite, or the last step was bad.
         """
+        self.settle()
         weights = [p.detach() for p in model.parameters() if p.requires_grad]
         weights = [p.to_local() if hasattr(p, "to_local") else p for p in weights]
         flags = [p.isfinite().all().float() for p in weights if p.is_floating_point() and p.numel()]

@@ -48,6 +48,36 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_step(engine, tmp_p
     assert same_weights(weights_of(model), weights_of(saved))
 
 
+@pytest.mark.parametrize("save_steps", [2, 1])
+def test_a_bad_step_that_is_read_a_step_later_was_not_taken(save_steps, tmp_path, monkeypatch):
+    """As on CUDA: the fused optimizer skips step 3 by itself, and it is named at step 4, or before step 3 is saved."""
+    model = poison(tiny_model())
+    trainer = make_trainer(
+        "packed", tmp_path, pairs_with_poison(20, 9), model=model, save_strategy="steps", save_steps=save_steps,
+        train_sampling_strategy="sequential", logging_steps=100, optim="adamw_torch_fused", weight_decay=0.1,
+    )  # fmt: skip
+    trainer.watchdog.later = True
+    judged = []
+    judge = trainer.watchdog._judge
+    monkeypatch.setattr(
+        trainer.watchdog,
+        "_judge",
+        lambda facts, step: judged.append((step, trainer.state.global_step)) or judge(facts, step),
+    )
+    with pytest.raises(TrainingError, match="the loss of step 3 is not finite") as stopped:
+        trainer.train()
+    assert "pairs.jsonl:10" in stopped.value.rows and len(stopped.value.rows) == 4
+    assert judged == [(1, 1), (2, 2), (3, 3)]
+    assert checkpoint_steps(tmp_path) == ([2] if save_steps == 2 else [1, 2])
+    saved = type(tiny_model()).from_pretrained(tmp_path / "checkpoint-2")
+    assert same_weights(weights_of(model), weights_of(saved))
+    assert {float(state["step"]) for state in trainer.optimizer.optimizer.state.values()} == {2.0}
+
+
+def checkpoint_steps(folder):
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
 @ENGINES
 def test_a_gradient_that_is_not_finite_stops_and_names_the_step(engine, tmp_path):
     """The loss is finite, its gradient is not."""
