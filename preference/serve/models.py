@@ -1,17 +1,19 @@
-"""The two who answer in a chat: the tuned model and, once it is asked for, its base."""
+"""Who answers in a chat, the tuned model and, once it is asked for, its base; and who judges answers."""
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
 
 from transformers.utils import logging
 
-from preference.models.hardware import detect
+from preference.models.hardware import Hardware, detect
 from preference.models.limits import check_vocabulary, template_ids
 from preference.screen import shown
 from preference.serve.generation import Chat, Sampling, Within
+from preference.serve.judge import Judge, LocalJudge, ServerJudge
 from preference.serve.loading import (
     Source,
     find_source,
@@ -30,6 +32,37 @@ def note(text: str) -> None:
     print(shown(text), file=sys.stderr, flush=True)
 
 
+def open_judge(
+    name: str, model: str | None, key: str | None, *, dtype: str = "auto", use_cpu: bool = False, hub: bool = False
+) -> Judge:
+    """A judge: `name` is the address of an OpenAI-compatible server (http...), with the name of its model and the key
+    to send, or a model on this machine (folder, run or hub id; `hub`: of ModelScope)."""
+    if re.match(r"https?://", name):
+        return ServerJudge(name, model, key)
+    hardware = detect(use_cpu)
+    return LocalJudge(open_chat(find_source(name, use_modelscope=hub), hardware, dtype, Sampling(0.0), hub), name)
+
+
+def open_chat(
+    source: Source,
+    hardware: Hardware,
+    dtype: str,
+    sampling: Sampling,
+    hub: bool = False,
+    template_name: str | None = None,
+) -> Chat:
+    """The tuned model of `source`, ready to answer. Raises LoadingError and others where it cannot."""
+    tokenizer = load_tokenizer(source)
+    template, warnings = load_template(source, tokenizer, template_name)
+    for warning in warnings:
+        note(f"warning: {warning}")
+    model = load_tuned_model(source, pick_dtype(dtype, hardware), hardware.device, hub)
+    generation = generation_config(source, model)
+    stops = stop_ids(generation, template, tokenizer)
+    check_vocabulary(model, tokenizer, [*template_ids(template, tokenizer), *stops])
+    return Chat(model, tokenizer, template, generation, sampling)
+
+
 class Models:
     """The tuned model and, once it is asked for, its base: the same weights without the adapter, or a second model."""
 
@@ -45,16 +78,9 @@ class Models:
         )
         hardware = detect(args.use_cpu)
         self.device, self.dtype = hardware.device, pick_dtype(args.torch_dtype, hardware)
-        tokenizer = load_tokenizer(self.source)
-        self.template, warnings = load_template(self.source, tokenizer, args.template_name)
-        for warning in warnings:
-            note(f"warning: {warning}")
-        model = load_tuned_model(self.source, self.dtype, self.device, self.modelscope)
-        generation = generation_config(self.source, model)
-        stops = stop_ids(generation, self.template, tokenizer)
-        check_vocabulary(model, tokenizer, [*template_ids(self.template, tokenizer), *stops])
         sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
-        self.tuned = Chat(model, tokenizer, self.template, generation, sampling)
+        self.tuned = open_chat(self.source, hardware, args.torch_dtype, sampling, modelscope, args.template_name)
+        self.template = self.tuned.template
         self._base: Chat | None = None
         note(f"{args.model} on {hardware.name}, template {self.template.name}")
 
