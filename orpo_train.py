@@ -39,7 +39,7 @@ def main() -> None:
     from preference.report.progress import attach_progress
     from preference.report.results import write_results
     from preference.report.trackers import begin_reporting, trackers
-    from preference.tokens.datasets import describe_pair
+    from preference.tokens.datasets import describe_pair, sets_of
     from preference.train import setup
     from preference.train.resuming import finish, resume_after_restart
     from preference.train.run_data import load_data
@@ -72,7 +72,8 @@ def main() -> None:
         train_set, eval_set, questions = load_data(args, conversation, tokenizer, save_report=save_report, say=say)
     setup.compare_data(train_set, eval_set)
     setup.check_length(args, training, len(train_set or ()))
-    say(f"\nthe first pair, as the model sees it:\n{describe_pair((train_set or eval_set)[0], tokenizer)}\n")
+    first = (train_set or next(iter(sets_of(eval_set).values())))[0]
+    say(f"\nthe first pair, as the model sees it:\n{describe_pair(first, tokenizer)}\n")
     if args.run.dry_run:
         look_at_headers(args, source, tokenizer, conversation, train_set, eval_set)
         say(on_paper(args, source, hardware, setup.objective_of(args), training, train_set))
@@ -99,6 +100,7 @@ def main() -> None:
     with untuned(trainer.model, scoring=not args.run.do_train) as separate:
         if args.run.do_train or separate:
             evaluation.run("base")
+            setup.selection_of(args).check(evaluation.metrics.get("base", {}))
             samples.answer("base")
     if start:
         stop.start_training()
@@ -107,6 +109,7 @@ def main() -> None:
         if stop.stopping:
             raise StoppedBySignal(done.global_step)
         signals.phase = "finishing"
+        facts |= setup.end_with(trainer, args)
         save(trainer, conversation, facts)
     evaluation.run("tuned")
     samples.answer("tuned")

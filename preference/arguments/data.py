@@ -7,7 +7,7 @@ from typing import Any
 
 from preference.arguments.unused import NO_EVALUATION, NO_TRAINING
 from preference.data.formats import check_encoding, parse_columns, parse_labels
-from preference.data.inputs import parse_inputs
+from preference.data.inputs import parse_inputs, parse_sets
 from preference.flags.declaration import Unused, flag
 
 
@@ -25,8 +25,9 @@ class DataArguments:
     )
     validation_file_dir: str | None = flag(
         None,
-        "the same for evaluation; unset: the test or validation split of a training folder, or a part of its rows",
-        check=parse_inputs,
+        "the same for evaluation, or several sets, each with a name: med=DIR1,general=DIR2; unset: the test or "
+        "validation split of a training folder, or a part of its rows",
+        check=parse_sets,
         unused=(NO_EVALUATION,),
         peers=("eval_dataset", "val_dataset", "test_datasets", "validation_file", "eval_file"),
     )
@@ -110,7 +111,7 @@ class DataArguments:
         peers=("max_samples",),
     )
     max_eval_samples: int = flag(
-        -1, "use that many evaluation rows at most (-1: all)", least=1, also=(-1,), unused=(NO_EVALUATION,)
+        -1, "use that many evaluation rows at most, of each set (-1: all)", least=1, also=(-1,), unused=(NO_EVALUATION,)
     )
 
     def reading(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from preference.arguments.model import ModelArguments
 from preference.arguments.objective import ObjectiveArguments
 from preference.arguments.run import RunArguments
 from preference.data.formats import choose
+from preference.data.inputs import parse_sets
 from preference.flags.declaration import ArgumentError, flags_of, quoted
 from preference.flags.words import Given, read_words
 from preference.losses.defaults import Recipe, recipe
@@ -57,6 +58,11 @@ class Arguments:
     @property
     def evaluation_files(self) -> bool:
         return self.data.validation_file_dir is not None
+
+    @property
+    def evaluation_sets(self) -> dict[str, str]:
+        """The inputs of each evaluation set by its name; the only one may have none, which is ""."""
+        return parse_sets(self.data.validation_file_dir or "") if self.evaluation_files else {}
 
     @property
     def beta(self) -> float:
@@ -179,6 +185,7 @@ def _contradictions(args: Arguments) -> Iterator[str]:
     if data.train_file_dir is None and data.dataset_name is None:
         yield "no training data: set train_file_dir or dataset_name"
     yield from _faults_of_steps(args)
+    yield from _faults_of_selection(args)
     try:
         choose(**data.reading())
     except ValueError as error:
@@ -203,6 +210,38 @@ def _faults_of_steps(args: Arguments) -> Iterator[str]:
             check_optimizer(run.optim, run.optim_args, run.optim_target_modules)
     except OptimizationError as error:
         yield str(error)
+
+
+def _faults_of_selection(args: Arguments) -> Iterator[str]:
+    """What stands in the way of the weights that a run is to end with."""
+    run, sets = args.run, [name for name in args.evaluation_sets if name]
+    best, metric = run.load_best_model_at_end, run.metric_for_best_model.removeprefix("eval_")
+    if best and not (run.eval_steps and run.save_steps):
+        yield "load_best_model_at_end chooses among evaluated checkpoints: set eval_steps, and save_steps to the same"
+    elif best and not _is_multiple(run.save_steps, run.eval_steps):
+        yield (
+            f"load_best_model_at_end needs an evaluation of every checkpoint: save_steps={run.save_steps:g} is no "
+            f"multiple of eval_steps={run.eval_steps:g}"
+        )
+    if run.early_stopping_patience and not run.eval_steps:
+        yield "early_stopping_patience counts evaluations during training: set eval_steps"
+    if (best or run.early_stopping_patience) and sets and not metric.startswith(tuple(f"{name}_" for name in sets)):
+        yield (
+            f"metric_for_best_model={run.metric_for_best_model}: there are {len(sets)} named evaluation sets; say "
+            f"which, as in {sets[0]}_{metric}"
+        )
+    if run.ema_decay and (best or run.average_checkpoints):
+        yield "a result is either a moving average (ema_decay) or made of checkpoints: drop one of them"
+    if (best or run.average_checkpoints or run.ema_decay) and run.strategy != "ddp":
+        names = ("ema_decay", "average_checkpoints", "load_best_model_at_end")
+        name = next(name for name in names if getattr(run, name))
+        yield f"{name} needs whole weights in each process: strategy=ddp, or drop it with strategy={run.strategy}"
+
+
+def _is_multiple(save_steps: float, eval_steps: float) -> bool:
+    """Of numbers of steps, or of shares of the run."""
+    ratio = save_steps / eval_steps
+    return (save_steps < 1) == (eval_steps < 1) and abs(ratio - round(ratio)) < 1e-9
 
 
 def _show_help() -> None:

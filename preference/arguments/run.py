@@ -13,6 +13,10 @@ from preference.optimization.schedules import NO_KEYWORDS, NO_WARMUP, schedule_n
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3", "zero3_offload")
 
 WITHOUT_WARMUP = Unused(lambda a: a.run.lr_scheduler_type in NO_WARMUP, "this lr_scheduler_type has no warm-up")
+WITHOUT_METRIC = Unused(
+    lambda a: not (a.run.load_best_model_at_end or a.run.early_stopping_patience),
+    "neither load_best_model_at_end nor early_stopping_patience asks for the best",
+)
 WITHOUT_KEYWORDS = Unused(lambda a: a.run.lr_scheduler_type in NO_KEYWORDS, "this lr_scheduler_type takes none")
 
 
@@ -178,9 +182,78 @@ class RunArguments:
         peers=("save_strategy", "saves_per_epoch"),
     )
     save_total_limit: int = flag(
-        2, "checkpoints kept", topic="checkpoints", least=1, unused=(NO_TRAINING, NO_CHECKPOINTS)
+        2,
+        "checkpoints kept, besides those that the result is made of",
+        topic="checkpoints",
+        least=1,
+        unused=(NO_TRAINING, NO_CHECKPOINTS),
     )
     logging_steps: int = flag(5, "log every that many steps", least=1, peers=("log_every", "logging_strategy"))
+    load_best_model_at_end: bool = flag(
+        False,
+        "end with the checkpoint that was evaluated best, instead of the last weights",
+        topic="checkpoints",
+        unused=(NO_TRAINING, NO_EVALUATION),
+        identity=True,
+        peers=("load_best",),
+    )
+    metric_for_best_model: str = flag(
+        "loss",
+        "the evaluations' figure that says which is best: loss, nll_loss, preference/accuracies, ...; of a named set "
+        "NAME_loss",
+        topic="checkpoints",
+        unused=(NO_TRAINING, NO_EVALUATION, WITHOUT_METRIC),
+        identity=True,
+        peers=("best_metric",),
+    )
+    greater_is_better: bool | None = flag(
+        None,
+        "whether more of it is better (unset: unless it is a loss)",
+        topic="checkpoints",
+        unused=(NO_TRAINING, NO_EVALUATION, WITHOUT_METRIC),
+        identity=True,
+    )
+    early_stopping_patience: int = flag(
+        0,
+        "stop after so many evaluations in a row without a gain in metric_for_best_model (0: never)",
+        topic="steps",
+        least=0,
+        unused=(NO_TRAINING, NO_EVALUATION),
+        identity=True,
+        peers=("early_stopping_steps", "early_stopping"),
+    )
+    early_stopping_threshold: float = flag(
+        0.0,
+        "a gain is more than that",
+        topic="steps",
+        least=0,
+        unused=(
+            NO_TRAINING,
+            NO_EVALUATION,
+            Unused(lambda a: a.run.early_stopping_patience == 0, "early_stopping_patience=0 never stops early"),
+        ),
+        identity=True,
+    )
+    average_checkpoints: int = flag(
+        0,
+        "end with the mean of the weights of the last so many checkpoints; of the best so many with "
+        "load_best_model_at_end (0: none)",
+        topic="checkpoints",
+        least=2,
+        also=(0,),
+        unused=(NO_TRAINING, NO_CHECKPOINTS),
+        identity=True,
+    )
+    ema_decay: float = flag(
+        0.0,
+        "end with the exponential moving average of the weights, by this decay: 0.99, 0.999 (0: none)",
+        topic="steps",
+        least=0,
+        below=1,
+        unused=(NO_TRAINING,),
+        identity=True,
+        peers=("ema",),
+    )
     resume: str = flag(
         "auto",
         "auto = resume from the latest checkpoint of an unfinished run in output_dir; never; or a checkpoint",

@@ -36,8 +36,9 @@ def headline(report: DataReport) -> str:
     lines += [f"  note: {count} x {name}" for name, count in report.notes.most_common()]
     lines += [f"  warning: {warning}" for warning in report.warnings]
     lines += report.unread_lines()
-    for name in ("train", "evaluation"):
-        lines += _pairs(name, report.sections.get(name, {}), report.sections.get(f"{name}_text", {}))
+    for name, section in report.sections.items():
+        if name == "train" or (name.startswith("evaluation") and not name.endswith("_text")):
+            lines += _pairs(name.replace("_", " ", 1), section, report.sections.get(f"{name}_text", {}))
     shared = report.sections.get("prompts_in_train_and_eval", {}).get("rows", 0)
     if shared:
         lines.append(f"  {shared} evaluation rows have a prompt of the training data: their figures flatter")

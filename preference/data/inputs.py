@@ -2,19 +2,24 @@
 
     data/a.jsonl:5000,data/b/:0.3,hub:owner/name
 
-5000 rows of the file at most, 30% of the folder's rows, all rows of the hub dataset.
+5000 rows of the file at most, 30% of the folder's rows, all rows of the hub dataset. Evaluation files may make several
+sets, each with a name: `med=data/a.jsonl,data/b,general=data/c`.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from preference.data.report import DataReport
 from preference.data.row import Row
+
+NAMED = re.compile(r"\s*([^\W\d]\w*)=(.*)", re.DOTALL)
+TAKEN = ("nll", "preference", "rewards", "logps", "logits")  # metrics of these names would read as those of one set
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,35 @@ def parse_inputs(text: str) -> list[Input]:
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise ValueError(f"{twice} is named twice")
     return inputs
+
+
+def parse_sets(text: str) -> dict[str, str]:
+    """The inputs of each named set; one set without a name, "", where none is named. A path that exists is no name.
+
+    Raises ValueError for a name that cannot be one, or is there twice, and for inputs that mean nothing.
+    """
+    if Path(text).exists():
+        return {"": text}
+    sets: dict[str, list[str]] = {}
+    name = ""
+    for part in text.split(","):
+        named = None if Path(part.strip()).exists() else NAMED.fullmatch(part)
+        if named:
+            name, part = named[1], named[2]
+            if name in sets:
+                raise ValueError(f"two sets are called {name}")
+            if name in TAKEN or name.endswith("_text"):
+                raise ValueError(f"a set cannot be called {name}: its metrics would be taken for others")
+        sets.setdefault(name, []).append(part)
+    if "" in sets and len(sets) > 1:
+        raise ValueError(f"{sets[''][0]} stands before the first name: write NAME={sets[''][0]}")
+    joined = {name: ",".join(parts) for name, parts in sets.items()}
+    for name, inputs in joined.items():
+        try:
+            parse_inputs(inputs)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if name else str(error)) from None
+    return joined
 
 
 def _parse_input(part: str) -> Input:

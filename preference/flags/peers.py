@@ -28,8 +28,6 @@ INSTEAD = {  # what to do -> names
         "dataset_num_proc preprocessing_num_workers dataset_processes overwrite_cache streaming dataset_streaming",
     "a hub dataset is written --dataset_name owner/name:config:split":
         "dataset_config dataset_split dataset_train_split dataset_test_split subset",
-    "there is none, the result is the last step's; a checkpoint (save_steps) can be exported too":
-        "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience early_stopping_steps",
     "what ORPO's NLL counts is --nll_scope: sequence has the prompt, answer has not":
         "train_on_prompt mask_history train_on_inputs train_on_input",
     "it is the tracker's own: set its environment variable, such as WANDB_PROJECT":

@@ -11,6 +11,7 @@ from preference.arguments import Arguments
 from preference.data.text_stats import script_of
 from preference.report.tables import greedy_answers
 from preference.templates.resolve import stop_token_ids
+from preference.tokens.datasets import sets_of
 from preference.train.sharding import takes_all_ranks
 
 
@@ -25,7 +26,8 @@ class Samples:
     """The questions, drawn with the run's seed from those in the set's commonest script, and what each model answered.
 
     Args:
-        questions: of the evaluation pairs by their source. eval_set may be None: then nothing is asked.
+        eval_set: one set, several by name, or None: then nothing is asked.
+        questions: of the evaluation pairs by their source.
 
     Attributes:
         rows: the pairs asked about. records: {source, question, chosen, base, tuned} of each, JSON-ready.
@@ -34,10 +36,12 @@ class Samples:
     def __init__(
         self, args: Arguments, trainer: Any, conversation: Any, eval_set: Any, questions: Mapping[str, str]
     ) -> None:
-        asked = _of_the_commonest_script([questions[source] for source in eval_set["source"]]) if eval_set else []
+        places = [(rows, i) for rows in sets_of(eval_set).values() for i in range(len(rows))]
+        sources = [source for rows in sets_of(eval_set).values() for source in rows["source"]]
+        asked = _of_the_commonest_script([questions[source] for source in sources]) if sources else []
         count = min(args.run.sample_answers, len(asked))
         picked = sorted(random.Random(args.run.seed).sample(asked, count))
-        self.rows = [eval_set[i] | {"question": questions[eval_set[i]["source"]]} for i in picked]
+        self.rows = [rows[i] | {"question": questions[sources[at]]} for at in picked for rows, i in [places[at]]]
         self.records = [{key: row[key] for key in ("source", "question", "chosen")} for row in self.rows]
         self.trainer, self.tokens = trainer, args.run.sample_tokens
         self.stop_ids = stop_token_ids(conversation, trainer.processing_class)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from preference.data.text_stats import script_of
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from preference.tokens.datasets import sets_of
 
 RESAMPLES = 1000
 WORST = 20
@@ -134,39 +132,42 @@ class Evaluation:
     """Evaluates a trainer's model under several names (base, tuned) and keeps what each gave every pair.
 
     Args:
-        questions: the question of each pair by its source, for grouping and for showing. eval_set may be None: then
-            there is nothing to evaluate, and every result is empty.
+        eval_set: one set, several by name, or None: then there is nothing to evaluate, and every result is empty.
+        questions: the question of each pair by its source, for grouping and for showing.
+
+    Attributes:
+        metrics: of each model; with several sets their names are eval_NAME_loss and so on.
+        sums: [N, 2] of each model, the sets one after another.
     """
 
-    def __init__(self, trainer: Any, eval_set: Dataset | None, questions: Mapping[str, str]) -> None:
-        self.trainer, self.eval_set, self.questions = trainer, eval_set, questions
+    def __init__(self, trainer: Any, eval_set: Any, questions: Mapping[str, str]) -> None:
+        self.trainer, self.sets, self.questions = trainer, sets_of(eval_set), questions
         self.metrics: dict[str, dict[str, float]] = {}
         self.sums: dict[str, np.ndarray] = {}
 
     def run(self, who: str) -> None:
-        if self.eval_set is None:
+        if not self.sets:
             return
         self.metrics[who] = self.trainer.evaluate()
         if hasattr(self.trainer, "scores"):  # TRL's trainers keep no figures of single pairs
-            self.sums[who] = self.trainer.scores["eval"]
+            scores = [self.trainer.scores[f"eval_{name}" if name else "eval"] for name in self.sets]
+            self.sums[who] = np.concatenate(scores)
 
-    @property
-    def pairs(self) -> Dataset:
-        """The evaluation set, where there are figures of it."""
-        assert self.eval_set is not None
-        return self.eval_set
+    def column(self, name: str) -> list[Any]:
+        """A column of all sets, one after another."""
+        return [value for rows in self.sets.values() for value in rows[name]]
 
     def lengths(self) -> np.ndarray:
         """[N, 2]: tokens of the chosen and rejected answers."""
-        columns = (self.pairs["chosen_ids"], self.pairs["rejected_ids"])
-        return np.array([[len(ids) for ids in column] for column in columns]).T
+        return np.array([[len(ids) for ids in self.column(f"{side}_ids")] for side in ("chosen", "rejected")]).T
 
     def analysis(self) -> dict[str, Any]:
-        """`analyse` over all pairs, by source file and by script; {} where there are no figures of single pairs."""
+        """`analyse` over all pairs, by set, source file and script; {} where there are no figures of single pairs."""
         if not self.sums:
             return {}
-        places = list(self.pairs["source"])
+        places = self.column("source")
         groups = {
+            "set": [name for name, rows in self.sets.items() for _ in range(len(rows))],
             "source": [place.rpartition(":")[0] for place in places],
             "script": [script_of(self.questions[place]) for place in places],
         }
@@ -176,5 +177,5 @@ class Evaluation:
         """`worst_pairs` of one of the models."""
         if who not in self.sums:
             return []
-        rows = [row | {"question": self.questions[row["source"]]} for row in self.pairs]
+        rows = [row | {"question": self.questions[row["source"]]} for rows in self.sets.values() for row in rows]
         return worst_pairs(mean_margins(self.sums[who], self.lengths()), rows)

@@ -104,8 +104,8 @@ def write_report(output_dir: str | Path) -> Path:
     """
     run = Run.read(output_dir)
     plots, absent = _split(_curve_plots([run]))
-    lengths = [plot for name in ("train", "evaluation") if (plot := _length_plot(run, name))]
     data = run.get("data_report.json")
+    lengths = [plot for name in data if (plot := _length_plot(run, name))]
     page = {
         "run": run,
         "facts": run.get("run.json"),
@@ -200,12 +200,13 @@ def _is_length_section(value: Any) -> bool:
 
 
 def _length_plot(run: Run, section: str) -> Plot | None:
-    bins = run.get("data_report.json").get(section, {}).get("histogram")
+    found = run.get("data_report.json")[section]
+    bins = found.get("histogram") if isinstance(found, dict) else None
     if not bins:
         return None
     return Plot(
         f"lengths_{section}",
-        f"Lengths, {section} set",
+        f"Lengths, {section.replace('_', ' ', 1)} set",
         "Rows by tokens, stop text included. Chosen far to the right of rejected: length alone tells them apart.",
         bars={side: [each[side] for each in bins] for side in ("chosen", "rejected", "prompt")},
         edges=[bins[0]["from"], *(each["to"] for each in bins)],

@@ -17,7 +17,7 @@ import json
 import marshal
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,11 @@ def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
         fields += tuple(row.extra.get(name) for name in PAIR_NUMBERS)
         digest.update(marshal.dumps(fields, 2))  # version 2 has no references, so equal rows give equal bytes
     return digest.hexdigest()
+
+
+def sets_of(rows: Dataset | Mapping[str, Dataset] | None) -> dict[str, Dataset]:
+    """The sets of an evaluation by name: none, one without a name, or several."""
+    return dict(rows) if isinstance(rows, Mapping) else {} if rows is None else {"": rows}
 
 
 def describe_pair(row: dict[str, Any], tokenizer: Any, max_chars: int = 2000) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,15 @@ def recover(output_dir: Path) -> None:
     shutil.rmtree(writing, ignore_errors=True)
 
 
-def prune(output_dir: Path, run: str, keep: int | None) -> None:
-    """Keep the latest `keep` checkpoints of a run. Incomplete ones do not count, so that good ones outlive them."""
+def prune(output_dir: Path, run: str, keep: int | None, wanted: Collection[int] = ()) -> None:
+    """Keep the latest `keep` checkpoints of a run, and those of the steps `wanted`.
+
+    Incomplete ones do not count, so that good ones outlive them.
+    """
     own = [path for path in checkpoint_folders(output_dir) if (read_manifest(path) or {}).get("run") == run]
     for folder in own[max(keep, 1) :] if keep else ():
-        remove(folder)
+        if checkpoint_step(folder) not in wanted:
+            remove(folder)
 
 
 # ---- the disk
@@ -126,17 +130,19 @@ def checkpoint_bytes(model: Any, optim: str) -> tuple[int, int]:
     return weights, weights + per_value * sum(full_size(p) for p in trained) + SMALL_FILES
 
 
-def check_disk(output_dir: Path, model: Any, args: Any, planned: int) -> None:
+def check_disk(output_dir: Path, model: Any, args: Any, planned: int, besides: int = 0) -> None:
     """Whether the checkpoints to come and the final model will fit.
 
     Args:
-        planned: checkpoints that training will write.
+        planned: checkpoints that training will write. besides: those kept beyond save_total_limit.
 
     Raises:
         CheckpointError: they will not; with the numbers.
     """
     weights, checkpoint = checkpoint_bytes(model, str(getattr(args.optim, "value", args.optim)))
-    at_once = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # old ones go last
+    at_once = (
+        min(planned, args.save_total_limit + besides + 1) if args.save_total_limit else planned
+    )  # old ones go last
     present = sum(f.stat().st_size for path in checkpoint_folders(output_dir) for f in path.rglob("*") if f.is_file())
     needed = max(0, at_once * checkpoint - present) + weights + SMALL_FILES
     free = shutil.disk_usage(output_dir).free
@@ -166,11 +172,15 @@ class CheckpointWriter:
 
     Attributes:
         run: the run's id, identity and launch facts, written into each checkpoint (train/resuming.py sets it).
+        wanted: the steps whose checkpoints are kept whatever their age.
+        besides: how many of them there are at most.
     """
 
     def __init__(self, args: Any, accelerator: Any, *, gathers: bool = False) -> None:
         self.args, self.accelerator, self.gathers = args, accelerator, gathers
         self.run: Mapping[str, Any] = {}
+        self.wanted: Callable[[], Collection[int]] = list
+        self.besides = 0
         self.writing: Path | None = None
 
     def place(self, output_dir: str) -> str:
@@ -195,7 +205,7 @@ class CheckpointWriter:
         def finish(temporary: Path) -> None:
             write_manifest(temporary, {"step": step, **self.run})
             publish(temporary, final)
-            prune(self.output_dir, self.run.get("run"), self.args.save_total_limit)
+            prune(self.output_dir, self.run.get("run"), self.args.save_total_limit, self.wanted())
 
         self._write(final.name, save_there, finish)
 

@@ -16,10 +16,14 @@ from preference.optimization.lora_plus import raise_rate_of_b
 from preference.optimization.schedules import make_schedule
 from preference.train import sharding
 from preference.train.checkpoints import CheckpointWriter
+from preference.train.moving import MovingAverage
 from preference.train.stalls import waiting_for_rows
 from preference.train.watchdog import Watchdog
 
-NEEDED = ("get_batch_samples", "_get_grad_norm", "_save_checkpoint", "_get_output_dir", "_run_epoch", "_evaluate")
+NEEDED = (
+    "get_batch_samples", "_get_grad_norm", "_save_checkpoint", "_get_output_dir", "_run_epoch", "_evaluate",
+    "_load_from_checkpoint", "_load_optimizer_and_scheduler",
+)  # fmt: skip
 if missing := [name for name in NEEDED if not hasattr(Trainer, name)]:
     raise ImportError(
         f"this transformers' Trainer has no {', '.join(missing)}; this toolkit is written for 5.17 to 5.23"
@@ -37,7 +41,9 @@ class GuardedTrainer(Trainer):
     - log: no line is written of a step before the watchdog knows it to be good;
     - _save_checkpoint, _get_output_dir: a checkpoint is written elsewhere, verified and renamed
       (train/checkpoints.py). An on_save callback comes after the folder has its name and cannot stop a bad one;
-    - _run_epoch: resumed from the last step's checkpoint, the Trainer would train one step too many;
+    - _load_optimizer_and_scheduler: a moving average of the weights resumes with them (train/moving.py);
+    - _run_epoch: resumed from the last step's checkpoint, or from where it had stopped early, the Trainer would train a
+      step too many;
     - _evaluate: an evaluation that a signal breaks off ends in a checkpoint (train/stopping.py);
     - create_accelerator_and_postprocess: accelerate passes over FSDP on CPU processes, and under FSDP rounds
       log-probabilities and gradients to the mixed precision (train/sharding.py);
@@ -52,9 +58,11 @@ class GuardedTrainer(Trainer):
     Attributes:
         watchdog, checkpoints: plain objects that do the work.
         loraplus_lr_ratio: how much faster the B of an adapter learns than its A; None: as fast.
+        average: of the weights, where one is kept.
     """
 
     loraplus_lr_ratio: float | None = None
+    average: MovingAverage | None = None
     # What transformers sets in a method of its own, for type checkers
     model: Any
     lr_scheduler: Any
@@ -84,7 +92,7 @@ class GuardedTrainer(Trainer):
         super().log(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     # ---- checkpoints
@@ -94,7 +102,17 @@ class GuardedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.watchdog.require_finite(self.model, self.state.global_step)
-        self.checkpoints.write(self.state.global_step, functools.partial(super()._save_checkpoint, model, trial))
+        self.checkpoints.write(self.state.global_step, functools.partial(self._write_checkpoint, model, trial))
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.average is not None and self.args.should_save:
+            self.average.save(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            self.average.load(Path(checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:

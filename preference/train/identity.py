@@ -64,6 +64,11 @@ def run_identity(args: Arguments, trainer: Any, template: Any) -> dict[str, Any]
         "bf16": training.bf16,
         "pairs per optimizer step": pairs,
     }
+    chosen = run.load_best_model_at_end or run.average_checkpoints
+    if chosen or run.early_stopping_patience:
+        identity["eval_steps"] = run.eval_steps
+    if chosen:
+        identity["save_steps"] = run.save_steps
     if args.run.warmup_steps:
         identity["first learning rate of the warm-up"] = "above 0"  # it was 0 once, in checkpoints that lack this line
     if args.objective.engine == "trl":  # TRL's objective depends on how a batch is cut

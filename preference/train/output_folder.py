@@ -65,7 +65,7 @@ def claim(output_dir: Path, inputs: Mapping[str, str | None], *, train: bool, ov
             path = Path(name).expanduser().resolve()
             if path.is_relative_to(output_dir.resolve()):
                 raise OutputError(f"output_dir {output_dir} is or holds {flag} {name}, which is read: set another")
-            if flag.endswith("_file_dir") and path.is_dir() and output_dir.resolve().is_relative_to(path):
+            if "_file_dir" in flag and path.is_dir() and output_dir.resolve().is_relative_to(path):
                 raise OutputError(f"output_dir {output_dir} lies in {flag} {name}, which is read: set another")
     _lock(output_dir)
     if not overwrite and (what := _result(output_dir, train)):

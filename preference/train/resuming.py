@@ -219,7 +219,7 @@ def _check_disks(trainer: Any, output_dir: Path) -> None:
     error = None
     try:
         if args.should_save:
-            check_disk(output_dir, trainer.model, args, planned)
+            check_disk(output_dir, trainer.model, args, planned, trainer.checkpoints.besides)
     except CheckpointError as caught:
         error = str(caught)
     if faults := [text for text in gather_object([error]) if text]:

@@ -28,6 +28,8 @@ def load_data(
 ) -> tuple[Any, Any, dict[str, str]]:
     """(training set, evaluation set, questions of the latter by source); a set is None where this run needs none.
 
+    Several named evaluation sets are a dict of them.
+
     Args:
         save_report: write data_report.json, which says what was left out, and why; also where nothing is left.
     """
@@ -69,26 +71,36 @@ def load_data(
         purpose = "train" if args.run.do_train else "evaluate"
         training, own_split = find_inputs(training_source, purpose, report, held_out)
         train_rows = load(training, "train_text") if args.run.do_train else None
-        eval_rows = None
+        sets: dict[str, list[Row]] = {}
         if args.evaluation_files and args.run.do_eval:
-            evaluation, _ = find_inputs(data.validation_file_dir, "evaluate", report, False)
-            eval_rows = load(evaluation, "evaluation_text")
+            for name, inputs in args.evaluation_sets.items():
+                evaluation, _ = find_inputs(inputs, "evaluate", report, False)
+                sets[name] = load(evaluation, f"{section_of(name)}_text")
         elif held_out and own_split and train_rows:
-            eval_rows = load([(Input(""), own_split)], "evaluation_text")
+            sets[""] = load([(Input(""), own_split)], "evaluation_text")
         elif held_out and train_rows:
-            train_rows, eval_rows = split_by_prompt(train_rows, data.validation_split_percentage, args.run.seed)
+            train_rows, sets[""] = split_by_prompt(train_rows, data.validation_split_percentage, args.run.seed)
         elif not args.run.do_train and not args.evaluation_files:
-            eval_rows = load(training, "evaluation_text")
-        shared_prompts(train_rows or (), eval_rows or (), report)
-        near_duplicates(train_rows or (), eval_rows or (), report)
-        add_languages(train_rows or eval_rows or (), report)
+            sets[""] = load(training, "evaluation_text")
+        eval_rows = [row for rows in sets.values() for row in rows]
+        shared_prompts(train_rows or (), eval_rows, report)
+        near_duplicates(train_rows or (), eval_rows, report)
+        add_languages(train_rows or eval_rows, report)
         train_set = build(train_rows, data.max_train_samples, "train") if train_rows else None
-        eval_set = build(eval_rows, data.max_eval_samples, "evaluation") if eval_rows else None
+        built = {
+            name: build(rows, data.max_eval_samples, section_of(name)) for name, rows in sets.items() if rows or name
+        }
     finally:
         if save_report:
             report.save(Path(args.run.output_dir) / "data_report.json")
     say(headline(report))
-    return train_set, eval_set, {f"{row.file}:{row.line}": row.question or row.prompt for row in eval_rows or ()}
+    questions = {f"{row.file}:{row.line}": row.question or row.prompt or "" for row in eval_rows}
+    return train_set, built.get("") if built.keys() <= {""} else built, questions
+
+
+def section_of(name: str) -> str:
+    """The section of the data report about an evaluation set."""
+    return f"evaluation_{name}" if name else "evaluation"
 
 
 def find_inputs(text: str | None, purpose: str, report: DataReport, held_out: bool) -> tuple[Found, list[str]]:

@@ -22,10 +22,13 @@ from preference.models.parameters import count_parameters
 from preference.models.sources import ModelSource
 from preference.models.vocabulary import add_rows, tokens_to_add
 from preference.optimization.keywords import keywords
+from preference.tokens.datasets import sets_of
 from preference.train.identity import run_identity
+from preference.train.moving import MovingAverage
 from preference.train.output_folder import claim, make_folder
 from preference.train.reference import data_fingerprint
 from preference.train.resuming import Start, resolve_start
+from preference.train.selection import Follow, Selection, SelectionError, choose, said
 from preference.train.sharding import strategy_options
 
 
@@ -87,11 +90,36 @@ def _modules(names: str | None) -> str | list[str] | None:
 
 
 def check_length(args: Arguments, training: TrainingArguments, pairs: int) -> None:
-    """Raises OptimizationError if a run over so many pairs is too short for its learning rate's schedule."""
+    """Whether a run over so many pairs is long enough.
+
+    Raises:
+        OptimizationError: not for its learning rate's schedule.
+        SelectionError: not for the checkpoints that are to be averaged.
+    """
     if args.run.do_train:
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
         of_epochs = math.ceil(math.ceil(pairs / batch) * args.run.num_train_epochs)
-        args.check_schedule(args.run.max_steps if args.run.max_steps > 0 else of_epochs)
+        steps = args.run.max_steps if args.run.max_steps > 0 else of_epochs
+        args.check_schedule(steps)
+        every = args.run.save_steps if args.run.save_steps >= 1 else math.ceil(steps * args.run.save_steps)
+        written = math.ceil(steps / every) if every else 0
+        if args.run.average_checkpoints > written:
+            raise SelectionError(
+                f"average_checkpoints={args.run.average_checkpoints}, and {steps} steps write {written} checkpoints: "
+                "set a smaller save_steps"
+            )
+
+
+def selection_of(args: Arguments) -> Selection:
+    run = args.run
+    return Selection(
+        run.metric_for_best_model,
+        run.greater_is_better,
+        run.load_best_model_at_end,
+        run.average_checkpoints,
+        run.early_stopping_patience,
+        run.early_stopping_threshold,
+    )
 
 
 def objective_of(args: Arguments) -> Objective:
@@ -135,9 +163,7 @@ def load_trainer(
     if choice.engine == "trl":
         from preference.train.trl_engine import make_trl_trainer
 
-        trainer = make_trl_trainer(model, training, **common)
-        trainer.loraplus_lr_ratio = args.model.loraplus_lr_ratio
-        return trainer
+        return _equipped(make_trl_trainer(model, training, **common), args)
     from preference.train.trainer import PairTrainer
 
     trainer = PairTrainer(
@@ -151,8 +177,33 @@ def load_trainer(
         cache_dir=Path(args.model.cache_dir or "cache") / "reference",
         **common,
     )
+    return _equipped(trainer, args)
+
+
+def _equipped(trainer: Any, args: Arguments) -> Any:
+    """The trainer of either engine with what the run asks of it beyond the loss."""
+    selection = selection_of(args)
     trainer.loraplus_lr_ratio = args.model.loraplus_lr_ratio
+    trainer.checkpoints.wanted = lambda: selection.steps(trainer.state)
+    trainer.checkpoints.besides = selection.keeps
+    if selection.needs_metric:
+        trainer.add_callback(Follow(trainer, selection, say))
+    if args.run.ema_decay:
+        trainer.average = MovingAverage(trainer.model, args.run.ema_decay)
+        trainer.add_callback(trainer.average)
     return trainer
+
+
+def end_with(trainer: Any, args: Arguments) -> dict[str, Any]:
+    """Give the trained model the weights that the run is to end with, and say which; for run.json."""
+    if trainer.average is not None:
+        trainer.average.apply()
+        say(f"the result has the moving average of the weights, decay {trainer.average.decay:g}")
+        return {"weights": f"moving average, decay {trainer.average.decay:g}"}
+    chosen = choose(trainer, selection_of(args))
+    if chosen:
+        say(said(chosen))
+    return chosen
 
 
 def check_room(model: Any, tokenizer: Any, conversation: Any, *sets: Any) -> None:
@@ -161,7 +212,7 @@ def check_room(model: Any, tokenizer: Any, conversation: Any, *sets: Any) -> Non
     Raises:
         ModelError
     """
-    given = [rows for rows in sets if rows is not None]
+    given = [rows for one in sets for rows in sets_of(one).values()]
     check_vocabulary(model, tokenizer, template_ids(conversation, tokenizer), given)
     if warning := check_positions(model, given):
         say(f"warning: {warning}")
@@ -174,7 +225,8 @@ def compare_settings(args: Arguments) -> None:
 
 
 def compare_data(train_set: Any, eval_set: Any) -> None:
-    sets = {"training data": train_set, "evaluation data": eval_set}
+    sets = {"training data": train_set}
+    sets |= {f"evaluation data {name}".rstrip(): rows for name, rows in (sets_of(eval_set) or {"": None}).items()}
     compare_ranks({name: rows and (len(rows), data_fingerprint(rows)[:16]) for name, rows in sets.items()})
 
 
@@ -187,8 +239,8 @@ def claim_output(args: Arguments, rank: int) -> None:
             "adapter_name_or_path": args.adapter,
             "tokenizer_name_or_path": args.model.tokenizer_name_or_path,
             "train_file_dir": args.data.train_file_dir,
-            "validation_file_dir": args.data.validation_file_dir,
         }
+        inputs |= {f"validation_file_dir {name}".rstrip(): path for name, path in args.evaluation_sets.items()}
         run = args.run
         claim(Path(run.output_dir), inputs, train=run.do_train, overwrite=run.overwrite_output_dir)
 
