@@ -18,6 +18,11 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+light = str(ROOT / "tests" / "without_bitsandbytes")
+if light not in os.environ.get("PYTHONPATH", ""):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (light, os.environ.get("PYTHONPATH"))))
+if sys.modules.get("bitsandbytes", True) is None:  # a worker of pytest-xdist: its tests may use it
+    del sys.modules["bitsandbytes"]
 
 import pytest  # noqa: E402
 
