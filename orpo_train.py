@@ -29,7 +29,7 @@ def main() -> None:
 
     from preference.launch.agreement import on_every_rank
     from preference.launch.signals import StoppedBySignal, StopSignals
-    from preference.models.hardware import detect
+    from preference.models.hardware import detect, half_type, type_name
     from preference.models.loading import load_tokenizer, untuned
     from preference.models.vocabulary import add_to_tokenizer, tokens_to_add
     from preference.plan.dry_run import on_paper
@@ -55,7 +55,7 @@ def main() -> None:
     join_deepspeed(args.run.strategy)
     setup.compare_settings(args)
     restarted = resume_after_restart(training, RESTARTS)
-    say(f"device: {hardware}; computing in {'bfloat16' if training.bf16 else 'float32'}")
+    say(f"device: {hardware}; computing in {type_name(half_type(training))}")
 
     # ---- load, check, render, tokenize, filter
     with on_every_rank():

@@ -54,6 +54,7 @@ save_steps="${save_steps:-0}"                          # checkpoint every that m
 resume="${resume:-auto}"                               # auto: resume an unfinished run in output_dir; never; or a checkpoint's folder
 resume_anyway="${resume_anyway:-false}"                # true: also where settings, data or model have changed since
 bf16="${bf16:-auto}"                                   # auto: where the hardware multiplies bfloat16
+fp16="${fp16:-auto}"                                   # auto: on GPUs that have no bfloat16 (V100, T4, RTX 20)
 gradient_checkpointing="${gradient_checkpointing:-false}"  # true: long rows on a small GPU; a third slower
 report_to="${report_to:-none}"                         # tensorboard, wandb, swanlab, trackio: nothing leaves this machine unless asked
 seed="${seed:-42}"

@@ -169,15 +169,15 @@ def estimate(case: dict[str, Any]) -> dict[str, float]:
     from preference.plan.speed import matmul_rate
 
     torch.set_num_threads(case["threads"])
-    bf16, device = case["precision"] == "bf16", torch.device("cpu")
+    half, device = torch.bfloat16 if case["precision"] == "bf16" else None, torch.device("cpu")
     start = time.perf_counter()
-    estimator = Estimator("", run_arguments(case), detect(True), Objective(), bf16, config=model_config(case))
+    estimator = Estimator("", run_arguments(case), detect(True), Objective(), half, config=model_config(case))
     rows = np.array(lengths(case)).reshape(case["steps"], -1, 3)
     longest = max(rows, key=estimator.tokens)
     trace = estimator.trace(longest, False)
     memory = estimator.memory(trace, False)
     took = time.perf_counter() - start
-    rates = matmul_rate(device, torch.bfloat16 if bf16 else torch.float32), memory_rate(device)
+    rates = matmul_rate(device, half or torch.float32), memory_rate(device)
     work = Work(longest, statistics.median(map(estimator.tokens, rows[1:])), 1, case["steps"])
     return {"seconds": estimator.seconds(trace, work, *rates), "took": took, "alive": trace.peak, **vars(memory)}
 

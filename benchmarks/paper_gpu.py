@@ -341,7 +341,7 @@ def dry_run_peak(config: Any, load: str, pairs: int, lora: bool) -> float:
     adapter = ["--use_peft=true", "--lora_rank=16", "--lora_dropout=0"] if lora else ["--use_peft=false"]
     args = parse_arguments([*adapter, "--bf16=true"])
     hardware = Hardware("cuda", "H100", 80 * 2**30, True)
-    estimator = Estimator("", args, hardware, Objective(), True, config=config)
+    estimator = Estimator("", args, hardware, Objective(), torch.bfloat16, config=config)
     return estimator.trace(np.array([LOADS[load]] * pairs), False).peak
 
 

@@ -317,7 +317,7 @@ print("value", args.run.frobs, args.values()["frobs"])
 from preference.train import identity
 import datasets, torch
 rows = datasets.Dataset.from_dict({name: [[1, 2]] for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
-trainer = Fake(args=Fake(learning_rate=1.0, bf16=False), train_dataset=rows, model=torch.nn.Linear(1, 1),
+trainer = Fake(args=Fake(learning_rate=1.0, bf16=False, fp16=False), train_dataset=rows, model=torch.nn.Linear(1, 1),
                processing_class=[], get_total_train_batch_size=lambda _: 8)
 now = identity.run_identity(args, trainer, Fake(name="t", stop_str="s"))
 print("identity", identity.differences({name: value for name, value in now.items() if name != "frobs"}, now))

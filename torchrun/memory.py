@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import torch
 from transformers import Qwen2Config
 
 from preference.arguments import STRATEGIES, Arguments, parse_arguments
@@ -48,7 +49,7 @@ def rows(args: Arguments, gpu: Hardware) -> list[str]:
     """A line of the table for each model: GB on each GPU; what does not fit is in brackets."""
     lines = []
     for name, shape in MODELS.items():
-        plan = Setup(name, gpu, Objective("orpo"), True, PAIRS, config_of(*shape)).plan(args, len(PAIRS), 2)
+        plan = Setup(name, gpu, Objective("orpo"), torch.bfloat16, PAIRS, config_of(*shape)).plan(args, len(PAIRS), 2)
         cells = [plan.memory(strategy, world).peak / 1e9 for strategy, worlds in WORLDS.items() for world in worlds]
         room = gpu.memory / 1e9
         lines.append(" | ".join([f"| {name}", *(f"{c:.0f}" if c <= room else f"({c:.0f})" for c in cells)]) + " |")

@@ -178,6 +178,8 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         default_beta(objective.loss) if objective.beta is None else None
     except ValueError as error:
         yield str(error)
+    if args.run.bf16 and args.run.fp16:
+        yield "bf16=true and fp16=true are two precisions of one run: drop one of them"
     if {"resume", "resume_from_checkpoint"} <= args.given:
         yield "resume and resume_from_checkpoint are the same flag: give one of them"
     if not (args.run.do_train or args.run.do_eval):

@@ -293,6 +293,13 @@ class RunArguments:
         auto=True,
         peers=("mixed_precision", "pure_bf16"),
     )
+    fp16: bool | None = flag(
+        None,
+        "float16 autocast over the weights, with a gradient scaler (unset: on GPUs that have no bfloat16)",
+        topic="hardware",
+        auto=True,
+        peers=("half", "float16"),
+    )
     gradient_checkpointing: bool = flag(
         False,
         "recompute activations in the backward pass: less memory, a third slower",

@@ -19,8 +19,8 @@ INSTEAD = {  # what to do -> names
     "nothing to set, the packed engine has its own head and kernels":
         "use_liger_kernel enable_liger_kernel liger_kernel_config use_liger_loss use_unsloth unsloth rope_scaling "
         "use_cache tf32 activation_offloading",
-    "there is no float16 here: --bf16, or neither of them for float32":
-        "fp16 half float16 fp16_full_eval",
+    "evaluations compute as training does: --bf16 or --fp16":
+        "fp16_full_eval bf16_full_eval",
     "nothing to set, the reference is the model before training, computed once or by leaving the adapter out":
         "ref_model ref_model_name_or_path reference_model ref_adapter_name precompute_ref_log_probs sync_ref_model "
         "precompute_ref_batch_size force_use_ref_model",

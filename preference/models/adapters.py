@@ -161,7 +161,15 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int, new_ids
         trainable_token_indices=_rows_of_tokens(model, new_ids, whole) if new_ids else None,
     )
     torch.manual_seed(seed)
-    return get_peft_model(model, config)
+    return _train_in_float32(get_peft_model(model, config))
+
+
+def _train_in_float32(model: Any) -> Any:
+    """peft holds A and B in float32 over weights in 16 bits, but whole layers and rows of tokens in the base's type."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def adapter_on_paper(model: PreTrainedModel, folder: str) -> Any:
@@ -223,6 +231,7 @@ def routers(model: nn.Module) -> list[str]:
 def load_stack(model: PreTrainedModel, folder: str, *, trainable: bool = False, **options: Any) -> Any:
     """The model with the adapter of `folder` over it, and with the frozen one that lies in it, if it was trained so."""
     model = load_adapter(model, folder, trainable=trainable, **options)
+    model = _train_in_float32(model) if trainable else model
     below = Path(folder) / FROZEN
     if (below / ADAPTER_CONFIG).is_file():
         model = load_adapter(model, str(below), name=FROZEN, **options)

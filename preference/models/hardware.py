@@ -1,8 +1,9 @@
-"""What this machine offers a run: device, bfloat16, and how many pairs fit in a micro-batch."""
+"""What this machine offers a run: device, precision, and how many pairs fit in a micro-batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,25 +12,43 @@ PAIRS_PER_STEP = 8  # default pairs of one device per optimizer step
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device (`cuda`, `mps` or `cpu`), its name, its memory in bytes and whether it computes in bfloat16."""
+    """A device (`cuda`, `mps` or `cpu`), its name, its memory in bytes, whether it computes in bfloat16, and whether
+    it is one that runs take float16 on by themselves, for want of bfloat16.
+    """
 
     device: str
     name: str
     memory: int
     bf16: bool
+    fp16: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.memory / 2**30:.0f} GiB, {'bfloat16' if self.bf16 else 'float32'}"
+        best = "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+        return f"{self.name}, {self.memory / 2**30:.0f} GiB, {best}"
+
+    def precision(self, bf16: bool | None, fp16: bool | None) -> dict[str, bool]:
+        """TrainingArguments' bf16 and fp16 for what the user asks for; None: chosen by what the device has."""
+        bf16 = (self.bf16 and not fp16) if bf16 is None else bf16
+        return {"bf16": bf16, "fp16": (self.fp16 and not bf16) if fp16 is None else fp16}
+
+
+def half_type(training: Any) -> torch.dtype | None:
+    """What TrainingArguments have products computed in under autocast; None: in the weights' own type."""
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+
+
+def type_name(dtype: torch.dtype | None) -> str:
+    """Of a `half_type`, in words."""
+    return str(dtype or torch.float32).removeprefix("torch.")
 
 
 def detect(use_cpu: bool = False) -> Hardware:
     """The device that transformers' Trainer will use in this process."""
     if torch.cuda.is_available() and not use_cpu:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        # Emulated bfloat16 (before Ampere) is slower than float32.
-        return Hardware(
-            "cuda", properties.name, properties.total_memory, torch.cuda.is_bf16_supported(including_emulation=False)
-        )
+        # Emulated bfloat16 (before Ampere) is slower than float32, and float16 is what such GPUs are made for.
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware("cuda", properties.name, properties.total_memory, bf16, fp16=not bf16)
     if torch.backends.mps.is_available() and not use_cpu:
         return Hardware("mps", "Apple GPU", torch.mps.recommended_max_memory(), False)
     return Hardware("cpu", f"CPU ({torch.get_num_threads()} threads)", _system_memory(), _cpu_has_bf16())

@@ -36,19 +36,19 @@ def load_tokenizer(source: str, args: ModelArguments) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def weights_dtype(args: Arguments, hardware: Hardware, bf16: bool, merged: bool = False) -> torch.dtype:
+def weights_dtype(args: Arguments, hardware: Hardware, half: torch.dtype | None, merged: bool = False) -> torch.dtype:
     """float32 for trained weights (AdamW in pure bfloat16 at small learning rates rounds most updates away), and for
     those that an adapter was merged into.
 
-    Weights that stay frozen under LoRA lose nothing in bfloat16 on a GPU that computes in it anyway.
+    Weights that stay frozen under LoRA lose nothing in the type that a GPU computes in anyway (`half`).
     """
     if args.model.torch_dtype != "auto":
         return getattr(torch, args.model.torch_dtype)
     frozen = args.model.use_peft and args.run.do_train and not merged
-    return torch.bfloat16 if bf16 and frozen and hardware.device == "cuda" else torch.float32
+    return half if half and frozen and hardware.device == "cuda" else torch.float32
 
 
-def _quantization(args: Arguments, hardware: Hardware, bf16: bool, say: Say) -> Any:
+def _quantization(args: Arguments, hardware: Hardware, half: torch.dtype | None, say: Say) -> Any:
     if not args.quantized:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -67,7 +67,7 @@ def _quantization(args: Arguments, hardware: Hardware, bf16: bool, say: Say) -> 
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bnb_4bit_compute_dtype=half or torch.float32,
     )
 
 
@@ -77,21 +77,27 @@ def is_quantized(model: Any) -> bool:
 
 
 def load_base(
-    source: ModelSource, args: Arguments, hardware: Hardware, bf16: bool, say: Say = lambda text: None
+    source: ModelSource,
+    args: Arguments,
+    hardware: Hardware,
+    half: torch.dtype | None = None,
+    say: Say = lambda text: None,
 ) -> PreTrainedModel:
     """The causal LM of `source.base` on its device, ready for an adapter or for full fine-tuning.
+
+    Args:
+        half: what products are computed in under autocast; None: no autocast.
 
     Raises:
         ModelError: it is not whole, cannot be quantised here, or is quantised and all its weights are to be trained.
     """
-    quantization = _quantization(args, hardware, bf16, say)
-    where = {"": torch.cuda.current_device() if hardware.device == "cuda" else "cpu"}
+    quantization = _quantization(args, hardware, half, say)
     model = load_weights(
         source.base,
-        dtype=weights_dtype(args, hardware, bf16, merged=merges(source, args)),
+        dtype=weights_dtype(args, hardware, half, merged=merges(source, args)),
         quantization=quantization,
         # 4-bit weights are made on their device; the others are moved by the trainer, also under torchrun.
-        device_map=where if quantization else None,
+        device_map={"": torch.cuda.current_device() if hardware.device == "cuda" else "cpu"} if quantization else None,
         cache_dir=args.model.cache_dir,
         trust_remote_code=args.model.trust_remote_code,
     )

@@ -14,7 +14,7 @@ from preference.arguments import STRATEGIES, Arguments
 from preference.engine.batching import row_lengths, shared_prefix
 from preference.engine.masks import EngineError
 from preference.losses import Objective
-from preference.models.hardware import Hardware
+from preference.models.hardware import Hardware, half_type, type_name
 from preference.models.sources import ModelSource
 from preference.plan.estimate import ENGINES, Estimator, Memory, Work, changed, memory_rate, plan_work
 from preference.plan.speed import matmul_rate, peak_memory
@@ -51,7 +51,7 @@ class Setup:
     source: str
     hardware: Hardware
     objective: Objective
-    bf16: bool
+    half: torch.dtype | None
     lengths: np.ndarray
     config: Any = None
     common: int = 0
@@ -67,7 +67,7 @@ class Setup:
             args,
             self.hardware,
             self.objective,
-            self.bf16,
+            self.half,
             config=self.config,
             common=self.common,
             adapter=self.adapter,
@@ -255,7 +255,7 @@ def dry_run(args: Arguments, setup: Setup, pairs: int, accumulation: int, world:
     """
     present, hardware = setup.present, setup.hardware
     device = torch.device(hardware.device)
-    rates = matmul_rate(device, torch.bfloat16 if setup.bf16 else torch.float32), memory_rate(device)
+    rates = matmul_rate(device, setup.half or torch.float32), memory_rate(device)
     lines = [configuration(args), "", length_table(setup.lengths), ""]
     mine: Plan | None = None
     for engine, option in _engine_options(args):
@@ -274,7 +274,7 @@ def dry_run(args: Arguments, setup: Setup, pairs: int, accumulation: int, world:
                 f"of them trained, learning rate {rate.learning_rate:g} ({rate.source})",
                 f"optimizer steps: {plan.work.steps} of {pairs * accumulation} pairs on one device "
                 f"({pairs} per micro-batch x {accumulation}); on several, as many times more pairs a step",
-                f"this device, measured: {rates[0] / 1e12:.3g} TFLOP/s in {'bfloat16' if setup.bf16 else 'float32'} "
+                f"this device, measured: {rates[0] / 1e12:.3g} TFLOP/s in {type_name(setup.half)} "
                 f"matrix products, {rates[1] / 1e9:.3g} GB/s of memory",
                 "",
             ]
@@ -297,6 +297,6 @@ def on_paper(
 ) -> str:
     """What the run would do, need and take; no weight is loaded."""
     lengths, common = row_lengths(train_set), shared_prefix(train_set)
-    setup = Setup(source.base, hardware, objective, training.bf16, lengths, common=common, adapter=source.adapter)
+    setup = Setup(source.base, hardware, objective, half_type(training), lengths, common=common, adapter=source.adapter)
     cut = training.per_device_train_batch_size, training.gradient_accumulation_steps
     return dry_run(args, setup, *cut, training.world_size)

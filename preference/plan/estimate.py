@@ -86,7 +86,7 @@ def paper_model(
     source: str,
     args: Arguments,
     hardware: Hardware,
-    bf16: bool,
+    half: torch.dtype | None,
     *,
     config: Any = None,
     adapter: str | None = None,
@@ -96,7 +96,7 @@ def paper_model(
         config = AutoConfig.from_pretrained(
             source, cache_dir=args.model.cache_dir, trust_remote_code=args.model.trust_remote_code
         )
-    dtype = torch.bfloat16 if args.quantized else weights_dtype(args, hardware, bf16)
+    dtype = torch.bfloat16 if args.quantized else weights_dtype(args, hardware, half)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=dtype, trust_remote_code=args.model.trust_remote_code
@@ -172,7 +172,7 @@ def padded_tokens(lengths: np.ndarray) -> int:
 
 
 def _autocast(batch: dict[str, Any]) -> torch.autocast:
-    return torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=batch["bf16"])
+    return torch.autocast(batch["input_ids"].device.type, batch["half"], enabled=batch["half"] is not None)
 
 
 def _packed_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -226,15 +226,15 @@ class Estimator:
         args: Arguments,
         hardware: Hardware,
         objective: Objective,
-        bf16: bool,
+        half: torch.dtype | None,
         *,
         config: Any = None,
         common: int = 0,
         adapter: str | None = None,
     ) -> None:
         self.common = common
-        self.args, self.hardware, self.objective, self.bf16 = args, hardware, objective, bf16
-        model = paper_model(source, args, hardware, bf16, config=config, adapter=adapter)
+        self.args, self.hardware, self.objective, self.half = args, hardware, objective, half
+        model = paper_model(source, args, hardware, half, config=config, adapter=adapter)
         self.share_prompt = False
         self.cast_away = 0  # bytes of the loaded weights that the engine lets go; a process on a CPU keeps most of them
         if args.objective.engine == "packed":  # as train/trainer.py does
@@ -247,8 +247,8 @@ class Estimator:
             )
             self.share_prompt = engine.share_prompt
             loaded = _bytes(model)
-            if bf16 and hardware.device == "cpu" and args.run.strategy == "ddp":
-                hold_frozen(model, torch.bfloat16)
+            if half and hardware.device == "cpu" and args.run.strategy == "ddp":
+                hold_frozen(model, half)
             self.cast_away = loaded - _bytes(model)
         self.trainable, self.parameters = count_parameters(model)
         self.vocabulary = causal_lm(model).config.get_text_config().vocab_size
@@ -277,7 +277,7 @@ class Estimator:
 
     def trace(self, lengths: np.ndarray, accumulating: bool) -> Trace:
         """The step over one micro-batch of pairs with these lengths [B, 3]."""
-        batch: dict[str, Any] = {"bf16": self.bf16, "dpo": self.args.objective.loss == "dpo"}
+        batch: dict[str, Any] = {"half": self.half, "dpo": self.args.objective.loss == "dpo"}
         if self.args.objective.engine == "packed":
             pairs = stand_ins(lengths, self.common)
             batch |= pack_pairs(pairs, share_prompt=self.share_prompt, prompt_logps=self.objective.needs_prompt)
@@ -316,7 +316,7 @@ class Estimator:
         """(weights, gradients, optimizer, buffers) of a device under a strategy that shares them out."""
         gradients, optimizer = self.gradients, float(sum(self.optimizer_sizes()))
         gathered = 2 * self.layer_weights  # the layer at work and the one fetched ahead
-        if strategy.startswith("zero") and self.bf16:  # DeepSpeed computes in bf16 copies of fp32 masters
+        if strategy.startswith("zero") and self.half:  # DeepSpeed computes in 16-bit copies of fp32 masters
             optimizer += 4.0 * self.trainable
             weights, gradients = 2.0 * self.parameters if not self.args.quantized else weights, 2.0 * self.trainable
         if strategy == "zero2":

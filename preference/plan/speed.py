@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from preference.engine.forward import causal_lm
+from preference.models.hardware import half_type
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -65,7 +66,7 @@ def flops_per_token(model: Any, head: bool) -> float | None:
 
 def compute_dtype(args: Any, model: Any) -> torch.dtype:
     """What the matrices are multiplied in: autocast's dtype, or the weights'."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else causal_lm(model).dtype
+    return half_type(args) or causal_lm(model).dtype
 
 
 def peak_memory(device: torch.device) -> float | None:

@@ -11,7 +11,7 @@ from preference.arguments import Arguments
 from preference.files import save_json
 from preference.integrity import MANIFEST
 from preference.launch.agreement import versions
-from preference.models.hardware import detect
+from preference.models.hardware import detect, half_type, type_name
 from preference.models.parameters import count_parameters
 
 
@@ -31,6 +31,7 @@ def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any
         "template": conversation.name,
         "hardware": str(detect(args.run.use_cpu)),
         "bf16": trainer.args.bf16,
+        "precision": type_name(half_type(trainer.args)),
         "world_size": trainer.args.world_size,
         "pairs_per_step": pairs,
         "parameters": parameters,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from preference.models.names import public_name
 
+HALF = (torch.float16, torch.bfloat16)
 # metric, its name in the table, its format, whether more is better (None: neither)
 ROWS = (
     ("eval_loss", "loss", "{:.4f}", False),
@@ -89,18 +92,19 @@ def greedy_answers(
     answers = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            eos_token_id=list(stop_ids),
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        with _one_type(model):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                use_cache=True,
+                eos_token_id=list(stop_ids),
+                pad_token_id=tokenizer.pad_token_id,
+            )
         answer = out[0, len(prompt) :].tolist()
         if answer and answer[-1] in stop_ids:
             answer.pop()
@@ -108,6 +112,15 @@ def greedy_answers(
         answers.append(tokenizer.decode(answer, skip_special_tokens=False).rstrip("\ufffd").strip())
     model.train(training)
     return answers
+
+
+def _one_type(model: Any) -> AbstractContextManager[Any]:
+    """Autocast, where layers that are trained whole in float32 stand among frozen ones in 16 bits: a forward pass of
+    training has it, but generation goes past that.
+    """
+    halves = [p.dtype for p in model.parameters() if not p.requires_grad and p.dtype in HALF]
+    whole = any(p.requires_grad and "lora_" not in name for name, p in model.named_parameters())
+    return torch.autocast(model.device.type, halves[0]) if halves and whole else contextlib.nullcontext()
 
 
 def side_by_side(question: str, answers: Mapping[str, str], width: int | None = None) -> str:

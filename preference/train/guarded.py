@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -45,8 +46,8 @@ class GuardedTrainer(Trainer):
     - _run_epoch: resumed from the last step's checkpoint, or from where it had stopped early, the Trainer would train a
       step too many;
     - _evaluate: an evaluation that a signal breaks off ends in a checkpoint (train/stopping.py);
-    - create_accelerator_and_postprocess: accelerate passes over FSDP on CPU processes, and under FSDP rounds
-      log-probabilities and gradients to the mixed precision (train/sharding.py);
+    - create_accelerator_and_postprocess: accelerate passes over FSDP and float16 on CPU processes, and under FSDP
+      rounds log-probabilities and gradients to the mixed precision (train/sharding.py);
     - create_scheduler: the warm-up starts above 0 (optimization/schedules.py);
     - create_optimizer: the optimizer is made over the shards, and a forward pass leaves some layers gathered;
     - _save: gathered from its shards, a weight that two layers share comes twice; and PEFT writes the base model's
@@ -132,6 +133,9 @@ class GuardedTrainer(Trainer):
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled:
             sharding.keep_float32(self.accelerator)
+        if self.args.fp16 and self.args.device.type == "cpu" and not self.is_deepspeed_enabled:
+            # accelerate would compute in float32 there, without a word
+            self.accelerator.native_amp, self.accelerator.scaler = True, torch.amp.GradScaler("cpu")
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -161,6 +165,7 @@ class GuardedTrainer(Trainer):
         self.prepare_anew()
         self.shard()
         result = super().train(*args, **kwargs)
+        self.watchdog.require_steps()
         self.watchdog.require_finite(self.model, self.state.global_step)
         return result
 

@@ -69,6 +69,8 @@ def run_identity(args: Arguments, trainer: Any, template: Any) -> dict[str, Any]
         identity["eval_steps"] = run.eval_steps
     if chosen:
         identity["save_steps"] = run.save_steps
+    if training.fp16:
+        identity["fp16"] = True
     if args.run.warmup_steps:
         identity["first learning rate of the warm-up"] = "above 0"  # it was 0 once, in checkpoints that lack this line
     if args.objective.engine == "trl":  # TRL's objective depends on how a batch is cut

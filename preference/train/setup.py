@@ -15,7 +15,7 @@ from preference.launch.agreement import code_fingerprint, compare_ranks, version
 from preference.launch.process import say
 from preference.losses import Objective
 from preference.losses.schedule import Schedule
-from preference.models.hardware import Hardware, batch_plan
+from preference.models.hardware import Hardware, batch_plan, half_type
 from preference.models.limits import check_positions, check_vocabulary, template_ids
 from preference.models.loading import adapt, load_base
 from preference.models.parameters import count_parameters
@@ -39,6 +39,9 @@ def training_arguments(args: Arguments, hardware: Hardware, world_size: int, rep
     name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     options = {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
     checkpointing = options if run.gradient_checkpointing else {}
+    precision = hardware.precision(run.bf16, run.fp16)
+    if precision["fp16"] and hardware.device == "cpu":
+        say("warning: products in float16 are slow on a CPU: fp16=false takes what is fast here")
     pairs, accumulation = batch_plan(run.per_device_train_batch_size, run.gradient_accumulation_steps, hardware)
     return TrainingArguments(
         output_dir=run.output_dir,
@@ -64,7 +67,7 @@ def training_arguments(args: Arguments, hardware: Hardware, world_size: int, rep
         logging_steps=run.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is not finite must be seen
-        bf16=hardware.bf16 if run.bf16 is None else run.bf16,
+        **precision,
         torch_compile=run.torch_compile and args.objective.engine == "trl",
         dataloader_num_workers=run.dataloader_num_workers,
         remove_unused_columns=False,
@@ -152,7 +155,7 @@ def load_trainer(
     """
     choice = args.objective
     set_seed(args.run.seed)
-    model = load_base(source, args, hardware, training.bf16, say)
+    model = load_base(source, args, hardware, half_type(training), say)
     training.learning_rate = args.learning_rate(count_parameters(model)[1]).learning_rate
     new_ids = add_rows(model, tokenizer, tokens_to_add(args.model.add_tokens))
     model = adapt(model, source, args, write=training.process_index == 0, say=say, new_ids=new_ids)

@@ -41,6 +41,7 @@ from preference.engine.transfer import to_device
 from preference.losses import Objective, PairLogps, Totals, objective_share
 from preference.losses.answers import weighted_sums
 from preference.losses.schedule import Schedule
+from preference.models.hardware import half_type
 from preference.train.coupled import couple_set, couple_step
 from preference.train.gradients import clip, exact_norm
 from preference.train.guarded import GuardedTrainer
@@ -153,8 +154,9 @@ class PairTrainer(GuardedTrainer):
             callbacks=callbacks,
         )
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.args.bf16 and self.args.device.type == "cpu" and not sharded:
-            hold_frozen(model, torch.bfloat16)
+        half = half_type(self.args)
+        if half and self.args.device.type == "cpu" and not sharded:
+            hold_frozen(model, half)
         self.references: References | None = None
         if objective.needs_reference:
             precision = f"{self.args.mixed_precision} {causal_lm(model).dtype}"
@@ -315,9 +317,10 @@ class PairTrainer(GuardedTrainer):
     # ---- the gradient's norm
 
     def _exact_norm(self, model: Any) -> Tensor | None:
-        """On a CPU; None where accelerate's will do."""
+        """On a CPU; None where accelerate's will do. Of the loss's own gradients: a scaler's factor is taken out."""
         if self.args.device.type != "cpu" or self.is_deepspeed_enabled:
             return None
+        self.accelerator.unscale_gradients()
         add_up = functools.partial(self.accelerator.reduce, reduction="sum") if self.is_fsdp_enabled else None
         return exact_norm(model.parameters(), add_up)
 
@@ -421,8 +424,7 @@ class PairTrainer(GuardedTrainer):
 
 def _run_of(args: TrainingArguments) -> dict[str, Any]:
     """What `prepare_model` is told of the run: its device and autocast."""
-    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    return {"device": args.device.type, "autocast": autocast}
+    return {"device": args.device.type, "autocast": half_type(args)}
 
 
 def _on_device(model: Any, args: TrainingArguments) -> Any:

@@ -110,6 +110,9 @@ class Watchdog:
     Call `watch` for every loss that is back-propagated, `check` between the gradient and the optimizer step, and
     `require_finite` before weights are kept. Under DeepSpeed the optimizer steps inside the backward pass; losses are
     then checked as they come, gradients are not.
+
+    In float16 a gradient may be too large once its loss is scaled up: the scaler skips that step and halves its scale,
+    and training goes on. At a scale of 1 it is the gradient itself that is too large.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -118,6 +121,7 @@ class Watchdog:
         self.spikes = SpikeMeter()
         self.later = accelerator.device.type == "cuda"  # read what was found in a step when the next is checked
         self.unread: _Unread | None = None
+        self.steps, self.skipped = 0, 0  # of this process: gradients that were checked, and that overflowed
 
     def watch(self, loss: Tensor, rows: list[str], step: int) -> None:
         """Note a loss of optimizer step `step` (counted from 1) and the rows that it comes from.
@@ -177,8 +181,11 @@ class Watchdog:
 
     def _judge(self, facts: list[float], step: int) -> None:
         loss_is_bad, norm_is_bad, loss, mean, mean_square = facts
+        self.steps += 1
         if loss_is_bad or (norm_is_bad and not self._scaler_handles_it()):
             self._stop("loss" if loss_is_bad else "gradient", step)
+        if norm_is_bad:
+            self._report_skip(step)
         if _differ(mean, mean_square):
             raise TrainingError(f"step {step}: the ranks have different gradients and diverge")
         self._report_spike(loss, step)
@@ -195,11 +202,30 @@ class Watchdog:
         rows = gather_object(own) or gather_object([row for _, rows in self.watched for row in rows])
         where = "rows of the micro-batches that gave it" if what == "loss" else "rows of this step"
         self.watched = []
+        reach = ""
+        if self.accelerator.mixed_precision == "fp16":
+            lowest = "" if what == "loss" else ", also at the lowest scale of the gradient"
+            reach = f" It may be float16, which ends at 65504{lowest}: fp16=false computes without it."
         raise TrainingError(
             f"the {what} of step {step} is not finite. Stopped before the optimizer step: the "
-            f"weights and the checkpoints are those of before. {where.capitalize()}: {name_rows(rows)}",
+            f"weights and the checkpoints are those of before.{reach} {where.capitalize()}: {name_rows(rows)}",
             rows,
         )
+
+    def _report_skip(self, step: int) -> None:
+        self.skipped += 1
+        if self.accelerator.is_main_process:
+            scale = self.accelerator.scaler.get_scale()
+            message = "step %d is skipped: its gradient overflows float16 at a scale of %g, which is now halved"
+            logger.warning(message, step, scale)
+
+    def require_steps(self) -> None:
+        """Raises TrainingError if no gradient of training could be used."""
+        if self.steps and self.skipped == self.steps:
+            raise TrainingError(
+                f"nothing was learned: the gradient of each of the {self.steps} steps overflows float16, whose scale "
+                "falls by half with each. Train for more steps, or with fp16=false"
+            )
 
     def _report_spike(self, loss: float, step: int) -> None:
         usual = self.spikes.mean

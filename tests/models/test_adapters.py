@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
 def loaded(folder, *words, write=False):
     args = parse_arguments([str(word) for word in words])
     source = find_model(str(folder))
-    return adapt(load_base(source, args, CPU, False), source, args, write=write, say=lambda text: None)
+    return adapt(load_base(source, args, CPU), source, args, write=write, say=lambda text: None)
 
 
 def logits(model):

@@ -33,7 +33,7 @@ ARGS = ("--qlora", "true", "--lora_rank", "4", "--lora_alpha", "8")
 
 
 def four_bit_base(plain, said):
-    return load_base(find_model(str(plain)), parse_arguments(ARGS), CPU, False, said.append)
+    return load_base(find_model(str(plain)), parse_arguments(ARGS), CPU, None, said.append)
 
 
 def four_bit(plain, said=None):

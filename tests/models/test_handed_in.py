@@ -59,7 +59,7 @@ def enter(entrance: str, folder: str):
         assert model is None or all(weight.is_meta for weight in model.parameters())
         return None
     args = parse_arguments([] if entrance == "train" else ["--do_train", "false"])
-    return adapt(load_base(source, args, CPU, False), source, args, write=False, say=print)
+    return adapt(load_base(source, args, CPU), source, args, write=False, say=print)
 
 
 def test_every_kind_at_every_entrance(folders, monkeypatch):

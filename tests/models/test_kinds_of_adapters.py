@@ -49,7 +49,7 @@ def test_it_is_trained_saved_loaded_and_merged(kind, bases, tmp_path):
     source, tokenizer = find_model(str(bases[base])), tiny_tokenizer()
     tokenizer.add_tokens([f"<more {i}>" for i in range(512 - len(tokenizer))])  # as many as the model has rows
     add_to_tokenizer(tokenizer, tokens_to_add(args.model.add_tokens))
-    model = load_base(source, args, CPU, False)
+    model = load_base(source, args, CPU)
     rows = model.get_input_embeddings().weight.detach().clone()
     new = add_rows(model, tokenizer, tokens_to_add(args.model.add_tokens))
     model = adapt(model, source, args, write=False, say=print, new_ids=new)

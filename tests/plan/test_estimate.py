@@ -46,9 +46,9 @@ def flags(**values):
     return parse_arguments([f"--{name}={value}" for name, value in values.items()])
 
 
-def estimator(hardware: Hardware = CPU, bf16: bool = False, config_=None, **values) -> Estimator:
+def estimator(hardware: Hardware = CPU, half: torch.dtype | None = None, config_=None, **values) -> Estimator:
     args = flags(**{"use_peft": False} | values)
-    return Estimator("", args, hardware, Objective(), bf16, config=config_ or config())
+    return Estimator("", args, hardware, Objective(), half, config=config_ or config())
 
 
 def real_step(model, batch, loss) -> tuple[int, int]:
@@ -96,7 +96,7 @@ def test_an_adapter_is_counted_alone_and_its_frozen_weights_are_held_in_bfloat16
     adapter = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     base = estimator().parameters
     for hardware, size in ((CPU, 4), (GPU, 2)):
-        found = estimator(hardware, hardware.bf16, use_peft=True, lora_rank=4)
+        found = estimator(hardware, torch.bfloat16 if hardware.bf16 else None, use_peft=True, lora_rank=4)
         assert found.cast_away == 0
         assert found.trainable == adapter and found.parameters == base + adapter
         assert found.weights == size * base + 4 * adapter
@@ -105,7 +105,9 @@ def test_an_adapter_is_counted_alone_and_its_frozen_weights_are_held_in_bfloat16
 
 def test_the_packed_engine_holds_frozen_layers_in_bfloat16_on_a_cpu_and_the_process_keeps_what_it_lets_go():
     linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    packed, trl = (estimator(CPU, True, use_peft=True, lora_rank=4, engine=engine) for engine in ("packed", "trl"))
+    packed, trl = (
+        estimator(CPU, torch.bfloat16, use_peft=True, lora_rank=4, engine=engine) for engine in ("packed", "trl")
+    )
     assert trl.weights - packed.weights == packed.cast_away == 2 * linear and trl.cast_away == 0
     memory = packed.memory(of_sizes(1), False)
     good = memory.weights + packed.cast_away + memory.optimizer
@@ -113,7 +115,7 @@ def test_the_packed_engine_holds_frozen_layers_in_bfloat16_on_a_cpu_and_the_proc
 
 
 def test_four_bit_weights_are_the_linear_layers_but_the_head():
-    found = estimator(GPU, True, use_peft=True, lora_rank=4, qlora=True)
+    found = estimator(GPU, torch.bfloat16, use_peft=True, lora_rank=4, qlora=True)
     linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     rest = estimator().parameters - linear
     assert found.weights == pytest.approx(0.516 * linear + 4 * rest + 4 * found.trainable)
@@ -132,7 +134,7 @@ def test_no_weight_is_made_for_an_estimate():
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, vocab_size=128256,
         num_key_value_heads=8,
     )  # fmt: skip
-    found = estimator(GPU, True, big, use_peft=True)
+    found = estimator(GPU, torch.bfloat16, big, use_peft=True)
     assert found.parameters > 7e10
     memory = found.memory(found.trace(np.array([[100, 200, 200]]), False), False)
     assert memory.weights == pytest.approx(2 * found.parameters, rel=0.01) and memory.peak > memory.weights
@@ -141,7 +143,7 @@ def test_no_weight_is_made_for_an_estimate():
 def test_a_system_prompt_is_counted_once_for_a_micro_batch():
     rows = np.array([[30, 7, 5], [24, 12, 8], [40, 3, 3]])
     apart, shared = (
-        Estimator("", flags(use_peft=False), CPU, Objective(), False, config=config(), common=n) for n in (0, 20)
+        Estimator("", flags(use_peft=False), CPU, Objective(), None, config=config(), common=n) for n in (0, 20)
     )
     assert apart.tokens(rows) - shared.tokens(rows) == 40
     for found in (apart, shared):
@@ -156,19 +158,19 @@ def test_a_system_prompt_is_counted_once_for_a_micro_batch():
 
 
 @pytest.mark.parametrize("what", ["full", "lora"])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
 @pytest.mark.parametrize("engine", ["packed", "trl"])
-def test_activations_are_those_that_a_real_step_saves(engine, bf16, what):
+def test_activations_are_those_that_a_real_step_saves(engine, half, what):
     values = dict(use_peft=what == "lora", engine=engine)
     sizes = config(num_hidden_layers=3, hidden_size=64, intermediate_size=128)
-    found = estimator(bf16=bf16, config_=sizes, **values)
+    found = estimator(half=half, config_=sizes, **values)
     lengths = LENGTHS * 10
     trace = found.trace(lengths, False)
-    model = paper_model("", flags(**{"use_peft": False} | values), CPU, bf16, config=sizes).to_empty(device="cpu")
+    model = paper_model("", flags(**{"use_peft": False} | values), CPU, half, config=sizes).to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         torch.nn.init.constant_(tensor, 0.01)
     model.train()
-    batch = {"bf16": bf16, "dpo": False}
+    batch = {"half": half, "dpo": False}
     if engine == "packed":
         prepare_model(model)
         batch |= pack_pairs(stand_ins(lengths))
@@ -218,13 +220,13 @@ def test_a_few_layers_give_what_running_all_of_them_gives(arch, layers, values, 
 
 
 def test_a_model_whose_layers_differ_is_run_whole(monkeypatch):
-    model = paper_model("", flags(use_peft=False), CPU, False, config=config(num_hidden_layers=9))
+    model = paper_model("", flags(use_peft=False), CPU, None, config=config(num_hidden_layers=9))
     model.model.layers[7].mlp.requires_grad_(False)
     prepare_model(model)
     runs = []
     run = PaperModel._run
     monkeypatch.setattr(PaperModel, "_run", lambda *a: runs.append(len(a[4])) or run(*a))
-    PaperModel(model).trace({"bf16": False} | pack_pairs(stand_ins(np.array([[5, 5, 5]]))), _packed_loss)
+    PaperModel(model).trace({"half": None} | pack_pairs(stand_ins(np.array([[5, 5, 5]]))), _packed_loss)
     assert runs == [9]
 
 
@@ -308,7 +310,7 @@ def test_what_does_not_fit_is_answered_with_a_change_that_fits():
     lengths, args = np.array([[40, 60, 50]] * 16), flags(use_peft=False)
 
     def setup(memory: float) -> Setup:
-        return Setup("", Hardware("cpu", "a CPU", int(memory), False), Objective(), False, lengths, config())
+        return Setup("", Hardware("cpu", "a CPU", int(memory), False), Objective(), None, lengths, config())
 
     plan = setup(0).plan(args, 8, 1)
     two, one = (setup(0).plan(args, n, 8 // n).memory().peak for n in (2, 1))
@@ -322,7 +324,7 @@ def test_what_does_not_fit_is_answered_with_a_change_that_fits():
 
 
 def test_the_text_names_engines_strategies_and_marks_what_was_given():
-    setup = Setup("", CPU, Objective(), False, np.array([[10, 6, 5]] * 9), config())
+    setup = Setup("", CPU, Objective(), None, np.array([[10, 6, 5]] * 9), config())
     said = dry_run(flags(use_peft=False), setup, 2, 2)
     assert "* use_peft = False" in said and "    seed = 42" in said
     for word in (

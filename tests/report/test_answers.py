@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 
 from preference.report.answers import _of_the_commonest_script
@@ -21,11 +19,13 @@ def test_an_answer_cut_inside_a_character_ends_before_it():
     ids = tokenizer("Drink 茶", add_special_tokens=False).input_ids
     assert tokenizer.decode(ids[:-1]).endswith("\ufffd")
 
-    class Cut(SimpleNamespace):
+    class Cut(torch.nn.Linear):
+        device = "cpu"
+
         def generate(self, input_ids, **_):
             return torch.cat([input_ids, torch.tensor([ids[:-1]])], dim=1)
 
-    model = Cut(training=False, device="cpu", eval=lambda: None, train=lambda mode: None)
+    model = Cut(1, 1)
     assert greedy_answers(model, tokenizer, [[5, 6]], [0], 8) == ["Drink"]
 
 
