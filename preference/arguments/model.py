@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from preference.arguments.unused import NO_ADAPTER, NO_TRAINING
 from preference.flags.declaration import Unused, flag
+
+# init_lora_weights of peft that there are not, and why
+BEGINNINGS_REFUSED = {
+    "loftq": "its adapter makes up for the rounding to 4 bits, and is wrong over the whole weights that chat and "
+    "export lay it over: pissa with qlora=true starts from the 4-bit weights as they are",
+    "eva": "it has to see activations over the data first, which no run here makes: pissa needs the weights alone",
+    "corda": "it has to see activations over the data first, which no run here makes: pissa needs the weights alone",
+    "lora_ga": "it has to see gradients over the data first, which no run here makes: pissa needs the weights alone",
+}
+
+
+def _check_beginning(text: str) -> None:
+    """Raises ValueError for a way to begin that there is not, with the reason where peft has it."""
+    if why := BEGINNINGS_REFUSED.get(text):
+        raise ValueError(why)
+    if not re.fullmatch("default|gaussian|orthogonal|pissa(_niter_[1-9][0-9]?)?|olora", text):
+        raise ValueError("it is one of default, gaussian, orthogonal, pissa, pissa_niter_16, olora")
 
 
 @dataclass
@@ -129,11 +147,13 @@ class ModelArguments:
     )
     init_lora_weights: str = flag(
         "default",
-        "how an adapter begins, always adding nothing: default (Kaiming), gaussian or orthogonal",
+        "how an adapter begins, always adding nothing: default (Kaiming), gaussian, orthogonal; pissa or olora, in "
+        "directions of the weights themselves (saved with twice the rank); pissa_niter_16 finds them faster",
         topic="the adapter",
-        choices=("default", "gaussian", "orthogonal"),
-        unused=(NO_ADAPTER,),
+        check=_check_beginning,
+        unused=(NO_ADAPTER, NO_TRAINING),
         identity=True,
+        peers=("pissa_init", "init_weights"),
     )
     loraplus_lr_ratio: float | None = flag(
         None,

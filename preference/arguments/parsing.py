@@ -178,6 +178,11 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         default_beta(objective.loss) if objective.beta is None else None
     except ValueError as error:
         yield str(error)
+    if args.model.init_lora_weights.startswith(("pissa", "olora")) and args.run.strategy.startswith("zero"):
+        yield (
+            f"init_lora_weights={args.model.init_lora_weights} keeps half of the adapter as it is, which DeepSpeed's "
+            "optimizers move: strategy=ddp or fsdp, or init_lora_weights=default"
+        )
     if args.run.bf16 and args.run.fp16:
         yield "bf16=true and fp16=true are two precisions of one run: drop one of them"
     if {"resume", "resume_from_checkpoint"} <= args.given:

@@ -33,7 +33,6 @@ INSTEAD = {  # what to do -> names
     "it is the tracker's own: set its environment variable, such as WANDB_PROJECT":
         "wandb_project wandb_entity swanlab_project project logging_dir",
     "an adapter has --lora_rank, --lora_alpha, --lora_dropout, --target_modules and --use_dora":
-        "pissa_init init_weights "
         "lora_task_type lora_target_parameters freeze_trainable_layers use_badam",
     "there are 4 bits (--load_in_4bit) or none":
         "load_in_8bit quantization_method quant_method use_bnb_nested_quant",

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from preference.arguments import Arguments, ModelArguments
+from preference.models.beginnings import begin, begins_in_weights, doubled
 from preference.models.look import ModelError, _first_line, _some, tensor_headers
 from preference.models.sources import ADAPTER_CONFIG
 
@@ -26,6 +27,8 @@ FIELDS = {
     "lora_bias": "bias",
     "modules_to_save": "modules_to_save",
     "target_modules": "target_modules",
+    "init_lora_weights": None,  # of a new adapter alone
+    "exclude_modules": None,
 }
 
 
@@ -108,6 +111,11 @@ def check_continued(adapter: str, args: Arguments) -> None:
     for flag, field in FIELDS.items():
         if flag not in args.given:
             continue
+        if field is None:
+            raise ModelError(
+                f"--{flag} has no effect on the adapter {adapter}, which training goes on with as it is: drop the "
+                "flag, or --new_adapter true merges it and starts a new one"
+            )
         asked, has = getattr(args.model, flag), config.get(field)
         if field in ("target_modules", "modules_to_save") and not isinstance(has, str):
             asked, has = sorted(_listed(asked)), sorted(has or ())
@@ -146,10 +154,13 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int, new_ids
     _check_untied(model, "target_modules", [] if everything else names)
     _check_untied(model, "modules_to_save", whole)
     new_ids = list(new_ids)
+    kind, rank, alpha = args.init_lora_weights, args.lora_rank, args.lora_alpha
+    if begins_in_weights(kind):
+        rank, alpha = doubled(rank, alpha, args.use_rslora)
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
+        r=rank,
+        lora_alpha=alpha,
         lora_dropout=args.lora_dropout,
         use_dora=args.use_dora,
         target_modules="all-linear" if everything else names,
@@ -157,11 +168,14 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int, new_ids
         use_rslora=args.use_rslora,
         bias=args.lora_bias,
         modules_to_save=whole or None,
-        init_lora_weights=True if args.init_lora_weights == "default" else args.init_lora_weights,
+        init_lora_weights=kind if kind in ("gaussian", "orthogonal") else True,
         trainable_token_indices=_rows_of_tokens(model, new_ids, whole) if new_ids else None,
     )
     torch.manual_seed(seed)
-    return _train_in_float32(get_peft_model(model, config))
+    adapted = _train_in_float32(get_peft_model(model, config))
+    if begins_in_weights(kind) and not any(weight.is_meta for weight in adapted.parameters()):
+        begin(adapted, kind)
+    return adapted
 
 
 def _train_in_float32(model: Any) -> Any:

@@ -17,6 +17,7 @@ from preference.optimization.lora_plus import raise_rate_of_b
 from preference.optimization.schedules import make_schedule
 from preference.train import sharding
 from preference.train.checkpoints import CheckpointWriter
+from preference.train.held import HeldHalves
 from preference.train.moving import MovingAverage
 from preference.train.stalls import waiting_for_rows
 from preference.train.watchdog import Watchdog
@@ -60,10 +61,12 @@ class GuardedTrainer(Trainer):
         watchdog, checkpoints: plain objects that do the work.
         loraplus_lr_ratio: how much faster the B of an adapter learns than its A; None: as fast.
         average: of the weights, where one is kept.
+        held: what of an adapter stays as it is (train/held.py); None: nothing.
     """
 
     loraplus_lr_ratio: float | None = None
     average: MovingAverage | None = None
+    held: HeldHalves | None = None
     # What transformers sets in a method of its own, for type checkers
     model: Any
     lr_scheduler: Any
@@ -76,6 +79,11 @@ class GuardedTrainer(Trainer):
         self.watchdog = Watchdog(self.accelerator)
         gathers = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.checkpoints = CheckpointWriter(self.args, self.accelerator, gathers=gathers)
+
+    def hold(self, held: HeldHalves) -> None:
+        """Let a part of the adapter stay as it is."""
+        self.held = held
+        self.add_callback(held)
 
     # ---- the step
 

@@ -15,6 +15,7 @@ from preference.launch.agreement import code_fingerprint, compare_ranks, version
 from preference.launch.process import say
 from preference.losses import Objective
 from preference.losses.schedule import Schedule
+from preference.models.beginnings import begins_in_weights
 from preference.models.hardware import Hardware, batch_plan, half_type
 from preference.models.limits import check_positions, check_vocabulary, template_ids
 from preference.models.loading import adapt, load_base
@@ -23,6 +24,7 @@ from preference.models.sources import ModelSource
 from preference.models.vocabulary import add_rows, tokens_to_add
 from preference.optimization.keywords import keywords
 from preference.tokens.datasets import sets_of
+from preference.train.held import HeldHalves
 from preference.train.identity import run_identity
 from preference.train.moving import MovingAverage
 from preference.train.output_folder import claim, make_folder
@@ -191,6 +193,8 @@ def _equipped(trainer: Any, args: Arguments) -> Any:
     trainer.checkpoints.besides = selection.keeps
     if selection.needs_metric:
         trainer.add_callback(Follow(trainer, selection, say))
+    if args.model.use_peft and begins_in_weights(args.model.init_lora_weights):
+        trainer.hold(HeldHalves(trainer.model))
     if args.run.ema_decay:
         trainer.average = MovingAverage(trainer.model, args.run.ema_decay)
         trainer.add_callback(trainer.average)

@@ -262,6 +262,8 @@ class PairTrainer(GuardedTrainer):
                 self.accelerator.backward(loss, **options)
             losses.append(loss.detach())
             self.train_metrics.add(metrics, 1 / totals.pairs)
+        if self.held is not None:
+            self.held.drop_gradients()
         self.train_metrics.steps += 1
         return torch.stack(losses).sum()
 

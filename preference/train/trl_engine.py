@@ -103,6 +103,8 @@ class _Guards(GuardedTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         rows = inputs.pop("source", [])
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.held is not None:
+            self.held.drop_gradients()
         self.watchdog.watch(loss, rows, self.state.global_step + 1)
         return loss
 
