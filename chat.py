@@ -3,10 +3,12 @@
 
     python chat.py outputs/run                          a run's output folder, a model folder or a hub id
     python chat.py outputs/run --both                   base and tuned answers side by side
+    python chat.py outputs/run outputs/other            two models side by side
     python chat.py outputs/run --prompts questions.txt --output answers.jsonl
     python chat.py outputs/run --web                    a page in the browser (pip install gradio)
 
 The prompt is written by the template that the model was trained with, and answers end where training ended them.
+/good, /bad and /better 1|2 collect what you think of the answers as rows to train on (/help lists all commands).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ def main() -> None:
 
 def chat(args: argparse.Namespace) -> None:
     from preference.serve.answer_file import answer_file, read_prompts
+    from preference.serve.collect import Collector
     from preference.serve.models import Models
     from preference.serve.page import require_page, serve
     from preference.serve.terminal import Terminal
@@ -40,13 +43,16 @@ def chat(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts) if args.prompts else []  # before the model: a mistake shows at once
     if args.web:
         require_page(args.port)
-    models = Models(args, os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes"))
+    hub = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
+    models = Models(args, hub)
+    rival = Models(argparse.Namespace(**vars(args) | {"model": args.rival}), hub) if args.rival else None
+    collector = Collector(Path(args.collect))
     if args.prompts:
         answer_file(models, prompts, args)
     elif args.web:
-        serve(models, args)
+        serve(models, args, collector, rival)
     else:
-        Terminal(models, args.system, args.both).run()
+        Terminal(models, args.system, args.both, collector, rival).run()
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -55,6 +61,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", help="a run's output folder, one of its checkpoints, a model folder or a hub id")
+    add("rival", nargs="?", metavar="model2", help="a second one that answers beside it")
     add("--base_model", help="the model that it was tuned from, where it is not found or not written down")
     add("--template_name", help="conversation template, if not the one saved with the model")
     add("--system", help="system text to begin with")
@@ -62,6 +69,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, help="0 = the most likely word each time (default: 0.7; 0 with --prompts)")
     add("--top_p", type=float, default=0.9, help="draw from the likeliest tokens of this total probability")
     add("--max_new_tokens", type=int, default=512, help="longest answer")
+    add(
+        "--collect", metavar="DIR", default="collected", help="where /good, /bad and /better write (default: collected)"
+    )
     add("--seed", type=int, default=42, help="seed of the draw")
     add("--torch_dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     add("--use_cpu", action="store_true", help="leave the GPU alone")
@@ -74,6 +84,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if args.web and args.prompts:
         parser.error("--web and --prompts are two different things to do")
+    if args.rival and (args.both or args.prompts):
+        parser.error(f"two models answer side by side: {'--both' if args.both else '--prompts'} takes one")
     if args.output and not args.prompts:
         parser.error("--output goes with --prompts")
     if args.output and Path(args.output).exists() and Path(args.output).samefile(args.prompts):

@@ -20,19 +20,19 @@ class PromptsError(PreferenceError, ValueError):
     """A file of prompts that cannot be answered; the message names file and line."""
 
 
-def read_prompts(path: str) -> list[dict[str, Any]]:
+def read_prompts(path: str, flag: str = "--prompts") -> list[dict[str, Any]]:
     """Rows of a jsonl file, or {"question": line} for each line of a file that is not one."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptsError(f"--prompts {path}: {error}") from None
+        raise PromptsError(f"{flag} {path}: {error}") from None
     lines_of_json = any(line.lstrip().startswith("{") for line in lines)
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             rows.append(_row(f"{path}:{number}", line) if lines_of_json else {"question": line.strip()})
     if not rows:
-        raise PromptsError(f"--prompts {path} holds no prompt")
+        raise PromptsError(f"{flag} {path} holds no prompt")
     return rows
 
 

@@ -51,11 +51,17 @@ class Chat:
     """A model with its tokenizer and template. `base` (a context manager) makes the same model answer untuned."""
 
     def __init__(self, model: Any, tokenizer: Any, template: Any, config: GenerationConfig, sampling: Sampling) -> None:
-        self.model, self.tokenizer, self.template, self.sampling = model, tokenizer, template, sampling
+        self.model, self.tokenizer, self.template, self.origin = model, tokenizer, template, config
         self.stops = stop_ids(config, template, tokenizer)
-        self.config = _with_sampling(config, sampling, self.stops, tokenizer.pad_token_id)
+        self.cut = False  # whether the last streamed answer was ended by its reader or its length, not by a stop token
+        self.resample(sampling)
         self.renderer = Renderer(template)
         self.encoder = Encoder(tokenizer, self.renderer.template_text)
+
+    def resample(self, sampling: Sampling) -> None:
+        """Draw answers in this way from now on."""
+        self.sampling = sampling
+        self.config = _with_sampling(self.origin, sampling, self.stops, self.tokenizer.pad_token_id)
 
     def encode(self, turn: Turn) -> list[int]:
         """The ids of the prompt. Raises ConversationError where the template cannot write the conversation."""
@@ -91,6 +97,7 @@ class Chat:
         `within` is entered around the generation. Raises whatever the generation raised.
         """
         pieces = _Pieces(self.tokenizer, self.stops)
+        self.cut = True
         ids = torch.tensor([self.encode(turn)], device=self.model.device)
 
         def generate() -> None:
@@ -114,9 +121,14 @@ class Chat:
         finally:
             pieces.stop.set()
             thread.join()
+            self.cut = not pieces.ended
 
     def answers(self, turns: Sequence[Turn], seed: int, within: Within = nullcontext) -> list[str]:
-        """The answers to several turns at once, padded on the left."""
+        """The answers to several turns at once."""
+        return [text for text, _ in self.draw(turns, seed, within)]
+
+    def draw(self, turns: Sequence[Turn], seed: int, within: Within = nullcontext) -> list[tuple[str, bool]]:
+        """(answer, whether its length cut it) to several turns at once, padded on the left."""
         prompts = [self.encode(turn) for turn in turns]
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self.tokenizer.pad_token_id)
@@ -130,7 +142,8 @@ class Chat:
             out = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=self.config
             )
-        return [self.decode(answer.tolist()) for answer in out[:, width:]]
+        rows = [answer.tolist() for answer in out[:, width:]]
+        return [(self.decode(row), not any(token in self.stops for token in row)) for row in rows]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer up to its first stop token, or to the last whole character where it was cut."""
@@ -145,6 +158,7 @@ class _Pieces(BaseStreamer):
         self.tokenizer, self.stops = tokenizer, frozenset(stops)
         self.queue: SimpleQueue[str | BaseException | None] = SimpleQueue()
         self.stop = threading.Event()
+        self.ended = False  # by a stop token of the model
         self.ids: list[int] | None = None  # None until generate has handed over the prompt
         self.start = self.shown = 0  # ids[start:] is decoded anew for each token; ids[start:shown] was given out
 
@@ -152,7 +166,9 @@ class _Pieces(BaseStreamer):
         if self.ids is None:
             self.ids = []
             return
-        self.ids += [token for token in value.flatten().tolist() if token not in self.stops]
+        new = value.flatten().tolist()
+        self.ended = any(token in self.stops for token in new)
+        self.ids += [token for token in new if token not in self.stops]
         self._give(final=False)
 
     def end(self) -> None:

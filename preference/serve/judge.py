@@ -98,7 +98,7 @@ class ServerJudge:
         self.key, self.timeout, self.max_tokens = key, timeout, max_tokens
         self.opener = urllib.request.build_opener(_NoRedirect)
         self.model = model or self._only_model()
-        self.name = f"{self.model} at {self.url}"
+        self.name = f"{self.model}@{self.url}"
 
     def favours(self, turn: Turn, shown_first: str, shown_second: str) -> float:
         content = question_text(turn, shown_first, shown_second, self.ENDING)

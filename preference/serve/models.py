@@ -69,7 +69,7 @@ class Models:
     def __init__(self, args: Namespace, modelscope: bool = False) -> None:
         note(f"loading {args.model} ...")
         logging.disable_progress_bar()
-        self.modelscope = modelscope
+        self.modelscope, self.name = modelscope, args.model
         self.source: Source = find_source(
             args.model,
             base=args.base_model,
@@ -93,5 +93,10 @@ class Models:
                 note(f"loading the base model {self.source.base} ...")
             model = load_base_model(self.source, self.dtype, self.device, self.modelscope)
             tuned = self.tuned  # the same prompts, stops and sampling, whatever the base says of itself
-            self._base = Chat(model, tuned.tokenizer, self.template, tuned.config, tuned.sampling)
+            self._base = Chat(model, tuned.tokenizer, self.template, tuned.origin, tuned.sampling)
         return self._base, nullcontext
+
+    def resample(self, sampling: Sampling) -> None:
+        """Draw the answers of all who speak here in this way from now on."""
+        for chat in filter(None, (self.tuned, self._base)):
+            chat.resample(sampling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -17,9 +18,10 @@ from tuned import make_base, write_run_files
 
 import chat
 from docs.screenshots import find_chromium
+from preference.serve.collect import CollectError, Collector
 from preference.serve.generation import Turn
 from preference.serve.models import Models
-from preference.serve.page import HOST, TUNED, UNTUNED, said
+from preference.serve.page import HOST, TUNED, UNTUNED, Judged, said
 from tiny import tiny_model
 
 WORDS = ["--use_cpu", "--temperature", "0", "--max_new_tokens", "300"]
@@ -54,7 +56,17 @@ def address(
     """The page's address, as the program says it. The environment asks for all that the page must not do."""
     unwanted = {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0"} | outside[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_HUB", "GRADIO"))}
-    command = [sys.executable, root / "chat.py", run, "--web", "--port", str(free_port()), *WORDS]
+    command = [
+        sys.executable,
+        root / "chat.py",
+        run,
+        "--collect",
+        run.parent / "collected",
+        "--web",
+        "--port",
+        str(free_port()),
+        *WORDS,
+    ]
     log = tmp_path_factory.mktemp("page") / "log.txt"
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=log.parent, stdout=out, stderr=out, env=environment | unwanted)
@@ -122,6 +134,7 @@ class TestInABrowser:
             browser.evaluate(BOTH)
             ask(browser, "So?")  # of the answers before tuning nothing is sent
             answers(browser, [first, *second, third])
+            self.judge(browser, run.parent / "collected", third)
             browser.evaluate("document.querySelector('[aria-label=Clear]').click()")
             browser.wait(f"!{SAID}.length")
             write_system_text(browser, "")
@@ -130,6 +143,17 @@ class TestInABrowser:
             assert not browser.errors and browser.hosts == {HOST}
         with pytest.raises(BlockingIOError):  # nothing left this machine
             outside[0].accept()
+
+    def judge(self, browser: Browser, folder: Path, last: str) -> None:
+        """The buttons go where the terminal's /good and /bad go, and so do their refusals."""
+        click = "[...document.querySelectorAll('button')].find(button => button.innerText.trim() == '{0}').click()"
+        browser.wait(IDLE)
+        browser.evaluate(click.format("good"))
+        browser.wait("document.body.innerText.includes('this answer was cut')")  # 300 tokens end none of this model's
+        browser.evaluate(click.format("bad"))
+        browser.wait("document.body.innerText.includes('for loss=kto')")
+        row = json.loads((folder / "labels" / "chat.jsonl").read_text())
+        assert (row["system"], row["question"], row["response"], row["label"]) == ("Be brief.", "So?", last, False)
 
     def test_nothing_is_fetched_from_elsewhere(self, address: str, tmp_path: Path) -> None:
         with Browser(address, tmp_path) as browser:
@@ -184,3 +208,30 @@ def test_the_history_is_what_the_tuned_model_answered() -> None:
         message("assistant", "Water", UNTUNED),
     ]
     assert said(messages) == (("Hi.", "Hello."), ("And juice?", "Apple."))
+
+
+def test_what_is_thought_of_the_last_answers(tmp_path: Path) -> None:
+    def message(role: str, content: str) -> dict:
+        return {"role": role, "content": content}
+
+    judged = Judged(Collector(tmp_path))
+    turn = Turn("And juice?", (("Hi.", "Hello."),), "Be brief.")
+    for answer in ("Water.", "Apple."):
+        judged.remember(turn, answer, cut=False)
+    messages = [message("user", "Hi."), message("assistant", "Hello."), message("user", "And juice?")]
+    both = [*messages, message("assistant", "Water."), message("assistant", " Apple. ")]
+    judged.judge(both, "2")
+    asked = {"system": "Be brief.", "history": [["Hi.", "Hello."]], "question": "And juice?"}
+    row = json.loads((tmp_path / "pairs" / "chat.jsonl").read_text())
+    assert row == asked | {"response_chosen": "Apple.", "response_rejected": "Water."}
+    judged.judge(both, "bad", first=True)
+    row = json.loads((tmp_path / "labels" / "chat.jsonl").read_text())
+    assert row == asked | {"response": "Water.", "label": False}
+    for said_so_far, what, message_of in (
+        (messages[:2], "good", "before the page was started"),
+        (both[:-1], "1", "one answer alone"),
+        (messages, "good", "no answer"),
+        ([], "2", "no answer"),
+    ):
+        with pytest.raises(CollectError, match=message_of):
+            judged.judge(said_so_far, what)

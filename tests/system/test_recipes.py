@@ -24,6 +24,7 @@ def test_recipe(recipe, tmp_path):
     shutil.copy(ROOT / "run_orpo.sh", tmp_path)
     (tmp_path / "setup.sh").write_text('echo "$PYTHON"\n')
     (tmp_path / "orpo_train.py").write_text("import json, sys\nprint('WORDS', json.dumps(sys.argv[1:]))\n")
+    (tmp_path / "make_pairs.py").write_text("import sys\nassert '--output' in sys.argv\n")
     environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "NPROC": "1", "OMP_NUM_THREADS": "1"}
     command = [shutil.which("dash") or "sh", str(tmp_path / "recipes" / recipe), "--seed", "5"]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True)
