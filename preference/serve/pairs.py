@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,8 @@ def rows(
         if len(answers) < 2:
             yield "all answers the same" if answers else "empty answers"
             continue
-        scores = journal.once(
-            str(number), lambda turn=turn, answers=answers: scorer.scores(turn, [answer.text for answer in answers])
-        )
+        texts = [answer.text for answer in answers]
+        scores = journal.once(str(number), partial(scorer.scores, turn, texts))
         found = best_and_worst(answers, scores, plan.min_margin)
         if isinstance(found, str):
             yield found

@@ -149,7 +149,12 @@ GERMAN = (
     [
         ("What helps against a fever?", ENGLISH, Wanted(), []),
         ("What helps against a fever?", "多休息，多喝水，必要时看医生。", Wanted(), ["language"]),
-        ("What helps against a fever that does not go away, for a child of three, when there is no doctor?", GERMAN, Wanted(), ["language"]),
+        (
+            "What helps against a fever that does not go away when there is no doctor to ask?",
+            GERMAN,
+            Wanted(),
+            ["language"],
+        ),
         ("Say it in German: what helps against a fever?", GERMAN, Wanted(), []),
         ("发烧怎么办？", ENGLISH, Wanted(), ["language"]),
         ("把这句话翻译成英文：发烧怎么办？", "What helps against a fever?", Wanted(), []),
