@@ -34,6 +34,10 @@ class JudgeError(PreferenceError, RuntimeError):
     """A judge that cannot be asked, or that answers with no verdict; str() says what to do."""
 
 
+class NoVerdict(JudgeError):
+    """Of one pair; others may have one."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Of one pair in both orders. `first` is the mean share of the first answer: 1 = better both times, 0 = worse both
@@ -44,9 +48,10 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Who compares two answers in one order."""
+    """Who compares two answers in one order. `said`: its words about the last pair, "" where it has none."""
 
     name: str
+    said: str
 
     def favours(self, turn: Turn, shown_first: str, shown_second: str) -> float:
         """How much the answer that is shown first is favoured: 1 = it is better, 0 = the other one is, 0.5 = a tie.
@@ -97,15 +102,16 @@ class ServerJudge:
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         self.key, self.timeout, self.max_tokens = key, timeout, max_tokens
         self.opener = urllib.request.build_opener(_NoRedirect)
+        self.said = ""
         self.model = model or self._only_model()
         self.name = f"{self.model}@{self.url}"
 
     def favours(self, turn: Turn, shown_first: str, shown_second: str) -> float:
         content = question_text(turn, shown_first, shown_second, self.ENDING)
-        text = self.complete([{"role": "user", "content": content}])
+        text = self.said = self.complete([{"role": "user", "content": content}])
         found = VERDICT.findall(text)
         if not found:
-            raise JudgeError(f"{self.name} gave no verdict ([[A]], [[B]] or [[C]]); its answer ends: {text[-200:]!r}")
+            raise NoVerdict(f"{self.name} gave no verdict ([[A]], [[B]] or [[C]]); its answer ends: {text[-200:]!r}")
         return SHARES[found[-1].upper()]
 
     def complete(self, messages: Sequence[dict[str, str]]) -> str:
@@ -163,7 +169,7 @@ class LocalJudge:
     ENDING = "Which answer is better? Reply with one letter, A or B."
 
     def __init__(self, chat: Chat, name: str) -> None:
-        self.chat, self.name = chat, name
+        self.chat, self.name, self.said = chat, name, ""
         ids = [chat.tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
         if ids[0][0] == ids[1][0]:
             raise JudgeError(f"the tokenizer of {name} begins A and B with the same token: name another --judge")
@@ -174,7 +180,7 @@ class LocalJudge:
         prompt = self.chat.encode(Turn(question_text(turn, shown_first, shown_second, self.ENDING)))
         limit = getattr(self.chat.model.config, "max_position_embeddings", None)
         if limit and len(prompt) > limit:
-            raise JudgeError(f"a pair of answers takes {len(prompt)} tokens, and the judge {self.name} reads {limit}")
+            raise NoVerdict(f"a pair of answers takes {len(prompt)} tokens, and the judge {self.name} reads {limit}")
         ids = torch.tensor([prompt], device=self.chat.model.device)
         logits_2 = self.chat.model(input_ids=ids).logits[0, -1, self.letters].float()
         return float(logits_2.softmax(-1)[0])
