@@ -18,28 +18,42 @@ from typing import Any
 
 from preference.arguments import Arguments, parse_arguments
 from preference.launch.heartbeat import follow_launcher, watch_others
-from preference.launch.process import RANK, RESTARTS, WORLD_SIZE, leave_if_stopped, run_script, say, stay_private
+from preference.launch.process import (
+    RANK,
+    RESTARTS,
+    WORLD_SIZE,
+    begin_screen,
+    leave_if_stopped,
+    log_errors_in,
+    run_script,
+    say,
+    stay_private,
+)  # fmt: skip
 
 
 def main() -> None:
     args = parse_arguments(environ=os.environ)
+    begin_screen(args.run.lang)
     stay_private()
     follow_launcher(os.environ)
     watch_others(os.environ, args.run.lost_after)
 
     from preference.launch.agreement import on_every_rank
     from preference.launch.signals import StoppedBySignal, StopSignals
-    from preference.models.hardware import detect, half_type, type_name
+    from preference.models.hardware import detect
     from preference.models.loading import load_tokenizer, untuned
     from preference.models.vocabulary import add_to_tokenizer, tokens_to_add
     from preference.plan.dry_run import on_paper
     from preference.report.answers import Samples
     from preference.report.evaluation import Evaluation
-    from preference.report.facts import headline, run_facts
+    from preference.report.facts import plan_of, run_facts, show_plan
     from preference.report.progress import attach_progress
     from preference.report.results import write_results
     from preference.report.trackers import begin_reporting, trackers
-    from preference.tokens.datasets import describe_pair, sets_of
+        from preference.terminal.console import terminal
+    from preference.terminal.language import tr
+    from preference.tokens.datasets import sets_of
+    from preference.tokens.showing import show_pair
     from preference.train import setup
     from preference.train.resuming import finish, resume_after_restart
     from preference.train.run_data import load_data
@@ -55,12 +69,13 @@ def main() -> None:
     join_deepspeed(args.run.strategy)
     setup.compare_settings(args)
     restarted = resume_after_restart(training, RESTARTS)
-    say(f"device: {hardware}; computing in {type_name(half_type(training))}")
+    terminal.rows(tr("where"), [where(hardware, training, output_dir)])
 
     # ---- load, check, render, tokenize, filter
     with on_every_rank():
         if not args.run.dry_run:
             setup.claim_output(args, RANK)
+            log_errors_in(output_dir)
         if RANK == 0 and not args.run.dry_run:
             begin_reporting(training.report_to, output_dir, training.run_name, os.environ)
         source = find_model(args)
@@ -69,11 +84,13 @@ def main() -> None:
         conversation = load_template(args, tokenizer)
     save_report = RANK == 0 and not args.run.dry_run
     with on_every_rank():
-        train_set, eval_set, questions = load_data(args, conversation, tokenizer, save_report=save_report, say=say)
+        train_set, eval_set, questions = load_data(
+            args, conversation, tokenizer, save_report=save_report, terminal=terminal
+        )
     setup.compare_data(train_set, eval_set)
     setup.check_length(args, training, len(train_set or ()))
     first = (train_set or next(iter(sets_of(eval_set).values())))[0]
-    say(f"\nthe first pair, as the model sees it:\n{describe_pair(first, tokenizer)}\n")
+    show_pair(first, tokenizer, terminal)
     if args.run.dry_run:
         look_at_headers(args, source, tokenizer, conversation, train_set, eval_set)
         say(on_paper(args, source, hardware, setup.objective_of(args), training, train_set))
@@ -82,7 +99,6 @@ def main() -> None:
     # ---- the model and its trainer
     trainer = setup.load_trainer(args, source, hardware, training, tokenizer, conversation, train_set, eval_set)
     facts = run_facts(args, trainer, conversation)
-    say(headline(facts, train_set))
     start = setup.find_start(args, trainer, conversation, restarted) if args.run.do_train else None
     for note in start.notes if start else ():
         say(note)
@@ -93,9 +109,12 @@ def main() -> None:
     # ---- evaluate, train, save, evaluate
     samples = Samples(args, trainer, conversation, eval_set, questions)
     evaluation = Evaluation(trainer, eval_set, questions)
-    attach_progress(
-        trainer, output_dir, prompts=samples.rows, stop_ids=samples.stop_ids, max_new_tokens=args.run.sample_tokens
-    )
+    progress = attach_progress(
+        trainer, output_dir, prompts=samples.rows, stop_ids=samples.stop_ids, max_new_tokens=args.run.sample_tokens,
+        titled=args.run.window_title,
+    )  # fmt: skip
+    progress.measure_peak()
+    show_plan(facts, plan_of(args, trainer, progress.meter, train_set) if args.run.do_train else None, terminal)
     results: dict[str, float] = {}
     with untuned(trainer.model, scoring=not args.run.do_train) as separate:
         if args.run.do_train or separate:
@@ -116,9 +135,17 @@ def main() -> None:
 
     # ---- what changed
     if RANK == 0:
-        write_results(args, source.base, facts, results, evaluation, samples, say)
+        write_results(args, source.base, facts, results, evaluation, samples, terminal)
     if args.run.do_train:
         finish(trainer)
+
+
+def where(hardware: Any, training: Any, output_dir: Path) -> str:
+    from preference.models.hardware import half_type, type_name
+    from preference.terminal.language import tr
+
+    dtype = type_name(half_type(training))
+    return "; ".join([str(hardware), tr("computing", dtype=dtype), tr("into", folder=output_dir)])
 
 
 def find_model(args: Arguments) -> Any:
@@ -154,11 +181,13 @@ def look_at_headers(args: Arguments, source: Any, tokenizer: Any, conversation: 
 
 def load_template(args: Arguments, tokenizer: Any) -> Any:
     from preference.templates.resolve import resolve_template
+    from preference.terminal.console import terminal
+    from preference.terminal.language import tr
 
     conversation, warnings = resolve_template(args.data.template_name, tokenizer, fold_system=args.data.fold_system)
-    say(f"template: {conversation.name}, stop text {conversation.stop_str!r}")
+    terminal.rows(tr("template"), [tr("template_stop", name=conversation.name, stop=conversation.stop_str)])
     for warning in warnings:
-        say(f"warning: {warning}")
+        terminal.rows(tr("warning"), [terminal.cut(warning, 2) if terminal.coloured else warning], style="yellow")
     return conversation
 
 

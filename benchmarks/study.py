@@ -36,6 +36,7 @@ from preference.models.loading import load_tokenizer, untuned
 from preference.report.evaluation import Evaluation, mean_margins
 from preference.report.tables import greedy_answers
 from preference.templates.resolve import stop_token_ids
+from preference.terminal.console import terminal
 from preference.train import setup
 from preference.train.run_data import load_data
 
@@ -48,7 +49,7 @@ def run(words: list[str], answers: int, before: bool) -> dict[str, Any]:
     source = orpo_train.find_model(args)
     tokenizer = load_tokenizer(source.tokenizer, args.model)
     conversation = orpo_train.load_template(args, tokenizer)
-    train_set, eval_set, questions = load_data(args, conversation, tokenizer, save_report=False, say=say)
+    train_set, eval_set, questions = load_data(args, conversation, tokenizer, save_report=False, terminal=terminal)
     trainer = setup.load_trainer(args, source, hardware, training, tokenizer, conversation, train_set, eval_set)
     evaluation = Evaluation(trainer, eval_set, questions)
     if before:

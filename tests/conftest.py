@@ -15,6 +15,7 @@ for folder in (*sorted(path for path in (ROOT / "tests").iterdir() if path.is_di
 # Set before anything imports the hub's libraries, and inherited by the programs that tests start.
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"
+os.environ["LC_ALL"] = "C.UTF-8"  # what a run says is in English
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -12,8 +12,10 @@ import pytest
 
 # Each may import itself and what stands before it; docs/architecture.md says what each is.
 STAGES = (
-    "errors", "screen", "files", "integrity", "flags", "optimization", "losses", "launch", "templates", "data",
-    "tokens", "arguments", "models", "engine", "train", "plan", "report", "serve",
+    "errors", "screen", "terminal", "files", "integrity", "flags", "optimization", "losses", "launch", "templates",
+    "data",
+    "tokens", "arguments", "models", "engine", "train", "plan", "report",
+    "serve",
 )  # fmt: skip
 KNOW_NOTHING_OF = {  # an exact stage knows tensors alone
     "losses": {"files", "launch", "data", "templates", "tokens", "arguments"},

@@ -335,6 +335,14 @@ class RunArguments:
         peers=("max_new_tokens",),
     )
     html_report: bool = flag(True, "write report.html with its plots at the end", peers=("plot_loss",))
+    lang: str = flag(
+        "auto",
+        "language of the screen (auto: Chinese where LC_ALL or LANG says zh)",
+        topic="screen",
+        choices=("auto", "en", "zh"),
+        local=True,
+    )
+    window_title: bool = flag(False, "say in the title of the terminal's window how far the run is", topic="screen")
     seed: int = flag(
         42,
         "seed of the split, the order of the data, adapters and dropout",

@@ -5,76 +5,137 @@ Everything else that is known stands in data_report.json. Zeros are not told.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from preference.data.report import DataReport
+from preference.terminal.console import LABEL, Terminal
+from preference.terminal.language import tr
 
-FILES, REASONS = 8, 5  # lines at most
-BLOCKS = " ▁▂▃▄▅▆▇█"
-TOLD = (  # (section's key, in words) where the count is not zero
-    ("duplicate_pairs", "pairs stand there more than once"),
-    ("contradicting_pairs", "pairs are judged both ways round: the same two answers, each better once"),
-    ("repeated_prompts", "rows repeat an earlier prompt with other answers"),
-    ("near_identical_answers", "pairs have nearly the same answer on both sides"),
-    ("control_text_rows", "rows hold text that looks like control tokens or markup"),
-)
+FILES, REASONS = 8, 5  # lines at most, in plain lines
+ON_SCREEN, SETS, REMARKS = 3, 2, 2  # files, sets and remarks at most, on a terminal
+BLOCKS, ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
+TOLD = (
+    "duplicate_pairs",
+    "contradicting_pairs",
+    "repeated_prompts",
+    "near_identical_answers",
+    "control_text_rows",
+)  # where the count is not zero
 LENGTH_TELLS = 0.6  # accuracy of length alone from which it is worth a line
+SAMPLED = "not_sampled"  # no fault of the rows
+
+
+def show_data(report: DataReport, terminal: Terminal) -> None:
+    """What became of the data, in at most a dozen lines of a terminal, or as plain lines."""
+    if not terminal.coloured:
+        terminal.say(headline(report))
+        return
+    files = list(_files(report, ON_SCREEN, first=True))
+    terminal.rows(tr("data"), [terminal.cut(line, 1) for line in files])
+    remarks = [*report.warnings, *(line.strip() for line in report.unread_lines()), *_noted(report)]
+    for name, tokens in list(_sets(report))[:SETS]:
+        terminal.rows(_name(name)[:LABEL], [_lengths(tokens, terminal.writes(BLOCKS), short=name != "train")])
+        remarks += [f"{_name(name)}: {line}" for line in _remarks(tokens, report.sections.get(f"{name}_text", {}))]
+    remarks += _shared(report)
+    shown = [terminal.cut(line, 2 if len(remarks) == 1 else 1) for line in remarks[:REMARKS]]
+    if remarks:
+        more = [tr("more_said", count=len(remarks) - REMARKS)] if len(remarks) > REMARKS else []
+        terminal.rows(tr("note"), [*shown, *more], style="yellow")
 
 
 def headline(report: DataReport) -> str:
-    """A few lines for the screen."""
-    lines = [f"data: {report.rows_read:,} rows read, {report.rows_kept:,} kept"]
-    lines += _files(report)
+    """The same as plain lines."""
+    lines = [f"{tr('data')}: " + tr("rows", read=report.rows_read, kept=report.rows_kept)]
+    lines += [f"  {line}" for line in _files(report, FILES)]
     for reason, count in report.dropped.most_common(REASONS):
         first = report.examples[reason][0]
-        where = f"{first['file']}:{first['line']}"
-        lines.append(f"  dropped {count:>6} {reason}, first at {where} {first['detail'][:120]}".rstrip())
+        where = f"{first['file']}:{first['line']} {first['detail'][:120]}".rstrip()
+        lines.append("  " + tr("dropped_at", count=count, reason=reason, where=where))
     if len(report.dropped) > REASONS:
         others = sum(count for _, count in report.dropped.most_common()[REASONS:])
-        lines.append(f"  dropped {others:>6} for {len(report.dropped) - REASONS} other reasons")
-    lines += [f"  note: {count} x {name}" for name, count in report.notes.most_common()]
-    lines += [f"  warning: {warning}" for warning in report.warnings]
+        lines.append("  " + tr("dropped_more", count=others, reasons=len(report.dropped) - REASONS))
+    lines += [f"  {tr('note')}: {line}" for line in _noted(report)]
+    lines += [f"  {tr('warning')}: {warning}" for warning in report.warnings]
     lines += report.unread_lines()
+    for name, tokens in _sets(report):
+        told = _name(name)
+        lines.append(f"  {told}: {_lengths(tokens, True)}")
+        lines += [f"  {told}: {line}" for line in _remarks(tokens, report.sections.get(f"{name}_text", {}))]
+    return "\n".join([*lines, *(f"  {line}" for line in _shared(report))])
+
+
+def _sets(report: DataReport) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(section, figures of its tokens) of the training set and the evaluation sets that hold pairs."""
     for name, section in report.sections.items():
         if name == "train" or (name.startswith("evaluation") and not name.endswith("_text")):
-            lines += _pairs(name.replace("_", " ", 1), section, report.sections.get(f"{name}_text", {}))
-    shared = report.sections.get("prompts_in_train_and_eval", {}).get("rows", 0)
-    if shared:
-        lines.append(f"  {shared} evaluation rows have a prompt of the training data: their figures flatter")
-    return "\n".join(lines)
+            if section.get("pairs"):
+                yield name, section
 
 
-def _files(report: DataReport) -> Iterator[str]:
+def _name(section: str) -> str:
+    """What a section is called on the screen; a named evaluation set by its name."""
+    return tr(section) if section in ("train", "evaluation") else section.removeprefix("evaluation_")
+
+
+def _files(report: DataReport, most: int, first: bool = False) -> Iterator[str]:
+    """A line a file: rows kept, format; `first`: and the reason that took most of its rows, with the first place."""
     named = sorted(report.files.items())
-    width = max((len(name) for name, _ in named[:FILES]), default=0)
-    for name, entry in named[:FILES]:
-        kept = entry["rows_read"] - entry["dropped"].total()
-        yield f"  {name:{width}}  {kept:>7,} of {entry['rows_read']:,}  {entry['format']}".rstrip()
-    if rest := named[FILES:]:
-        read = sum(entry["rows_read"] for _, entry in rest)
-        yield f"  and {len(rest)} more files with {read:,} rows: data_report.json"
+    named, rest = (named[:most], named[most:]) if len(named) > most + 1 else (named, [])
+    width = max((len(name) for name, _ in named), default=0)
+    counts = [tr("of", kept=e["rows_read"] - e["dropped"].total(), read=e["rows_read"]) for _, e in named]
+    for (name, entry), count in zip(named, counts, strict=True):
+        why = _most(report, name, entry["dropped"]) if first else entry["format"]
+        yield f"{name:{width}}  {count:>{max(map(len, counts))}}  {why}".rstrip()
+    if rest:
+        yield tr("more_files", files=len(rest), rows=sum(entry["rows_read"] for _, entry in rest))
 
 
-def _pairs(name: str, tokens: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
-    if not tokens.get("pairs"):
-        return
+def _most(report: DataReport, file: str, dropped: Counter[str]) -> str:
+    """The reason that took most rows of a file and is a fault of theirs; else that they were not drawn."""
+    faults = Counter({reason: count for reason, count in dropped.items() if reason != SAMPLED})
+    for reason, count in (faults or dropped).most_common(1):
+        place = next((e["line"] for e in report.examples[reason] if e["file"] == file), None)
+        if reason == SAMPLED or place is None:
+            return f"{count:,} {reason}"
+        return tr("dropped", count=count, reason=reason, line=place)
+    return ""
+
+
+def _noted(report: DataReport) -> Iterator[str]:
+    for name, count in report.notes.most_common():
+        yield tr("noted", count=count, name=name)
+
+
+def _shared(report: DataReport) -> Iterator[str]:
+    if count := report.sections.get("prompts_in_train_and_eval", {}).get("rows", 0):
+        yield tr("shared", count=count)
+
+
+def _lengths(tokens: Mapping[str, Any], unicode: bool, short: bool = False) -> str:
     medians = ", ".join(f"{side} {tokens[side]['p50']}" for side in ("prompt", "chosen", "rejected"))
     longest = tokens["prompt"]["max"] + max(tokens["chosen"]["max"], tokens["rejected"]["max"])
-    line = f"  {name}: {tokens['pairs']:,} pairs; median tokens: {medians}; none needs more than {longest:,}"
-    yield f"{line}  answers {blocks([bin['chosen'] + bin['rejected'] for bin in tokens['histogram']])}"
+    drawn = blocks(
+        [bin["chosen"] + bin["rejected"] for bin in tokens["histogram"]], BLOCKS if unicode else ASCII_BLOCKS
+    )
+    if short:
+        return f"{tr('pairs_short', pairs=tokens['pairs'], longest=longest)}  {drawn}"
+    return f"{tr('pairs', pairs=tokens['pairs'], medians=medians, longest=longest)}  {tr('answers')} {drawn}"
+
+
+def _remarks(tokens: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
     bias = tokens["length_bias"]["accuracy_of_length_alone"]
     if bias >= LENGTH_TELLS:
-        yield f"  {name}: length alone tells the answers apart in {bias:.0%} of the pairs; a model may learn just that"
-    for key, words in TOLD:
+        yield tr("length_tells", share=bias)
+    for key in TOLD:
         if text.get(key):
-            yield f"  {name}: {text[key]:,} {words}"
-    rows = tokens.get("control_look_alikes", {}).get("rows", 0)
-    if rows:
-        yield f"  {name}: {rows:,} rows hold control tokens as text; they stay text and end no turn"
+            yield tr(key, count=text[key])
+    if rows := tokens.get("control_look_alikes", {}).get("rows", 0):
+        yield tr("look_alikes", count=rows)
 
 
-def blocks(counts: Sequence[int]) -> str:
+def blocks(counts: Sequence[int], levels: str = BLOCKS) -> str:
     """A histogram in one line of block characters; a bin that is not empty shows at least the lowest."""
     top = max(counts, default=0)
-    return "".join(BLOCKS[-(-count * (len(BLOCKS) - 1) // top)] if top else " " for count in counts).rstrip()
+    return "".join(levels[-(-count * (len(levels) - 1) // top)] if top else " " for count in counts).rstrip()

@@ -8,24 +8,31 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import platform
+import shlex
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from preference.errors import PreferenceError
 from preference.launch.heartbeat import tell_of_failure
 from preference.launch.output import outlive_streams
 from preference.screen import clean_logging, shown
+from preference.terminal.console import terminal
+from preference.terminal.failure import Failure, end_with
 
 RANK = int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+error_log: Path | None = None  # where a traceback goes
 ELASTIC = "ORPO_ELASTIC" in os.environ  # set by torchrun/launch.py where nodes may come and go
 STOP_FILE = Path(os.environ["ORPO_STOP_FILE"]) if "ORPO_STOP_FILE" in os.environ else None  # of torchrun/launch.py
 LOST_TOUCH = ("onnection closed", "onnection reset", "roken pipe", "NCCL")  # said by a collective that another left
+QUIET = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # bars of libraries, in the middle of our own lines
 NO_PINGS = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 
@@ -36,23 +43,73 @@ def run_script(main: Callable[[], None], name: str) -> None:
     """
     outlive_streams()
     clean_logging()
+    for variable in QUIET:
+        os.environ.setdefault(variable, "1")
+    begin_screen()
     try:
         main()
         if WORLD_SIZE > 1:
             end_process()
     except Exception as error:
+        terminal.stop_bar()
         from preference.launch.signals import StoppedBySignal
 
         if isinstance(error, StoppedBySignal):
             leave_after_signal(error.step)
         tell_of_failure()
         let_the_cause_speak(error, name)
-        if sentence := of_the_system(error):
-            sys.exit(shown(f"{name}: {sentence}"))
-        if not isinstance(error, PreferenceError):  # a fault of the program: its traceback is wanted
-            sys.stderr.write(shown("".join(traceback.format_exception(error))))
+        explain(error, name)
+
+
+def begin_screen(lang: str = "auto") -> None:
+    """How things are said, from the environment of this process; by the first of several alone."""
+    terminal.silent = RANK != 0
+    terminal.begin(os.environ, lang)
+
+
+def log_errors_in(folder: Path) -> None:
+    """From here on the traceback of an unexpected error goes to a file in `folder`, and what was left there goes."""
+    global error_log
+    error_log = folder / ("error.log" if RANK == 0 else f"error-rank{RANK}.log")
+    error_log.unlink(missing_ok=True)
+
+
+def explain(error: Exception, name: str) -> NoReturn:
+    """Say what ended the run and end it: one sentence, in a box where there is a terminal.
+
+    A fault of the program leaves its traceback with versions and the command line in error.log, or on standard error
+    where there is no folder for it yet.
+    """
+    sentence = of_the_system(error)
+    expected = sentence is not None or isinstance(error, PreferenceError)
+    failure = Failure(name, "" if sentence else type(error).__name__, sentence or str(error),
+                      getattr(error, "file", ""), getattr(error, "line", 0))  # fmt: skip
+    if not expected:
+        trace = shown("".join(traceback.format_exception(error)))
+        if error_log is None or not _written(error_log, trace):
+            sys.stderr.write(trace)
             sys.exit(1)
-        sys.exit(shown(f"{name}: {type(error).__name__}: {error}"))
+    end_with(failure, None if expected else error_log, os.environ)
+
+
+def _written(path: Path, trace: str) -> bool:
+    """Whether what a maintainer needs to know of an unexpected error is in the file now."""
+    from preference.launch.agreement import versions
+
+    told = [f"{n} {v}" for n, v in {"python": sys.version.split()[0], **versions()}.items()]
+    lines = [
+        f"command: {shlex.join([sys.executable, *sys.argv])}",
+        f"versions: {', '.join(told)}",
+        f"platform: {platform.platform()}",
+        f"time: {time.strftime('%Y-%m-%dT%H:%M:%S%z')}",
+        "",
+        trace,
+    ]
+    try:
+        path.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return False
+    return True
 
 
 ADVICE = {
@@ -76,7 +133,7 @@ def of_the_system(error: Exception) -> str | None:
 def say(text: str = "") -> None:
     """Print once, not once per process."""
     if RANK == 0:
-        print(shown(text), flush=True)
+        terminal.say(text)
 
 
 def stay_private() -> None:

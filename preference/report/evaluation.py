@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from preference.data.text_stats import script_of
+from preference.report.change import paired_changes
 from preference.tokens.datasets import sets_of
 
 RESAMPLES = 1000
@@ -172,6 +173,13 @@ class Evaluation:
             "script": [script_of(self.questions[place]) for place in places],
         }
         return analyse(self.sums, self.lengths(), groups)
+
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """`paired_changes` from the base to the tuned model; {} where there are no figures of both."""
+        if not {"base", "tuned"} <= self.sums.keys():
+            return {}
+        per_token = self.trainer.objective.reward == "mean"
+        return paired_changes(self.sums["base"], self.sums["tuned"], self.lengths(), per_token)
 
     def worst(self, who: str) -> list[dict[str, Any]]:
         """`worst_pairs` of one of the models."""

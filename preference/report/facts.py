@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from preference.arguments import Arguments
+from preference.engine.batching import row_lengths
 from preference.files import save_json
 from preference.integrity import MANIFEST
 from preference.launch.agreement import versions
 from preference.models.hardware import detect, half_type, type_name
 from preference.models.parameters import count_parameters
+from preference.plan.speed import SpeedMeter, peak_memory
+from preference.screen import duration
+from preference.terminal.console import Terminal
+from preference.terminal.language import tr
 
 
 def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any]:
@@ -49,18 +56,54 @@ def base_name(model: Any, args: Arguments) -> str:
     return model.get_base_model().name_or_path if hasattr(model, "peft_config") else args.model.model_name_or_path
 
 
-def headline(facts: Mapping[str, Any], train_set: Any) -> str:
-    """The model and the training in a line each."""
-    flags, millions = facts["arguments"], (facts["parameters"] / 1e6, facts["trainable"] / 1e6)
-    lines = [
-        "model: {}, {:,.1f} M parameters, {:,.2f} M of them trained".format(flags["model_name_or_path"], *millions)
-    ]
-    if flags["do_train"]:
-        lines.append(
-            f"training: {len(train_set)} pairs, {facts['pairs_per_step']} per optimizer step, loss={flags['loss']}, "
-            f"engine={flags['engine']}"
-        )
-        lines.append(
-            f"learning rate {facts['learning_rate']:g} ({facts['learning_rate_from']}), beta {facts['beta']:g}"
-        )
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Plan:
+    """A training before its first step.
+
+    Attributes:
+        tokens: of all steps together, each prompt once; None where nobody counts them.
+        seconds: what they take at least, at the peak that was measured. held, limit: bytes of memory.
+    """
+
+    pairs: int
+    steps: int
+    tokens: float
+    seconds: float | None
+    peak: float | None
+    held: float | None
+    limit: int
+
+
+def plan_of(args: Arguments, trainer: Any, meter: SpeedMeter, train_set: Any) -> Plan:
+    batch = trainer.get_total_train_batch_size(trainer.args)
+    steps = args.run.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(len(train_set) / batch) * args.run.num_train_epochs)
+    tokens = float(row_lengths(train_set).sum() - len(train_set)) / len(train_set) * steps * batch
+    seconds = None
+    if meter.flops_per_token and meter.peak:
+        seconds = tokens * meter.flops_per_token / (meter.peak * trainer.args.world_size)
+    held, hardware = peak_memory(trainer.args.device), detect(args.run.use_cpu)
+    return Plan(len(train_set), steps, tokens, seconds, meter.peak, held, hardware.memory)
+
+
+def show_plan(facts: Mapping[str, Any], plan: Plan | None, terminal: Terminal) -> None:
+    """The model, and what is about to be done with it; `plan` is None where nothing is trained."""
+    flags = facts["arguments"]
+    name, parameters, trained = flags["model_name_or_path"], facts["parameters"] / 1e6, facts["trainable"] / 1e6
+    model = tr("parameters", name=name, all=parameters, trained=trained)
+    terminal.rows(tr("model"), [terminal.cut(model, 1) if terminal.coloured else model])
+    if plan is None:
+        return
+    batch = facts["pairs_per_step"]
+    rate = tr("rate", rate=facts["learning_rate"], source=facts["learning_rate_from"], beta=facts["beta"])
+    terminal.rows(tr("training"), [
+        tr("training_of", pairs=plan.pairs, batch=batch, loss=flags["loss"], engine=flags["engine"]),
+        terminal.cut(rate, 1) if terminal.coloured else rate,
+    ])  # fmt: skip
+    words = [tr("plan_steps", steps=plan.steps, batch=batch, tokens=plan.tokens)]
+    if plan.seconds is not None and plan.peak is not None:
+        words.append(tr("plan_time", time=duration(plan.seconds), peak=plan.peak / 1e12))
+    if plan.held is not None and plan.limit:
+        words.append(tr("plan_memory", held=plan.held, limit=plan.limit / 2**30))
+    terminal.rows(tr("plan"), ["; ".join(words)])

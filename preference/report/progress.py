@@ -1,7 +1,8 @@
 """What a user sees while a run trains, and the files that keep it.
 
-`attach_progress` replaces transformers' own printing. The first rank then shows a bar on a terminal, a readable line
-per logging step, an explanation where a pattern is easily misread (report/hints.py), and writes into the folder
+`attach_progress` replaces transformers' own printing. The first rank then shows a row of a table per logging step over
+a bar (elsewhere than on a terminal a line, whose form stays), an explanation where a pattern is easily misread
+(report/hints.py), and writes into the folder
 - metrics.jsonl: one record per training log and evaluation, the Trainer's figures with speed and memory;
 - answers.jsonl: greedy answers to a few fixed prompts at every evaluation.
 A resumed run first cuts both files back to the step that it resumes from.
@@ -9,20 +10,21 @@ A resumed run first cuts both files back to the step that it resumes from.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from preference.files import JsonLines, evaluation_sets
 from preference.plan.speed import SpeedMeter, compute_dtype, flops_per_token, matmul_rate, peak_memory
 from preference.report.hints import hints
+from preference.report.step_table import StepTable, bar_line
 from preference.report.tables import greedy_answers
-from preference.screen import duration, shown
+from preference.screen import duration
+from preference.terminal.console import terminal
+from preference.terminal.language import tr
 from preference.train.sharding import takes_all_ranks
 from preference.train.trainer import PairTrainer
 
@@ -48,22 +50,25 @@ def attach_progress(
     prompts: Sequence[Mapping[str, Any]] = (),
     stop_ids: Sequence[int] = (),
     max_new_tokens: int = 128,
-) -> None:
+    titled: bool = False,
+) -> Progress:
     """Show and keep the progress of `trainer`; call it on every rank, once the adapter is in place.
 
     Args:
         prompts: answered greedily at every evaluation during training; keys source, question and prompt_ids.
         stop_ids, max_new_tokens: where an answer ends.
+        titled: say in the window's title how far the run is.
     """
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    progress = Progress(_speed_meter(trainer), trainer, JsonLines(Path(output_dir) / "metrics.jsonl"))
+    progress = Progress(_speed_meter(trainer), trainer, JsonLines(Path(output_dir) / "metrics.jsonl"), titled)
     ours: list[TrainerCallback] = [progress]
     if prompts:  # ahead of the other, which takes its time out of the training time
         file = JsonLines(Path(output_dir) / "answers.jsonl")
         ours.insert(0, Answers(trainer, file, prompts, stop_ids, max_new_tokens))
     # Ahead of TensorBoard and its like, so that they get the speed as well.
     trainer.callback_handler.callbacks[:0] = ours
+    return progress
 
 
 def _speed_meter(trainer: Any) -> SpeedMeter:
@@ -78,16 +83,22 @@ def _speed_meter(trainer: Any) -> SpeedMeter:
 class Progress(TrainerCallback):
     """The bar, the lines and metrics.jsonl; all of it on the first rank."""
 
-    def __init__(self, meter: SpeedMeter, trainer: Any, file: JsonLines) -> None:
+    def __init__(self, meter: SpeedMeter, trainer: Any, file: JsonLines, titled: bool = False) -> None:
         self.meter, self.trainer, self.file = meter, trainer, file
-        self.bar: tqdm | None = None
-        self.evaluation_bar: tqdm | None = None
+        self.terminal, self.titled = terminal, titled
+        self.table, self.latest, self.evaluated = StepTable(terminal), dict[str, Any](), 0
         self.explained: set[str] = set()
         self.first_step, self.began = 0, time.perf_counter()
 
+    def measure_peak(self) -> None:
+        """Once, on every rank: alone, the first would look faster than it is beside the others."""
+        if self.meter.flops_per_token and self.meter.peak is None:
+            self.meter.peak = matmul_rate(
+                self.trainer.args.device, compute_dtype(self.trainer.args, self.trainer.model)
+            )
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.meter.flops_per_token:  # every rank: alone, the first would look faster than it is beside the others
-            self.meter.peak = matmul_rate(args.device, compute_dtype(args, self.trainer.model))
+        self.measure_peak()
         if not state.is_world_process_zero:
             return
         kept = self.file.begin(lambda record: 0 < record.get("step", 0) <= state.global_step)
@@ -97,21 +108,30 @@ class Progress(TrainerCallback):
         before = max((record.get("seconds") or 0.0 for record in kept), default=0.0)
         self.meter.start(state.global_step, state.total_flos, before)
         self.first_step, self.began = state.global_step, time.perf_counter()
-        if sys.stderr.isatty() and not args.disable_tqdm:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+        self._draw(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.meter.touch()
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        if state.is_world_process_zero:
+            self._draw(state)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kw: Any) -> None:
-        if not state.is_world_process_zero or not sys.stderr.isatty() or args.disable_tqdm:
+        if state.is_world_process_zero and self.terminal.coloured:
+            self.evaluated += 1
+            total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else self.evaluated
+            self.terminal.draw_bar(bar_line(self.terminal, tr("evaluation"), self.evaluated, total, ""))
+
+    def _draw(self, state: Any) -> None:
+        """The bar of the training, and the window's title."""
+        if not self.terminal.coloured:
             return
-        if self.evaluation_bar is None:
-            total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
-            self.evaluation_bar = tqdm(total=total, desc="evaluation", leave=False, dynamic_ncols=True)
-        self.evaluation_bar.update()
+        step, done = state.global_step, state.global_step - self.first_step
+        left = (time.perf_counter() - self.began) / max(done, 1) * (state.max_steps - step)
+        words = readable(self.latest, only=("loss", "preference/accuracies", "tokens_per_second"))
+        words += [f"{duration(left)} {tr('left')}"] if done else []
+        self.terminal.draw_bar(bar_line(self.terminal, "", step, state.max_steps, "  ".join(words)))
+        if self.titled:
+            self.terminal.title(f"{step}/{state.max_steps} {' '.join(words)}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.meter.skip()
@@ -126,48 +146,42 @@ class Progress(TrainerCallback):
             logs.update(self.meter.read(state.global_step, state.total_flos))
             memory = peak_memory(args.device)
             logs.update({} if memory is None else {"memory_gib": memory})
-            self._postfix(logs)
-        if self.evaluation_bar is not None:
-            self.evaluation_bar.close()
-            self.evaluation_bar = None
+            self.latest = logs
+        self.evaluated = 0
         self.file.append({"step": state.global_step, "seconds": round(self.meter.seconds, 2), **logs})
-        for line in self._lines(logs, state):
-            self.say(line)
+        self._show(logs, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.terminal.stop_bar()
 
-    def say(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.write(shown(line))
-        else:
-            print(shown(line), flush=True)
-
-    def _postfix(self, logs: Mapping[str, Any]) -> None:
-        if self.bar is not None:
-            short = ("loss", "preference/accuracies", "tokens_per_second", "mfu")
-            self.bar.set_postfix_str(", ".join(readable(logs, only=short)), refresh=False)
-
-    def _lines(self, logs: Mapping[str, Any], state: Any) -> list[str]:
+    def _show(self, logs: Mapping[str, Any], state: Any) -> None:
         step = state.global_step
+        left = (time.perf_counter() - self.began) / max(step - self.first_step, 1) * (state.max_steps - step)
         if "loss" in logs:
-            head = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
-            left = (time.perf_counter() - self.began) / max(step - self.first_step, 1) * (state.max_steps - step)
-            lines = ["  ".join([head, f"epoch {logs.get('epoch', 0):.2f}", *readable(logs), f"{duration(left)} left"])]
+            figures = {**logs, "left": left}
+            if self.terminal.coloured:
+                self.table.row(f"{step}/{state.max_steps}", figures)
+            else:
+                head = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
+                words = [head, f"epoch {logs.get('epoch', 0):.2f}", *readable(logs), f"{duration(left)} left"]
+                self.terminal.say("  ".join(words))
         elif "train_runtime" in logs:
-            lines = [f"trained {step - self.first_step} steps in {duration(logs['train_runtime'])}"]
+            self.terminal.say(tr("trained", steps=step - self.first_step, time=duration(logs["train_runtime"])))
         else:
-            lines = [
-                "  ".join([f"{prefix.replace('eval', 'evaluation', 1)} at step {step}:", *readable(logs, prefix)])
-                for prefix in evaluation_sets(logs)
-            ]
+            self._show_evaluations(logs, step)
         for name, text in hints(state.log_history, state.max_steps):
             if name not in self.explained:
                 self.explained.add(name)
-                lines.append(f"note: {text}")
-        return lines
+                self.terminal.remark(tr("note"), text)
+
+    def _show_evaluations(self, logs: Mapping[str, Any], step: int) -> None:
+        for prefix in evaluation_sets(logs):
+            name = prefix.replace("eval", tr("evaluation"), 1)
+            if self.terminal.coloured:
+                figures = {key: logs.get(f"{prefix}_{key}") for key in self.table.names}
+                self.table.row(f"{tr('eval_row')} {step}", figures, held_out=prefix)
+            else:
+                self.terminal.say("  ".join([f"{tr('evaluation_at', name=name, step=step)}:", *readable(logs, prefix)]))
 
 
 class Answers(TrainerCallback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from preference.arguments import Arguments
 from preference.files import save_json
 from preference.report.answers import Samples
 from preference.report.evaluation import Evaluation, table
+from preference.report.outcome import show_next, show_outcome
 from preference.report.page import write_report
 from preference.report.tables import comparison, model_card, side_by_side
+from preference.terminal.console import Terminal
 
 
 def write_results(
@@ -21,7 +23,7 @@ def write_results(
     training: Mapping[str, float],
     evaluation: Evaluation,
     samples: Samples,
-    say: Callable[[str], None],
+    terminal: Terminal,
 ) -> None:
     """Figures and answers as files, report.html, the model card; the same on the screen. For one process.
 
@@ -30,19 +32,23 @@ def write_results(
     """
     output_dir = Path(args.run.output_dir)
     before, after = (evaluation.metrics.get(who, {}) for who in ("base", "tuned"))
-    analysis, compared = evaluation.analysis(), comparison(before, after)
+    analysis, changes = evaluation.analysis(), evaluation.changes()
     base = {f"base_{name}": value for name, value in before.items()}
     save_json(output_dir / "all_results.json", {**training, **base, **after})
     save_json(output_dir / "samples.json", samples.records)
     if analysis:
         save_json(output_dir / "evaluation.json", analysis)
+        save_json(output_dir / "changes.json", changes)
         save_json(output_dir / "worst_pairs.json", evaluation.worst("tuned"))
     if args.run.do_train:
-        (output_dir / "README.md").write_text(model_card(source, facts, training, compared), encoding="utf-8")
+        card = model_card(source, facts, training, comparison(before, after))
+        (output_dir / "README.md").write_text(card, encoding="utf-8")
+    report = write_report(output_dir) if args.run.html_report else None
+    terminal.stop_bar()
     for record in samples.records:
         answers = {name: record[name] for name in ("base", "tuned") if name in record}
-        say("\n" + side_by_side(record["question"], answers))
-    say(f"\n{compared}")
-    if analysis:
-        say(f"\n{table(analysis)}")
-    say(f"\nsaved in {output_dir}" + (f"; read {write_report(output_dir)}" if args.run.html_report else ""))
+        terminal.say("\n" + side_by_side(record["question"], answers, terminal.width if terminal.coloured else None))
+    show_outcome(before, after, changes, terminal)
+    if analysis and not terminal.coloured:
+        terminal.say(f"\n{table(analysis)}")
+    show_next(output_dir, report, terminal, trained=args.run.do_train)

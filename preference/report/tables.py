@@ -7,8 +7,9 @@ import json
 import math
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from preference.models.names import public_name
+from preference.terminal.language import tr
 
 HALF = (torch.float16, torch.bfloat16)
 # metric, its name in the table, its format, whether more is better (None: neither)
@@ -31,12 +33,7 @@ ROWS = (
     ("eval_logps/rejected", "log-probability of rejected", "{:+.3f}", None),
 )
 
-MEANINGS = {
-    "preference accuracy": "pairs whose chosen answer has the higher log-probability per token (a tie is half a pair)",
-    "margin per token": "by how much it is higher, in nats",
-    "reward accuracy": "pairs whose chosen answer has the higher reward, as the loss defines it (a tie is half a pair)",
-    "reward margin": "by how much that is higher, beta included",
-}
+MEANINGS = ("preference accuracy", "margin per token", "reward accuracy", "reward margin")
 
 
 def _reward_is_scaled(prefix: str, *results: Mapping[str, float]) -> bool:
@@ -47,35 +44,80 @@ def _reward_is_scaled(prefix: str, *results: Mapping[str, float]) -> bool:
     return len(ratios) == len(results) and all(math.isclose(r, ratios[0], rel_tol=1e-4) and r for r in ratios)
 
 
-def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """A table of evaluation metrics, before -> after (after alone where there is no before); several sets in turn.
+@dataclass(frozen=True)
+class Compared:
+    """A metric before and after, as it is written.
 
-    Below it stands what its accuracies and margins mean. Rewards that are the margin per token times beta (orpo, simpo)
-    have no lines of their own.
+    Attributes:
+        label: its name in English. better: whether the change is (None: neither, or there is none).
+        interval: 95%, of the change; "" where single pairs have no figures. significant: whether that leaves out 0.
     """
-    prefixes = sorted(
-        {key[: -len("_loss")] for key in after if key.endswith("_loss") and not key.endswith("_nll_loss")}
-    )
-    lines: list[str] = []
-    shown: set[str] = set()
-    for prefix in prefixes:
-        title = "evaluation" if prefix == "eval" else prefix.removeprefix("eval_")
-        lines.append(f"{title:<32}{'before':>12}{'after':>12}{'change':>12}" if before else title)
-        scaled = _reward_is_scaled(prefix, *filter(None, (before, after)))
+
+    label: str
+    before: str
+    after: str
+    change: str = ""
+    better: bool | None = None
+    interval: str = ""
+    significant: bool = True
+
+
+def compared(
+    before: Mapping[str, float], after: Mapping[str, float], changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[tuple[str, list[Compared]]]:
+    """(evaluation set, its metrics). `changes` are those of `paired_changes`, which belong to the only set.
+
+    Rewards that are the margin per token times beta (orpo, simpo) are left out.
+    """
+    prefixes = {key[: -len("_loss")] for key in after if key.endswith("_loss") and not key.endswith("_nll_loss")}
+    for prefix in sorted(prefixes):
+        scaled, rows = _reward_is_scaled(prefix, *filter(None, (before, after))), []
         for key, label, form, better in ROWS:
             name = prefix + key.removeprefix("eval")
             if name not in after or (scaled and "rewards/" in name):
                 continue
-            shown.add(label)
             old, new = before.get(name), after[name]
             if old is None:
-                lines.append(f"{label:<32}{form.format(new):>12}")
+                rows.append(Compared(label, "", form.format(new)))
                 continue
             change = f"{(new - old) * 100:+.1f} pts" if "%" in form else f"{new - old:+.4f}"
-            mark = "" if better is None or new == old else "  better" if (new > old) == better else "  worse"
-            lines.append(f"{label:<32}{form.format(old):>12}{form.format(new):>12}{change:>12}{mark}")
-    lines += [f"({label}: {meaning})" for label, meaning in MEANINGS.items() if label in shown]
+            found = (changes or {}).get(name.removeprefix("eval_"), {}) if prefix == "eval" else {}
+            scale, digits = (100, 0) if "%" in form else (1, 2)
+            ends = [f"{value * scale:+.{digits}f}" for value in found.get("interval", ())]
+            good = None if better is None or new == old else (new > old) == better
+            told = " to ".join(ends)
+            rows.append(
+                Compared(label, form.format(old), form.format(new), change, good, told, found.get("significant", True))
+            )
+        yield ("evaluation" if prefix == "eval" else prefix.removeprefix("eval_")), rows
+
+
+def comparison(
+    before: Mapping[str, float], after: Mapping[str, float], changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """`compared` as plain lines; below them stands what accuracies and margins mean."""
+    lines: list[str] = []
+    labels: set[str] = set()
+    for title, rows in compared(before, after, changes):
+        title = tr("metric") if title == "evaluation" else title
+        heads = (tr("before"), tr("after"), tr("change")) if before else ()
+        lines.append(_pad(title, 32) + "".join(_pad_left(head, 12) for head in heads))
+        for row in rows:
+            labels.add(row.label)
+            cells = (row.before, row.after, row.change) if row.before else (row.after,)
+            verdict = verdict_of(row)
+            told = f"  {verdict}" if verdict else ""
+            told += f"  ({row.interval})" if row.interval else ""
+            lines.append(_pad(tr(row.label), 32) + "".join(f"{cell:>12}" for cell in cells) + told)
+    lines += [f"({tr(label)}: {tr(f'means {label}')})" for label in MEANINGS if label in labels]
     return "\n".join(lines)
+
+
+def verdict_of(row: Compared) -> str:
+    """Whether it got better, in a word of the language that is spoken."""
+    if row.better is None:
+        return ""
+    return tr("better" if row.better else "worse") if row.significant else tr("unsure")
 
 
 @torch.no_grad()
@@ -142,6 +184,10 @@ def _width(text: str) -> int:
 
 def _pad(text: str, columns: int) -> str:
     return text + " " * (columns - _width(text))
+
+
+def _pad_left(text: str, columns: int) -> str:
+    return " " * (columns - _width(text)) + text
 
 
 def _wrap(text: str, columns: int) -> list[str]:

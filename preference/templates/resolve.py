@@ -246,7 +246,7 @@ def resolve_template(
     difference = first_difference(conv, tokenizer) if own else None
     if difference:
         warnings.append(
-            f"template {name} is not the tokenizer's own chat template. {difference} "
+            f"template {name} is not the tokenizer's own chat template, which template_name=auto uses. {difference} "
             "The model is trained and saved with the former; template_name=auto uses the tokenizer's own"
         )
     return conv, warnings

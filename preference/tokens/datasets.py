@@ -33,10 +33,10 @@ from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.splitting import split_by_prompt
 from preference.tokens import cache
-from preference.tokens.pairs import SCHEMA, SIDES, PairBatcher, decode
+from preference.tokens.pairs import SCHEMA, PairBatcher
 from preference.tokens.rendering import Renderer, render
 
-__all__ = ["build_dataset", "describe_pair", "render", "split_by_prompt"]
+__all__ = ["build_dataset", "render", "split_by_prompt"]
 
 ROWS_PER_BATCH = 1024
 CHARS_PER_BATCH = 16_000_000  # a batch of very long rows is cut sooner, so that memory stays flat
@@ -180,31 +180,3 @@ def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
 def sets_of(rows: Dataset | Mapping[str, Dataset] | None) -> dict[str, Dataset]:
     """The sets of an evaluation by name: none, one without a name, or several."""
     return dict(rows) if isinstance(rows, Mapping) else {} if rows is None else {"": rows}
-
-
-def describe_pair(row: dict[str, Any], tokenizer: Any, max_chars: int = 2000) -> str:
-    """One pair of `build_dataset` for the eye: the prompt, the learned tokens between ⟦ and ⟧, and their ends."""
-    prompt, chosen, rejected = (len(row[f"{side}_ids"]) for side in SIDES)
-    head = f"{row['source']}: {prompt} prompt tokens; learned: {chosen} tokens of chosen, {rejected} of rejected"
-    lines = [head, "prompt", _shortened(decode(tokenizer, row["prompt_ids"]), max_chars)]
-    for side in ("chosen", "rejected"):
-        ids = [int(i) for i in row[f"{side}_ids"]]
-        lines += [f"{side} (learned between ⟦ and ⟧)", f"⟦{_shortened(decode(tokenizer, ids), max_chars)}⟧"]
-        ends = ids[:3] + ids[-2:] if len(ids) > 5 else ids
-        shown = [f"{_token(decode(tokenizer, [i]))}={i}" for i in ends]
-        if len(ids) > 5:
-            shown.insert(3, "…")
-        lines.append(f"  tokens: {' '.join(shown)}")
-    return "\n".join(lines)
-
-
-def _token(text: str) -> str:
-    """A token for the eye; one that is a part of a character's bytes has no text of its own."""
-    return "(bytes)" if "\ufffd" in text else repr(text)
-
-
-def _shortened(text: str, max_chars: int) -> str:
-    if len(text) <= max_chars:
-        return text
-    half = max_chars // 2
-    return f"{text[:half]} … ({len(text) - 2 * half} characters) … {text[-half:]}"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from preference.arguments import Arguments
-from preference.data.headline import headline
+from preference.data.headline import show_data
 from preference.data.inputs import Input, keep, parse_inputs, take_wanted
 from preference.data.languages import add_languages
 from preference.data.near_duplicates import near_duplicates
@@ -18,13 +17,14 @@ from preference.data.row import Row
 from preference.data.rows import load_rows
 from preference.data.sources import HUB, find, said
 from preference.data.text_stats import shared_prompts
+from preference.terminal.console import Terminal
 from preference.tokens.datasets import build_dataset, split_by_prompt
 
 Found = list[tuple[Input, list[str]]]  # inputs, each with its sources
 
 
 def load_data(
-    args: Arguments, conversation: Any, tokenizer: Any, *, save_report: bool, say: Callable[[str], None]
+    args: Arguments, conversation: Any, tokenizer: Any, *, save_report: bool, terminal: Terminal
 ) -> tuple[Any, Any, dict[str, str]]:
     """(training set, evaluation set, questions of the latter by source); a set is None where this run needs none.
 
@@ -93,7 +93,7 @@ def load_data(
     finally:
         if save_report:
             report.save(Path(args.run.output_dir) / "data_report.json")
-    say(headline(report))
+    show_data(report, terminal)
     questions = {f"{row.file}:{row.line}": row.question or row.prompt or "" for row in eval_rows}
     return train_set, built.get("") if built.keys() <= {""} else built, questions
 

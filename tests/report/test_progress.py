@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
 
 import pytest
 import torch
+from on_terminal import on_terminal
 from training import logged, lora, make_pairs, make_trainer, same_weights, weights_of
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -206,14 +206,18 @@ def test_only_the_first_rank_shows_and_writes(tmp_path, capsys):
     assert not list(tmp_path.glob("*.jsonl")) and capsys.readouterr().out == ""
 
 
-def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    run(tmp_path, max_steps=2, disable_tqdm=False)
-    shown = capsys.readouterr()
-    assert "2/2" in shown.err and "accuracy" in shown.err and "tok/s" in shown.err and "evaluation" in shown.err
-    assert "step 2/2  epoch" in shown.out
-    run(tmp_path, max_steps=2, disable_tqdm=True)
-    assert "2/2 [" not in capsys.readouterr().err
+def test_a_bar_and_a_table_on_a_terminal(tmp_path):
+    """A head, a row per log and evaluation, and at the end of it neither a bar nor a copy of one."""
+    with on_terminal(80) as screen:
+        run(tmp_path, max_steps=2, logging_steps=1)
+    lines = screen.lines()
+    assert [line.split() for line in lines if line.split()[:1] == ["step"]] == [
+        "step loss NLL acc margin grad lr tok/s MFU GiB left".split()
+    ]
+    assert [line.split()[0] for line in lines if "/2 " in line] == ["1/2", "2/2"], lines
+    assert ["eval", "2"] in [line.split()[:2] for line in lines] and not any("\u2501" in line for line in lines)
+    assert all(len(line) <= 80 for line in lines) and "\u2501" in screen.raw
+    assert lines[-1].startswith("trained 2 steps in 0:0")
 
 
 def test_other_loggers_get_the_speed(tmp_path):

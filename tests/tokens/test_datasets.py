@@ -12,9 +12,10 @@ from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.rows import load_rows
 from preference.tokens import datasets
-from preference.tokens.datasets import build_dataset, describe_pair, split_by_prompt
+from preference.tokens.datasets import build_dataset, split_by_prompt
 from preference.tokens.pairs import PairBatcher
 from preference.tokens.rendering import Renderer, render
+from preference.tokens.showing import describe_pair
 from tiny import tiny_tokenizer
 
 QWEN = get_conv_template("qwen")

@@ -9,6 +9,7 @@ from reading import lines, triple
 
 from conversation import get_conv_template
 from preference.arguments import parse_arguments
+from preference.terminal.console import Terminal
 from preference.train.run_data import load_data
 from tiny import tiny_tokenizer
 
@@ -17,7 +18,7 @@ def sets(tmp_path, *words: str):
     """(training sources, evaluation sources, report) of a run with these flags."""
     arguments = parse_arguments([*words, "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")])
     train, evaluation, _ = load_data(
-        arguments, get_conv_template("qwen"), tiny_tokenizer(), save_report=True, say=lambda text: None
+        arguments, get_conv_template("qwen"), tiny_tokenizer(), save_report=True, terminal=Terminal()
     )
     report = json.loads((tmp_path / "data_report.json").read_text())
     return *([row["source"] for row in rows] if rows else [] for rows in (train, evaluation)), report
