@@ -121,16 +121,16 @@ class Terminal:
 
     def rows(self, label: str, texts: Sequence[str | Text], style: str = "") -> None:
         """A labelled block: a line a text. On a terminal the label stands once at the left, and long texts hang."""
-        texts = [Text(shown(text)) if isinstance(text, str) else text for text in texts]
+        lines = [Text(shown(text)) if isinstance(text, str) else text for text in texts]
         if not self.coloured:
-            for number, text in enumerate(texts):
-                self.say(f"{label}: {text.plain}" if number == 0 else f"  {text.plain}")
+            for number, line in enumerate(lines):
+                self.say(f"{label}: {line.plain}" if number == 0 else f"  {line.plain}")
             return
         grid = Table.grid(padding=(0, 1, 0, 0))
         grid.add_column(width=LABEL, no_wrap=True, style="bold cyan")
         grid.add_column(overflow="fold", style=style)
-        for number, text in enumerate(texts):
-            grid.add_row(label if number == 0 else "", text)
+        for number, line in enumerate(lines):
+            grid.add_row(label if number == 0 else "", line)
         self.show(grid)
 
     def remark(self, label: str, text: str) -> None:
@@ -154,8 +154,14 @@ class Terminal:
         if self.bar is None:
             both = sys.stderr is not None and sys.stderr.isatty()
             ours = self.stream is None  # else it is a terminal beside the program's own
-            streams = {"redirect_stdout": ours, "redirect_stderr": ours and both}
-            self.bar = Live(line, console=self.console, auto_refresh=False, transient=True, **streams)
+            self.bar = Live(
+                line,
+                console=self.console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=ours,
+                redirect_stderr=ours and both,
+            )
             self.bar.start(refresh=True)
             self._take_logging()
         else:
