@@ -50,7 +50,7 @@ def main() -> None:
     from preference.report.progress import attach_progress
     from preference.report.results import write_results
     from preference.report.trackers import begin_reporting, trackers
-        from preference.terminal.console import terminal
+    from preference.terminal.console import terminal
     from preference.terminal.language import tr
     from preference.tokens.datasets import sets_of
     from preference.tokens.showing import show_pair

@@ -69,9 +69,9 @@ def headline(report: DataReport) -> str:
 def _sets(report: DataReport) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(section, figures of its tokens) of the training set and the evaluation sets that hold pairs."""
     for name, section in report.sections.items():
-        if name == "train" or (name.startswith("evaluation") and not name.endswith("_text")):
-            if section.get("pairs"):
-                yield name, section
+        wanted = name == "train" or (name.startswith("evaluation") and not name.endswith("_text"))
+        if wanted and section.get("pairs"):
+            yield name, section
 
 
 def _name(section: str) -> str:
