@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import random
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from preference.data.kept_rows import KeptRows
 from preference.data.report import DataReport
-from preference.data.row import Row
 
 NAMED = re.compile(r"\s*([^\W\d]\w*)=(.*)", re.DOTALL)
 TAKEN = ("nll", "preference", "rewards", "logps", "logits")  # metrics of these names would read as those of one set
@@ -100,8 +101,8 @@ def _parse_input(part: str) -> Input:
 
 
 def take_wanted(
-    rows: list[Row], inputs: Sequence[tuple[Input, Sequence[str]]], seed: int, report: DataReport
-) -> list[Row]:
+    rows: KeptRows, inputs: Sequence[tuple[Input, Sequence[str]]], seed: int, report: DataReport
+) -> KeptRows:
     """The rows that the inputs ask for, in their order; drawn from each with the seed: every process draws the same.
 
     `inputs`: each with the sources that were read for it. Rows that are not drawn are dropped as not_sampled.
@@ -109,7 +110,7 @@ def take_wanted(
     if all(one.cap is None and one.share is None for one, _ in inputs):
         return rows
     number_of = {source: number for number, (_, sources) in enumerate(inputs) for source in sources}
-    at: list[list[int]] = [[] for _ in inputs]
+    at = [array("Q") for _ in inputs]
     for i, row in enumerate(rows):
         at[number_of[row.file]].append(i)
     taken: set[int] = set()
@@ -121,9 +122,9 @@ def take_wanted(
     return keep(rows, taken, report)
 
 
-def keep(rows: list[Row], taken: set[int], report: DataReport) -> list[Row]:
+def keep(rows: KeptRows, taken: set[int], report: DataReport) -> KeptRows:
     """The rows at the places `taken`; the others are dropped as not_sampled."""
     for i, row in enumerate(rows):
         if i not in taken:
             report.drop("not_sampled", row.file, row.line)
-    return [row for i, row in enumerate(rows) if i in taken]
+    return rows.take(sorted(taken))

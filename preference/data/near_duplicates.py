@@ -34,21 +34,21 @@ def near_duplicates(train: Sequence[Row], evaluation: Sequence[Row], report: Dat
         return made
 
     known = {prompt_key(row) for row in train}
-    asked = [(row, shingles_of(row)) for row in evaluation if prompt_key(row) not in known]
-    index = RMinHashLSH(SIMILAR, PERMUTATIONS, BANDS)
-    for number, (_, shingles) in enumerate(asked):
-        if shingles:
+    index, asked = RMinHashLSH(SIMILAR, PERMUTATIONS, BANDS), 0
+    for number, row in enumerate(evaluation):
+        if prompt_key(row) not in known and (shingles := shingles_of(row)):
             index.insert(number, digest(shingles))
+            asked += 1
     step = -(-len(train) // MOST_TRAINING_ROWS)
     found: dict[int, Row] = {}
     for row in train[::step]:
         shingles = shingles_of(row)
-        if not shingles or len(found) == len(asked):
+        if not shingles or len(found) == asked:
             continue
         for number in index.query(digest(shingles)):
-            if number not in found and jaccard(set(shingles), set(asked[number][1])) >= SIMILAR:
+            if number not in found and jaccard(set(shingles), set(shingles_of(evaluation[number]))) >= SIMILAR:
                 found[number] = row
-    pairs = [(asked[number][0], row) for number, row in sorted(found.items())]
+    pairs = [(evaluation[number], row) for number, row in sorted(found.items())]
     _say(pairs, len(train[::step]), report)
     return pairs
 

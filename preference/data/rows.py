@@ -24,6 +24,7 @@ from preference.data.formats.base import Drop, Format, Pair, RowDict
 from preference.data.formats.messages import history_of, is_messages
 from preference.data.formats.split_system import split_system
 from preference.data.json_records import Fault, Record
+from preference.data.kept_rows import KeptRows
 from preference.data.packed import Position
 from preference.data.rendered import TakeApart
 from preference.data.report import DataError, DataReport
@@ -46,16 +47,20 @@ def load_rows(
     data_check: str = "drop",
     section: str = "text",
     longest: int | None = None,
+    keep_in: Path | None = None,
     **choices: Any,
-) -> list[Row]:
+) -> KeptRows:
     """All rows of `paths`: files, folders (recursively), hub ids.
 
     `choices` are the fields of `Options`, columns and the like as text too; figures over the rows go to `report` under
-    `section`. Rows of more characters than `longest` are dropped at once as too_long, so that they take no memory.
+    `section`. Rows of more characters than `longest` are dropped at once as too_long. What is kept lies in `keep_in`, a
+    folder, once it is much (see KeptRows).
     Raises DataError if no row is left, and see `iter_rows`.
     """
     options = choose(**choices)
-    rows = list(iter_rows(paths, report, options, data_check=data_check, section=section, longest=longest))
+    rows = KeptRows(
+        iter_rows(paths, report, options, data_check=data_check, section=section, longest=longest), folder=keep_in
+    )
     if not rows:
         raise DataError("no usable row in " + ", ".join(str(path) for path in paths) + "\n" + report.summary())
     return rows

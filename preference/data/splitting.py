@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,21 +28,19 @@ def split_by_prompt(rows: Sequence[Row] | Dataset, percentage: float, seed: int)
     """
     if not 0 < percentage < 100:
         raise ValueError(f"percentage must lie between 0 and 100, got {percentage}")
-    groups: dict[bytes, list[int]] = {}
-    for i, question in enumerate(_questions(rows)):
-        groups.setdefault(_draw(question, seed), []).append(i)
+    order, bounds = _groups(rows, seed)
     wanted = max(1, round(len(rows) * percentage / 100))
     evaluation: list[int] = []
-    for _, members in sorted(groups.items()):
-        if len(evaluation) + len(members) <= wanted:
-            evaluation += members
+    for start, end in itertools.pairwise(bounds):
+        if len(evaluation) + end - start <= wanted:
+            evaluation += order[start:end]
         if len(evaluation) == wanted:
             break
-    if not evaluation and groups:  # every group is larger than the wanted part: the smallest is the nearest
-        evaluation = min(groups.values(), key=len)
+    if not evaluation and order:  # every group is larger than the wanted part: the smallest is the nearest
+        evaluation = min((order[start:end] for start, end in itertools.pairwise(bounds)), key=lambda g: (len(g), g[0]))
     if not evaluation or len(evaluation) == len(rows):
         raise DataError(
-            f"{len(rows)} rows with {len(groups)} different questions cannot be split into training and evaluation "
+            f"{len(rows)} rows with {len(bounds) - 1} different questions cannot be split into training and evaluation "
             f"({percentage}%) without a question on both sides; give a validation_file_dir",
             reason="cannot_split",
         )
@@ -56,6 +55,21 @@ def _questions(rows: Any) -> Any:
     return (row.question if row.prompt is None else row.prompt for row in rows)
 
 
+def _groups(rows: Any, seed: int) -> tuple[list[int], list[int]]:
+    """The places of the rows, those with the same question side by side and in order; and where each question begins.
+
+    Questions come in the order that the seed draws. The last bound is the number of rows.
+    """
+    import numpy as np  # here, so that reading rows needs no numpy
+
+    drawn = b"".join(_draw(question, seed) for question in _questions(rows))
+    halves = np.frombuffer(drawn, ">u8").reshape(-1, 2)
+    order = np.lexsort((halves[:, 1], halves[:, 0]))  # by the first half, then by the second, then as given
+    same = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
+    bounds = [0, *(np.flatnonzero(~same) + 1).tolist(), len(order)] if len(order) else [0]
+    return order.tolist(), bounds
+
+
 def _draw(question: str, seed: int) -> bytes:
     """A number that stands for the question and for its place in the seed's order."""
     normal = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
@@ -63,4 +77,5 @@ def _draw(question: str, seed: int) -> bytes:
 
 
 def _select(rows: Sequence[Row] | Dataset, indices: list[int]) -> Any:
-    return rows.select(indices) if hasattr(rows, "select") else [rows[i] for i in indices]
+    select = getattr(rows, "select", None) or getattr(rows, "take", None)
+    return select(indices) if select else [rows[i] for i in indices]

@@ -33,7 +33,7 @@ from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.splitting import split_by_prompt
 from preference.tokens import cache
-from preference.tokens.pairs import SCHEMA, PairBatcher
+from preference.tokens.pairs import SCHEMA, PairBatcher, pair_number
 from preference.tokens.rendering import Renderer, render
 
 __all__ = ["build_dataset", "render", "split_by_prompt"]
@@ -66,8 +66,8 @@ def build_dataset(
 
     With `cache_dir` the result is memory-mapped from disk, and found there by the next call with the same rows,
     template, tokenizer and lengths. All ranks of a run may call this at once: one prepares, the others wait for its
-    file, without any communication. Without `cache_dir` each caller prepares for itself, in memory. At a million rows,
-    give a cache_dir and `rows` that can be iterated twice without holding them all.
+    file, without any communication. Without `cache_dir` each caller prepares for itself, in memory. For many rows give
+    a cache_dir, and `rows` that can be iterated twice without holding them all (KeptRows).
 
     Raises DataError with the numbers if no pair is left.
     """
@@ -171,9 +171,9 @@ def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
     ]
     digest.update(repr(settings).encode("utf-8", "surrogatepass"))
     for row in rows:
-        fields = (row.question, row.chosen, row.rejected, row.system, row.history, row.prompt, row.file, row.line)
-        fields += tuple(row.extra.get(name) for name in PAIR_NUMBERS)
-        digest.update(marshal.dumps(fields, 2))  # version 2 has no references, so equal rows give equal bytes
+        texts = (row.question, row.chosen, row.rejected, row.system, row.history, row.prompt, row.file, row.line)
+        numbers = tuple(pair_number(row, name) for name in PAIR_NUMBERS)
+        digest.update(marshal.dumps((*texts, *numbers), 2))  # version 2 has no references: equal rows, equal bytes
     return digest.hexdigest()
 
 

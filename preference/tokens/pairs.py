@@ -37,7 +37,7 @@ class _Batch:
     ids: dict[str, list[Ids]] = field(default_factory=dict)
 
 
-def _number(row: Row, name: str) -> float | None:
+def pair_number(row: Row, name: str) -> float | None:
     """A number that the row brings for the loss; the margin, where none is written, from the scores of its answers."""
     chosen, rejected = row.extra.get("score_chosen"), row.extra.get("score_rejected")
     if name == "score_margin" and name not in row.extra and chosen is not None and rejected is not None:
@@ -164,7 +164,7 @@ class PairBatcher:
             flat, offsets = flatten([batch.ids[side][i] for i in kept])
             columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=_IDS))
         columns.append(pa.array([f"{batch.rows[i].file}:{batch.rows[i].line}" for i in kept], pa.string()))
-        columns += [pa.array([_number(batch.rows[i], name) for i in kept], pa.float32()) for name in PAIR_NUMBERS]
+        columns += [pa.array([pair_number(batch.rows[i], name) for i in kept], pa.float32()) for name in PAIR_NUMBERS]
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
     def _cut(self, batch: _Batch, i: int, stats: TokenStats) -> None:

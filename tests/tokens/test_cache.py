@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from test_datasets import QWEN, build, row
@@ -158,3 +159,12 @@ def test_a_cached_run_that_keeps_nothing_fails_each_time_alike(tmp_path):
         with pytest.raises(DataError, match="no pair is left of 1"):
             build([row()], report, source=1, target=1, cache_dir=tmp_path)
         assert report.dropped == {"too_long": 1}
+
+
+def test_scores_that_make_a_margin_are_part_of_what_was_prepared(tmp_path):
+    """The same texts with other scores are other data: the margin of a pair is made of the scores of its answers."""
+    margins = []
+    for score in (2.0, 5.0):
+        scored = replace(row(), extra={"score_chosen": score, "score_rejected": 1.0})
+        margins.append(build([scored], cache_dir=tmp_path)[0]["score_margin"])
+    assert margins == [1.0, 4.0]
