@@ -19,18 +19,14 @@ import os
 import sys
 from pathlib import Path
 
-from preference.errors import PreferenceError
 from preference.launch.process import stay_private
-from preference.screen import shown
+from preference.launch.tool import run_tool
 
 
 def main() -> None:
     args = parse_arguments()
     stay_private()
-    try:
-        chat(args)
-    except PreferenceError as error:
-        sys.exit(shown(f"chat.py: {error}"))
+    run_tool(lambda: chat(args), "chat.py")
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -109,10 +105,7 @@ def command() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()
 
 
 if __name__ == "__main__":

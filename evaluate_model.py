@@ -26,18 +26,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from preference.errors import PreferenceError
 from preference.launch.process import stay_private
+from preference.launch.tool import run_tool
 from preference.screen import shown
 
 
 def main() -> None:
     args = parse_arguments()
     stay_private()
-    try:
-        evaluate(args)
-    except PreferenceError as error:
-        sys.exit(shown(f"evaluate_model.py: {error}"))
+    run_tool(lambda: evaluate(args), "evaluate_model.py")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preference.errors import PreferenceError
 from preference.launch.process import stay_private
+from preference.launch.tool import run_tool
 from preference.screen import shown
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ def main() -> None:
     args = parse_arguments()
     stay_private()
 
-    try:
+    def work() -> None:
         export(args)
         if args.push_to_hub:
             push(Path(args.output), args.push_to_hub, args.hub)
-    except (PreferenceError, OSError) as error:  # what the system refuses, its own words say
-        sys.exit(shown(f"export_model.py: {error}"))
+
+    run_tool(work, "export_model.py")
 
 
 def say(text: str) -> None:
@@ -129,14 +129,9 @@ def check_output(output: Path, overwrite: bool, sources: list[str]) -> None:
 
 def load_config(base: str, args: argparse.Namespace) -> Any:
     """The base model's config. Raises GGUFError before anything is loaded if its architecture cannot be written."""
-    from transformers import AutoConfig
+    from preference.models.folder import read_config
 
-    from preference.serve.loading import LoadingError
-
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise LoadingError(f"{base} cannot be loaded: {error}") from error
+    config = read_config(base, trust_remote_code=args.trust_remote_code)
     if args.gguf:
         from preference.serve.gguf import check_supported
 

@@ -12,6 +12,15 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+NEXT = ".next"  # folder in output_dir: what a run says of itself while the result that it will replace lies there
+LOGS = ("metrics.jsonl", "answers.jsonl", "data_report.json")  # written while a run has no model yet
+
+
+def log_file(output_dir: str | Path, name: str) -> Path:
+    """Where a run keeps one of its LOGS just now: in output_dir, or below NEXT until its model takes its place."""
+    folder = Path(output_dir)
+    return (folder / NEXT if (folder / NEXT).is_dir() else folder) / name
+
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file; a line that a crash has cut short is left out. No file: no records."""
@@ -44,10 +53,14 @@ class JsonLines:
     Records appended before `begin` wait in memory: they belong to a run that may yet turn out to be a resumed one.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, output_dir: str | Path, name: str) -> None:
+        self.output_dir, self.name = output_dir, name
         self.waiting: list[dict[str, Any]] | None = []
         self.failed = False  # the last write did not succeed: a cut line may be in the file
+
+    @property
+    def path(self) -> Path:
+        return log_file(self.output_dir, self.name)
 
     def begin(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """Throw away earlier records but those that `keep`, add the waiting ones; returns what the file then holds."""

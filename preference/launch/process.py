@@ -6,7 +6,6 @@ The only place below the scripts that reads the environment: torchrun's variable
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 import platform
 import shlex
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from preference.errors import PreferenceError
+from preference.errors import PreferenceError, of_the_system
 from preference.launch.heartbeat import tell_of_failure
 from preference.launch.output import outlive_streams
 from preference.screen import clean_logging, shown
@@ -80,7 +79,7 @@ def explain(error: Exception, name: str) -> NoReturn:
     A fault of the program leaves its traceback with versions and the command line in error.log, or on standard error
     where there is no folder for it yet.
     """
-    sentence = of_the_system(error)
+    sentence = of_the_system(error, "output_dir and cache_dir")
     expected = sentence is not None or isinstance(error, PreferenceError)
     failure = Failure(name, "" if sentence else type(error).__name__, sentence or str(error),
                       getattr(error, "file", ""), getattr(error, "line", 0))  # fmt: skip
@@ -110,24 +109,6 @@ def _written(path: Path, trace: str) -> bool:
     except OSError:
         return False
     return True
-
-
-ADVICE = {
-    errno.ENOSPC: "free some space, or set output_dir and cache_dir to another disk",
-    errno.EDQUOT: "your quota is used up: free some space, or set output_dir and cache_dir to another disk",
-    errno.EROFS: "the file system is read-only: set output_dir and cache_dir to folders that can be written to",
-    errno.EACCES: "set output_dir and cache_dir to folders of yours, or change the permissions",
-    errno.ENAMETOOLONG: "give it a shorter name",
-    errno.EIO: "the disk or its connection fails",
-}
-
-
-def of_the_system(error: Exception) -> str | None:
-    """What the operating system refused, in a sentence with the way out; None for everything else."""
-    if not isinstance(error, OSError) or error.errno not in ADVICE:
-        return None
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror}{where}: {ADVICE[error.errno]}"
 
 
 def say(text: str = "") -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from preference.arguments import Arguments, ModelArguments
 from preference.models.beginnings import begin, begins_in_weights, doubled
-from preference.models.look import ModelError, _first_line, _some, tensor_headers
+from preference.models.folder import ModelError, first_line, reading
+from preference.models.look import _some, tensor_headers
 from preference.models.sources import ADAPTER_CONFIG
 
 FROZEN = "frozen"  # the name of an adapter that stays as it is under a new one, over weights that cannot be merged into
@@ -51,9 +52,9 @@ def load_adapter(model: Any, folder: str, *, trainable: bool = False, name: str 
             model.load_adapter(folder, adapter_name=name, is_trainable=trainable, **options)
         else:
             model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable, **options)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, ImportError) as error:  # shapes, modules, kinds
+    except Exception as error:  # shapes, modules, kinds, whatever its config holds
         raise ModelError(
-            f"the adapter {folder} does not fit its base {lm.config.name_or_path}: {_first_line(error)}. If another "
+            f"the adapter {folder} does not fit its base {lm.config.name_or_path}: {first_line(error)}. If another "
             "model lies there now, name the right one"
         ) from error
     if names is not None:
@@ -190,9 +191,10 @@ def adapter_on_paper(model: PreTrainedModel, folder: str) -> Any:
     """An adapter of the kind that lies in `folder`, over a model of the meta device."""
     from peft import PeftConfig, get_peft_model
 
-    config = PeftConfig.from_pretrained(folder)
-    config.inference_mode = False
-    return get_peft_model(model, config)
+    with reading(f"the adapter {folder}", "get its folder anew"):
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = False
+        return get_peft_model(model, config)
 
 
 def _rows_of_tokens(model: PreTrainedModel, ids: list[int], whole: list[str]) -> dict[str, list[int]] | None:
@@ -286,4 +288,4 @@ def merge(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     try:
         return adapted.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
     except (ValueError, NotImplementedError) as error:
-        raise ModelError(f"the adapter {folder} cannot be merged: {_first_line(error)}") from error
+        raise ModelError(f"the adapter {folder} cannot be merged: {first_line(error)}") from error

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.arguments import Arguments, ModelArguments
 from preference.models.adapters import add_adapter, check_continued, freeze_below, load_stack, merge, routers
+from preference.models.folder import read_tokenizer
 from preference.models.hardware import Hardware
 from preference.models.look import ModelError, load_weights
 from preference.models.sources import MERGED, ModelSource
@@ -21,19 +22,9 @@ Say = Callable[[str], None]
 
 
 def load_tokenizer(source: str, args: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token; padding is masked by length, so any token serves."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
-        )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{source} has no tokenizer that can be loaded ({reason}): --tokenizer_name_or_path names one"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
+    """The tokenizer, with a pad token. Raises ModelError where there is none that can be read."""
+    way_out = "--tokenizer_name_or_path names one"
+    return read_tokenizer(source, way_out, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code)
 
 
 def weights_dtype(args: Arguments, hardware: Hardware, half: torch.dtype | None, merged: bool = False) -> torch.dtype:

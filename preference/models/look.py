@@ -8,6 +8,7 @@ on the meta device, where transformers reads names, shapes and types from the he
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -15,32 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from preference.errors import PreferenceError
+from preference.models.folder import ANEW, ModelError, first_line, read_config, reading
 from preference.models.quantized import QuantizationError, Stored, as_stored
 
 SHOWN = 4  # names of tensors in a message
-LOADING_FAULTS = (OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, SafetensorError)
+LARGER = 16  # times the bytes of its weight files: so many weights no packing brings into a byte
+FREE_BUFFERS = 8 << 30  # bytes of masks and tables that a model computes, and its files need not hold
+WEIGHT_FILES = ("*.safetensors", "*.bin")
 WHOLE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class ModelError(PreferenceError, RuntimeError):
-    """A model that cannot be used as it was handed in, or not for what was asked; the message says the way out."""
-
-
-def load_config(source: str, *, cache_dir: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The config of `source`.
-
-    Raises:
-        ModelError: there is none that transformers knows.
-    """
-    try:
-        return AutoConfig.from_pretrained(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    except LOADING_FAULTS as error:
-        raise ModelError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
 
 
 def load_weights(
@@ -60,10 +47,11 @@ def load_weights(
     Raises:
         ModelError: tensors are missing, left over or of other shapes, a file is damaged, or a package is not installed.
     """
-    config = load_config(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    config = read_config(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     stored = _stored(source, config, quantization)
     if stored is None:
         _check_types(source)
+    check_scale(source, config, trust_remote_code)
     wanted = quantization if stored is None else stored.loading
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -76,11 +64,11 @@ def load_weights(
             ignore_mismatched_sizes=True,  # they are refused below, all of them by name
             **({} if wanted is None else {"quantization_config": wanted}),
         )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError, PreferenceError):
         raise
-    except LOADING_FAULTS as error:
+    except Exception as error:  # what the files hold decides which it is
         what = f", which is quantised with {stored.name}," if stored else ""
-        reason = "its tensors are not laid out so" if "CONVERSION" in str(error) else _first_line(error)
+        reason = "its tensors are not laid out so" if "CONVERSION" in str(error) else first_line(error)
         raise ModelError(f"{source}{what} cannot be loaded: {reason}. Get the folder anew") from error
     check_tensors(source, model, info)
     if stored is not None and stored.dense:
@@ -88,6 +76,27 @@ def load_weights(
     check_finite(source, model)
     _keep_unpacked(model)
     return model
+
+
+def check_scale(source: str, config: Any, trust_remote_code: bool = False) -> None:
+    """Refuse a config.json whose model is far larger than the weight files beside it, before memory is asked for.
+
+    Raises:
+        ModelError: with the numbers.
+    """
+    folder = Path(source)
+    held = sum(file.stat().st_size for kind in WEIGHT_FILES for file in folder.glob(kind)) if folder.is_dir() else 0
+    if not held:
+        return
+    with reading(f"{source}: the model that its config.json describes", ANEW), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    values = sum(p.numel() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    if values > LARGER * held or buffers > LARGER * held + FREE_BUFFERS:
+        raise ModelError(
+            f"{source}: its config.json describes {values:,} weights and {buffers:,} bytes of tables, and its weight "
+            f"files have {held:,} bytes: {ANEW}; model_name_or_path names it"
+        )
 
 
 def _stored(source: str, config: Any, asked: Any) -> Stored | None:
@@ -161,7 +170,7 @@ def look_on_paper(
     folder = Path(source)
     if not (_holds_weights(folder) if folder.is_dir() else _cached(source, cache_dir)):
         return None
-    config = load_config(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    config = read_config(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     stored = _stored(source, config, None)
     if stored is not None and not stored.dense:  # its layers are made where weights are
         with torch.device("meta"):
@@ -176,7 +185,7 @@ def look_on_paper(
 
 
 def _holds_weights(folder: Path) -> bool:
-    return any(any(folder.glob(kind)) for kind in ("*.safetensors", "*.bin"))
+    return any(any(folder.glob(kind)) for kind in WEIGHT_FILES)
 
 
 def _cached(source: str, cache_dir: str | None) -> bool:
@@ -200,7 +209,7 @@ def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
         whole = file.stat().st_size == 8 + size + max(ends, default=0)
         found = {n: (e["dtype"], e["shape"]) for n, e in header.items() if n != "__metadata__"}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{file} is no safetensors file ({_first_line(error)}): get it anew") from error
+        raise ModelError(f"{file} is no safetensors file ({first_line(error)}): get it anew") from error
     if not whole:
         raise ModelError(f"{file} is cut off or damaged, its size is not what its header says: get it anew")
     return found
@@ -220,8 +229,3 @@ def _check_types(source: str) -> None:
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:SHOWN]) + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

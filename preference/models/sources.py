@@ -12,6 +12,7 @@ from typing import Any
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from preference.errors import PreferenceError
+from preference.models.folder import LARGEST_RANK
 from preference.models.names import public_name
 from preference.models.starter import ROOT, ModelNotFound, resolve_model
 
@@ -55,10 +56,16 @@ def adapter_config(name: str, cache_dir: str | None = None) -> dict[str, Any] | 
         return None
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise SourceError(f"{file} does not hold a JSON object")
+    if not isinstance(config.get("base_model_name_or_path") or "", str):
+        raise SourceError(f"{file} names no base model: base_model_name_or_path must be a text")
+    ranks = config.get("rank_pattern")
+    for rank in (config.get("r"), *(ranks.values() if isinstance(ranks, dict) else ())):
+        if isinstance(rank, (int, float)) and rank > LARGEST_RANK:
+            raise SourceError(f"{file} has rank {rank}, and no adapter has more than {LARGEST_RANK}: get it anew")
     if folder.is_dir():
         if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
             raise SourceError(f"{name} holds {ADAPTER_CONFIG} but no adapter_model.safetensors: its weights are lost")
@@ -85,10 +92,13 @@ def written_base(adapter: str, config: dict[str, Any]) -> str | None:
             return str(place / MERGED)
         try:
             run = json.loads((place / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
-        for known in (run.get("base_model"), run.get("arguments", {}).get("model_name_or_path")):
-            if known and public_name(known) == written:
+        arguments = run.get("arguments") if isinstance(run, dict) else None
+        if not isinstance(arguments, dict):
+            continue
+        for known in (run.get("base_model"), arguments.get("model_name_or_path")):
+            if isinstance(known, str) and public_name(known) == written:
                 return known
     return written
 

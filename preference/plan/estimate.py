@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from preference.arguments import Arguments
 from preference.engine.batching import Cut, TrainingPlan
@@ -32,6 +32,7 @@ from preference.engine.packing import pack_pairs
 from preference.engine.probe import prepare_model
 from preference.losses import Objective
 from preference.models.adapters import adapter_on_paper, add_adapter
+from preference.models.folder import read_config
 from preference.models.hardware import Hardware
 from preference.models.loading import weights_dtype
 from preference.models.parameters import count_parameters
@@ -93,9 +94,7 @@ def paper_model(
 ) -> nn.Module:
     """The model of `source` on the meta device, with its adapter, as the run would hold it; reads its config alone."""
     if config is None:
-        config = AutoConfig.from_pretrained(
-            source, cache_dir=args.model.cache_dir, trust_remote_code=args.model.trust_remote_code
-        )
+        config = read_config(source, cache_dir=args.model.cache_dir, trust_remote_code=args.model.trust_remote_code)
     dtype = torch.bfloat16 if args.quantized else weights_dtype(args, hardware, half)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(

@@ -61,10 +61,10 @@ def attach_progress(
     """
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    progress = Progress(_speed_meter(trainer), trainer, JsonLines(Path(output_dir) / "metrics.jsonl"), titled)
+    progress = Progress(_speed_meter(trainer), trainer, JsonLines(output_dir, "metrics.jsonl"), titled)
     ours: list[TrainerCallback] = [progress]
     if prompts:  # ahead of the other, which takes its time out of the training time
-        file = JsonLines(Path(output_dir) / "answers.jsonl")
+        file = JsonLines(output_dir, "answers.jsonl")
         ours.insert(0, Answers(trainer, file, prompts, stop_ids, max_new_tokens))
     # Ahead of TensorBoard and its like, so that they get the speed as well.
     trainer.callback_handler.callbacks[:0] = ours

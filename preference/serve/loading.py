@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.errors import PreferenceError
 from preference.models.adapters import load_stack
+from preference.models.folder import ModelError, read_config, read_generation_config, read_tokenizer, reading
 from preference.models.hardware import Hardware
-from preference.models.look import ModelError, load_config, load_weights
+from preference.models.look import load_weights
 from preference.models.quantized import as_stored
 from preference.models.sources import SourceError, adapter_config, written_base
 from preference.models.sources import resolve_base as base_of
@@ -92,10 +93,10 @@ def _run_folder(folder: Path) -> Path | None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadingError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise LoadingError(f"{path} does not hold a JSON object")
+    if not isinstance(value, dict) or not isinstance(value.get("arguments", {}), dict):
+        raise LoadingError(f"{path} is not what a run writes: it does not hold a JSON object with the run's arguments")
     return value
 
 
@@ -144,7 +145,7 @@ def _load(name: str, source: Source, dtype: torch.dtype, device: str) -> PreTrai
     """Whole, or not at all; weights that stay quantised are made on their device."""
     code = source.trust_remote_code
     try:
-        stored = as_stored(name, load_config(name, trust_remote_code=code))
+        stored = as_stored(name, read_config(name, trust_remote_code=code))
         there = {"": device} if stored is not None and not stored.dense else None
         model = load_weights(name, dtype=dtype, device_map=there, trust_remote_code=code)
     except PreferenceError as error:
@@ -153,20 +154,17 @@ def _load(name: str, source: Source, dtype: torch.dtype, device: str) -> PreTrai
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with the model; with a pad token, which batches need and masks hide."""
+    """The tokenizer that was saved with the model, with a pad token. Raises ModelError, LoadingError."""
     folder = source.file("tokenizer_config.json") or source.file("tokenizer.json")
     where = str(folder.parent) if folder else source.name
     if folder is None and source.adapter and Path(source.name).is_dir():
         where = resolve_base(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise LoadingError(f"{where} has no tokenizer that can be loaded: {error}") from error
+    way_out = "get the folder anew, or name another model"
+    tokenizer = read_tokenizer(where, way_out, trust_remote_code=source.trust_remote_code)
     template = source.file("chat_template.jinja")
     if not tokenizer.chat_template and template:  # a checkpoint of a run: the run's own
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        with reading(str(template), way_out):
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -182,4 +180,4 @@ def load_template(source: Source, tokenizer: Any, name: str | None = None) -> tu
 def generation_config(source: Source, model: Any) -> GenerationConfig:
     """The run's generation_config.json, or the model's own."""
     path = source.file("generation_config.json")
-    return GenerationConfig.from_pretrained(path.parent) if path else model.generation_config
+    return read_generation_config(path.parent) if path else model.generation_config

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from preference.errors import PreferenceError
+from preference.files import LOGS, NEXT
 from preference.integrity import MANIFEST, fault, read_manifest, sync, write_manifest
 from preference.models.parameters import full_size
 
@@ -68,6 +69,9 @@ def publish_result(temporary: Path, output_dir: Path) -> None:
     """Move the files of a complete model from its folder into output_dir, in place of an earlier one's."""
     committed = output_dir / WRITING / RESULT
     shutil.rmtree(committed, ignore_errors=True)
+    if (output_dir / NEXT).is_dir():
+        for name in LOGS:  # an empty one takes the place of the earlier result's
+            (output_dir / NEXT / name).touch()
     temporary.rename(committed)
     sync(committed.parent)
     finish_result(output_dir)
@@ -87,6 +91,10 @@ def finish_result(output_dir: Path) -> None:
     stale |= {path for path in output_dir.glob("*.safetensors*") if path.name not in new["files"]}
     for path in stale:
         path.unlink(missing_ok=True)
+    for name in LOGS:
+        if (output_dir / NEXT / name).exists():
+            (output_dir / NEXT / name).replace(output_dir / name)
+    shutil.rmtree(output_dir / NEXT, ignore_errors=True)
     for name in sorted(new["files"], key=lambda name: (".safetensors" in name, name)):
         if (committed / name).exists():
             (output_dir / name).parent.mkdir(parents=True, exist_ok=True)

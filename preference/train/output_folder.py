@@ -15,7 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from preference.errors import PreferenceError
-from preference.files import save_json
+from preference.files import NEXT, save_json
+from preference.integrity import read_manifest
+from preference.train.checkpoints import finish_result
 from preference.train.run_record import read_run
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ def claim(output_dir: Path, inputs: Mapping[str, str | None], *, train: bool, ov
     Args:
         inputs: what the run reads, by flag; names that are no paths (hub ids) do no harm.
         train: whether the run will leave a model.
-        overwrite: whether the result of a finished run there may be replaced.
+        overwrite: whether a result there may be replaced, once the new one is complete.
 
     Raises:
         OutputError: output_dir is an input or holds one, another run is at work in it, or it holds a result.
@@ -68,21 +70,30 @@ def claim(output_dir: Path, inputs: Mapping[str, str | None], *, train: bool, ov
             if "_file_dir" in flag and path.is_dir() and output_dir.resolve().is_relative_to(path):
                 raise OutputError(f"output_dir {output_dir} lies in {flag} {name}, which is read: set another")
     _lock(output_dir)
-    if not overwrite and (what := _result(output_dir, train)):
+    finish_result(output_dir)
+    what, in_the_way = _result(output_dir)
+    if what and not train:
+        raise OutputError(f"{output_dir} holds {what}, whose figures scoring would replace: set another output_dir")
+    if in_the_way and not overwrite:
         raise OutputError(
             f"{output_dir} holds {what}: set another output_dir, or overwrite_output_dir=true to replace it"
         )
+    if in_the_way:  # it stays as it is, with all that describes it, until the new model is complete
+        (output_dir / NEXT).mkdir(exist_ok=True)
 
 
-def _result(output_dir: Path, train: bool) -> str | None:
-    """What lies in output_dir that a new run would replace."""
+def _result(output_dir: Path) -> tuple[str | None, bool]:
+    """(what a run has left in output_dir, whether a new run would replace a result by its own)."""
     run, _ = read_run(output_dir)
     if run.get("finished"):
-        return "a finished run"
+        return "a finished run", True
     weights = next((path.name for pattern in WEIGHTS for path in sorted(output_dir.glob(pattern))), None)
     if weights and not run:
-        return f"a model that no run of this toolkit has recorded there ({weights})"
-    return "an unfinished run, whose figures scoring would replace" if run and not train else None
+        return f"a model that no run of this toolkit has recorded there ({weights})", True
+    by = (read_manifest(output_dir) or {}).get("run")
+    if weights and by != run.get("run"):
+        return "an earlier result, which another run began to replace", True
+    return ("an unfinished run" if run else None), False
 
 
 def _lock(output_dir: Path) -> None:

@@ -20,6 +20,7 @@ from preference.data.row import Row
 from preference.data.rows import load_rows
 from preference.data.sources import HUB, find, said
 from preference.data.text_stats import shared_prompts
+from preference.files import log_file
 from preference.terminal.console import Terminal
 from preference.tokens.datasets import build_dataset, split_by_prompt
 
@@ -97,7 +98,7 @@ def load_data(
         }
     finally:
         if save_report:
-            report.save(Path(args.run.output_dir) / "data_report.json")
+            report.save(log_file(args.run.output_dir, "data_report.json"))
     show_data(report, terminal)
     return train_set, built.get("") if built.keys() <= {""} else built, Questions(eval_rows)
 

@@ -15,9 +15,10 @@ import pytest
 from launched import launch, wait_for_log, wait_for_step, workers
 from test_signals import folder  # noqa: F401  a fixture
 
+from preference.errors import of_the_system
 from preference.files import JsonLines, read_lines
 from preference.integrity import fault
-from preference.launch.process import of_the_system, run_script
+from preference.launch.process import run_script
 from preference.launch.signals import EXIT_STOPPED
 from preference.train.checkpoints import checkpoint_folders
 
@@ -59,7 +60,7 @@ def test_a_terminal_without_a_character_gets_an_escape(root, encoding):
 
 
 def test_a_full_disk_under_a_log_is_said_once_and_later_records_are_whole(tmp_path, caplog, monkeypatch):
-    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines = JsonLines(tmp_path, "metrics.jsonl")
     lines.begin(lambda record: True)
     lines.append({"step": 1})
     with monkeypatch.context() as patch:
@@ -116,7 +117,10 @@ def test_a_hangup_a_killed_launcher_and_a_rank_that_stands_still(folder, tmp_pat
     assert process.wait(90) == 1
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
+REFUSED = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.EFBIG, errno.ENOENT)
+
+
+@pytest.mark.parametrize("code", REFUSED)
 def test_what_the_system_refuses_is_one_sentence(code, capsys):
     def main() -> None:
         raise OSError(code, os.strerror(code), "/data/cache")
@@ -124,4 +128,5 @@ def test_what_the_system_refuses_is_one_sentence(code, capsys):
     with pytest.raises(SystemExit) as end:
         run_script(main, "orpo_train.py")
     assert str(end.value).startswith(f"orpo_train.py: {os.strerror(code)} (/data/cache): ")
-    assert of_the_system(ValueError("x")) is None and of_the_system(FileNotFoundError(2, "no", "x")) is None
+    assert "output_dir" in str(end.value) or code in (errno.ENAMETOOLONG, errno.ENOENT)
+    assert of_the_system(ValueError("x"), "--output") is None and of_the_system(OSError("no model"), "--output") is None

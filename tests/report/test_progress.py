@@ -239,7 +239,7 @@ def test_other_loggers_get_the_speed(tmp_path):
 def test_lines_wait_until_the_run_knows_where_it_starts(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"step": 1}\n[1]\nnot json\n{"step": 9}\n{"st')
-    file = JsonLines(path)
+    file = JsonLines(path.parent, path.name)
     file.append({"step": 0, "value": float("nan"), "text": "中"})
     assert read_lines(path) == [{"step": 1}, {"step": 9}]
     assert file.begin(lambda record: record["step"] < 5)[0] == {"step": 1}

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import orpo_train
 from conversation import get_conv_template
 from preference.data.rows import DataError
+from preference.files import NEXT
 from preference.integrity import fault
 from preference.launch import signals
 from preference.train.checkpoints import CheckpointError
@@ -61,6 +62,12 @@ def run(tiny_folder, tmp_path, monkeypatch, capsys):
         return Path((defaults | flags)["output_dir"]), capsys.readouterr().out
 
     return call
+
+
+def result_files(folder: Path) -> dict[str, bytes]:
+    """All that describes a result: its folder's files but for the word on which run is at work there."""
+    changing = (".lock", ".lock.json", "run_identity.json")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in changing}
 
 
 def results(folder: Path) -> dict:
@@ -146,9 +153,9 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
 def test_a_finished_run_is_replaced_whole_only_when_that_is_asked_for(run, tmp_path, monkeypatch):
     """Refused; then asked for, and stopped by a signal in the first evaluation; then asked for again."""
     out, _ = run(use_peft="true")
-    names = ["run.json", "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"]
-    before = {name: (out / name).read_bytes() for name in names}
-    assert not any(str(tmp_path.parent).encode() in text for name, text in before.items() if name != "run.json")
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"]
+    assert not any(str(tmp_path.parent).encode() in (out / name).read_bytes() for name in names)
+    before = result_files(out)
     with pytest.raises(OutputError, match="holds a finished run: .*overwrite_output_dir=true"):
         run(use_peft="true")
     again = {"overwrite_output_dir": "true", "learning_rate": "1e-2"}
@@ -156,8 +163,11 @@ def test_a_finished_run_is_replaced_whole_only_when_that_is_asked_for(run, tmp_p
         patch.setattr(signals.StopSignals, "install", lambda self: setattr(self, "received", "SIGTERM") or self)
         with pytest.raises(signals.StoppedBySignal, match="after step 0"):
             run(**again)
-    assert {name: (out / name).read_bytes() for name in names} == before
+    assert result_files(out) == before
+    with pytest.raises(OutputError, match="an earlier result, which another run began to replace"):
+        run(**(again | {"overwrite_output_dir": "false"}))
     run(**again)
+    assert (out / "metrics.jsonl").read_bytes() != before["metrics.jsonl"] and not (out / NEXT).exists()
     assert json.loads((out / "run.json").read_text())["learning_rate"] == 1e-2 and fault(out) is None
     assert not (out / "adapter_model.safetensors").exists() and (out / "model.safetensors").exists()
 

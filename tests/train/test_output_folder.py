@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from preference.files import LOGS, NEXT, log_file
 from preference.integrity import MANIFEST, fault, write_manifest
 from preference.train import checkpoints, output_folder
 from preference.train.checkpoints import WRITING, publish_result, recover
@@ -71,13 +72,22 @@ def test_what_lies_there_is_replaced_only_when_that_is_asked_for(tmp_path):
         claimed(tmp_path)
     claimed(tmp_path, overwrite=True)
     write_run(tmp_path, {"run": "r"}, finished=False)
+    with pytest.raises(OutputError, match="an earlier result, which another run began to replace: .*overwrite_output_"):
+        claimed(tmp_path)
+    write_manifest(tmp_path, {"run": "r"})  # its own, whole but for the last word
     claimed(tmp_path)
-    with pytest.raises(OutputError, match="an unfinished run, whose figures scoring would replace"):
-        claimed(tmp_path, train=False)
     write_run(tmp_path, {"run": "r"}, finished=True)
-    for train in (True, False):
-        with pytest.raises(OutputError, match="a finished run: set another output_dir, or overwrite_output_dir=true"):
-            claimed(tmp_path, train=train)
+    with pytest.raises(OutputError, match="a finished run: set another output_dir, or overwrite_output_dir=true"):
+        claimed(tmp_path)
+
+
+def test_scoring_replaces_no_figures_of_a_training(tmp_path):
+    """They describe its model, which scoring leaves as it is: asked for or not."""
+    for finished, what in ((False, "an unfinished run"), (True, "a finished run")):
+        write_run(tmp_path, {"run": "r"}, finished=finished)
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match=f"{what}, whose figures scoring would replace: set another"):
+                claimed(tmp_path, train=False, overwrite=overwrite)
 
 
 def test_a_folder_that_cannot_be_made_is_said_in_a_sentence(tmp_path):
@@ -100,12 +110,20 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def test_a_result_replaces_another_whole_at_whatever_moment_it_dies(tmp_path, monkeypatch):
-    """Death before any of its renames and deletions; the next start of a run in the folder ends what was begun."""
+    """Death before any of its renames and deletions; the next start of a run in the folder ends what was begun.
+
+    What the new run has logged meanwhile takes the place of the earlier logs with its model, and not before.
+    """
     outcomes = []
-    for moment in range(20):
+    for moment in range(24):
         output = tmp_path / str(moment)
         publish_result(result(output / WRITING / "the model", "adapter_model", "one"), output)
         (output / "README.md").write_text("card of one")
+        for name in LOGS:
+            log_file(output, name).write_text("log of one")
+        (output / NEXT).mkdir()
+        for name in ("metrics.jsonl", "data_report.json"):  # this time no answers were written
+            log_file(output, name).write_text("log of two")
         (output / "notes.txt").write_text("the user's")
         before, left = content(output), [moment]
         staged = result(output / WRITING / "the model", "model", "two")
@@ -131,7 +149,9 @@ def test_a_result_replaces_another_whole_at_whatever_moment_it_dies(tmp_path, mo
         assert fault(output) is None and not (output / WRITING).exists()
         now = content(output)
         new = {f: f"{f} of two" for f in ("model.safetensors", "tokenizer.json", "run.json")}
-        new["notes.txt"] = "the user's"
+        new |= {"notes.txt": "the user's", "metrics.jsonl": "log of two", "data_report.json": "log of two"}
+        new["answers.jsonl"] = ""
+        assert log_file(output, "metrics.jsonl").read_text() == "log of two"  # where the run goes on, done or not
         assert now in (before, new)
         outcomes.append((now == new, done))
     assert outcomes[0] == (False, False) and outcomes[1] == (True, False) and outcomes[-1] == (True, True)
