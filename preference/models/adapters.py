@@ -95,10 +95,14 @@ def _grow_vocabulary(lm: PreTrainedModel, folder: str) -> None:
         return
     endings = tuple(f"{name}.weight" for name in _vocabulary_modules(lm))
     rows = [shape[0] for name, (_, shape) in tensor_headers(file).items() if name.endswith(endings)]
-    indices = json.loads(config.read_text(encoding="utf-8")).get("trainable_token_indices") or []
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    rows += [max(ids) + 1 for ids in lists if ids]
-    if rows and max(rows) > lm.get_input_embeddings().weight.shape[0]:
+    has = lm.get_input_embeddings().weight.shape[0]
+    with reading(f"trainable_token_indices of {config}", "get the adapter anew"):
+        indices = json.loads(config.read_text(encoding="utf-8")).get("trainable_token_indices") or []
+        for ids in filter(None, indices.values() if isinstance(indices, dict) else [indices]):
+            if max(ids) >= has + len(ids):  # tokens that were added stand right behind the others
+                raise ValueError(f"token {max(ids)} lies beyond the {has} rows of the model and {len(ids)} new ones")
+            rows.append(max(ids) + 1)
+    if rows and max(rows) > has:
         lm.resize_token_embeddings(max(rows), mean_resizing=False)
 
 

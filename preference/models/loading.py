@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.arguments import Arguments, ModelArguments
+from preference.files import NEXT
 from preference.models.adapters import add_adapter, check_continued, freeze_below, load_stack, merge, routers
 from preference.models.folder import read_tokenizer
 from preference.models.hardware import Hardware
@@ -157,6 +158,8 @@ def adapt(
         return merged.requires_grad_(True)
     folder = Path(args.run.output_dir).resolve() / MERGED
     if write:
+        if folder.exists() and (folder.parent / NEXT).exists():
+            raise ModelError(f"{folder} belongs to the adapter that lies beside it: set another output_dir")
         merged.save_pretrained(folder)
     merged.name_or_path = str(folder)
     return add_adapter(merged, args.model, args.run.seed, new_ids)

@@ -40,7 +40,8 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     (tmp_path / "rows.jsonl").write_text(json.dumps(PAIR) + "\n")
     (tmp_path / "exam.json").write_text(json.dumps(EXAM))
     train = ["--train_file_dir", tmp_path / "rows.jsonl", "--output_dir", tmp_path / "out",
-             "--cache_dir", tmp_path / "c", "--use_cpu", "true", "--bf16", "false", "--do_eval", "false", "--max_steps", "1"]  # fmt: skip
+             "--cache_dir", tmp_path / "c", "--use_cpu", "true", "--bf16", "false", "--do_eval", "false",
+             "--max_steps", "1"]  # fmt: skip
     words = {
         "chat": ["--prompts", tmp_path / "rows.jsonl", "--use_cpu"],
         "export": ["--output", tmp_path / "exported"],
@@ -114,6 +115,8 @@ DAMAGES = [
     ("base/model.safetensors", cut, "chat", "is cut off or damaged"),
     ("base/model.safetensors", header, "export", "cannot be loaded|no safetensors file|are missing"),
     ("run/adapter_model.safetensors", cut, "evaluate", "is cut off or damaged"),
+    ("run/adapter_config.json", changed(trainable_token_indices=[10**9]), "chat", "token 1000000000 lies beyond"),
+    ("run/adapter_config.json", changed(trainable_token_indices="x"), "train", "trainable_token_indices of .* cannot"),
     ("run/adapter_config.json", text(b"{"), "export", "adapter_config.json cannot be read"),
     ("run/adapter_config.json", changed(base_model_name_or_path=[1]), "train", "must be a text"),
     ("run/generation_config.json", text(b"\xff garbage"), "chat", "generation_config.json cannot be read"),
@@ -148,8 +151,8 @@ def test_sizes_that_no_model_has(entry):
 
 
 def test_the_largest_models_pass():
-    check_sizes("llama", {"num_hidden_layers": 126, "hidden_size": 16384, "intermediate_size": 53248, "vocab_size": 128256,
-                          "max_position_embeddings": 10_485_760, "rope_theta": 1e9})  # fmt: skip
+    check_sizes("llama", {"num_hidden_layers": 126, "hidden_size": 16384, "intermediate_size": 53248,
+                          "vocab_size": 128256, "max_position_embeddings": 10_485_760, "rope_theta": 1e9})  # fmt: skip
     check_sizes(
         "kimi", {"num_hidden_layers": 61, "n_routed_experts": 384, "num_experts_per_tok": 8, "vocab_size": 163840}
     )
