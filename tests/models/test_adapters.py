@@ -16,6 +16,7 @@ from preference.arguments import parse_arguments
 from preference.engine.forward import pair_logps
 from preference.engine.packing import pack_pairs
 from preference.engine.probe import prepare_model
+from preference.files import NEXT
 from preference.models.adapters import FROZEN
 from preference.models.hardware import Hardware
 from preference.models.loading import MERGED, adapt, load_base, untuned
@@ -94,6 +95,9 @@ def test_a_new_adapter_starts_from_the_merged_weights(folders, tmp_path):
     assert torch.equal(
         logits(load_tuned_model(find_source(str(tmp_path / "moved")), torch.float32, "cpu")), logits(new)
     )
+    (tmp_path / "moved" / NEXT).mkdir()  # another run begins to replace that result
+    with pytest.raises(ModelError, match="belongs to the adapter that lies beside it: set another output_dir"):
+        loaded(folders["adapter"], "--new_adapter", "true", "--output_dir", tmp_path / "moved", write=True)
 
 
 def test_training_all_weights_from_an_adapter_takes_it_in(folders):
