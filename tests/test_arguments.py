@@ -89,7 +89,7 @@ def test_a_flag_that_this_run_ignores_is_an_error(words):
         (["--loss", "dppo"], "did you mean"),
         (["--loss", "dpo,simpo"], "different defaults for beta"),
         (["--loss", "dpo:-1"], "positive number"),
-        (["--max_target_length", "0"], "a whole number, at least 1; got '0'"),
+        (["--max_target_length", "0"], "a whole number, at least 1 .*; got '0'"),
         (["--do_train", "false", "--do_eval", "false"], "nothing to do"),
         (["--save_steps", "2.5"], "a whole number of steps, or a share"),
         (["stray"], "belongs to no flag"),
@@ -130,10 +130,10 @@ def test_config_file_is_typed_and_overridden(tmp_path):
         ("seed: !!python/object/apply:os.getcwd []", "takes one value"),
         ("? [seed]\n: 1", "a name is one word"),
         ("lora_rank: 8\nseed: 1\nlora-rank: 9", "line 3: lora_rank is written twice, first in line 1"),
-        ("lora_rank: 010", "line 1: lora_rank takes a whole number, at least 1; got '010'"),
+        ("lora_rank: 010", "line 1: lora_rank takes a whole number, at least 1 .*; got '010'"),
         ("max_steps: 1:30", "max_steps takes a whole number, -1 or at least 1; got '1:30'"),
         ("max_steps: 1_0", "got '1_0'"),
-        ("learning_rate: .inf", "learning_rate takes a number, above 0, or auto; got '.inf'"),
+        ("learning_rate: .inf", "learning_rate takes a number, above 0 .*, or auto; got '.inf'"),
         ("use_peft: 2", "use_peft takes true or false; got '2'"),
         ("seed: 1\n---\nseed: 2", "line 2: a second document"),
         ("seed: 1\n\tloss: dpo", "line 2: not YAML"),
@@ -198,11 +198,34 @@ def test_a_value_that_means_nothing_is_refused_in_one_sentence_before_a_file_is_
     assert tried > 70
 
 
+NO_NUMBERS = ("nan", "-inf", "inf", "1e400", "1e30", "-1e30", "9" * 40, "abc", "1_0", "0x10", "1,5", "--3", "1e", ".")
+
+
+@pytest.mark.parametrize("name", [name for name, flag in FLAGS.items() if flag.kind in (int, float)])
+def test_no_number_of_any_flag_is_nonsense(name):
+    """Of every flag that is declared, also later: what it takes has an end, and one sentence says which."""
+    flag = FLAGS[name]
+    least = flag.range.least if flag.range.above is None else flag.range.above
+    assert least is not None
+    words = [*NO_NUMBERS, f"{least - 1.5:.1f}", *([] if flag.optional else ["", " "]), *([] if flag.auto else ["auto"])]
+    words += ["1.5", "010", "-7"] if flag.kind is int else []
+    for word in words:
+        with pytest.raises(ArgumentError, match=f"^{name} takes a .*; (got )?['\"]") as error:
+            flag.parse(word)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("word", ["lora_rank=1000000000", "dataloader_num_workers=5000", "learning_rate=1000"])
+def test_no_number_asks_for_more_than_any_machine_has(word):
+    with pytest.raises(ArgumentError, match="takes a .* at most "):
+        parse_arguments([f"--{word}"])
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--loss", "dpo", "--label_smoothing", "0.9"], "label_smoothing takes a number, at least 0 and below 0.5"),
-        (["--loss", "dpo", "--beta", "0"], "beta takes a number, above 0, or auto; got '0'"),
+        (["--loss", "dpo", "--beta", "0"], "beta takes a number, above 0 and at most 1000, or auto; got '0'"),
         (["--loss", "simpo", "--simpo_gamma=-1"], "simpo_gamma takes a number, at least 0"),
         (["--max_steps", "3", "--warmup_steps", "4"], "warmup_steps=4 is longer than the run, which has 3"),
         (["--lr_scheduler_type", "warmup_stable_decay"], "needs lr_scheduler_kwargs with num_decay_steps"),
@@ -211,7 +234,7 @@ def test_a_value_that_means_nothing_is_refused_in_one_sentence_before_a_file_is_
         (["--optim_target_modules", "q_proj"], "--optim_target_modules has no effect in this run"),
         (["--optim", "galore_adamw", "--optim_target_modules", "q"], "trains all weights through a projection"),
         (["--optim_args", "momentum=0.9"], "optim=adamw_torch_fused does not use momentum"),
-        (["--lora_rank"], "--lora_rank needs a value: a whole number, at least 1"),
+        (["--lora_rank"], "--lora_rank needs a value: a whole number, at least 1 and at most 65536"),
         (["--lora_rank", "--seed", "3"], "--lora_rank needs a value"),
         (["--no_use_peft=true"], "takes no value"),
         (["--no_lora_rank"], "unknown flag --no_lora_rank"),

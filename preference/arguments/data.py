@@ -86,6 +86,7 @@ class DataArguments:
         1024,
         "tokens for the prompt; a pair is kept if prompt + answer fits in the sum of both",
         least=1,
+        most=10**7,
         identity=True,
         peers=("max_prompt_length",),
     )
@@ -93,6 +94,7 @@ class DataArguments:
         512,
         "tokens for an answer, stop token included; see max_source_length",
         least=1,
+        most=10**7,
         identity=True,
         peers=("max_completion_length", "max_response_length"),
     )

@@ -40,6 +40,7 @@ class ObjectiveArguments:
         0.1,
         "weight of ORPO's odds-ratio term (lambda in the paper)",
         least=0,
+        most=1000,
         unused=(NOT_ORPO,),
         peers=("orpo_alpha", "orpo_lambda"),
     )
@@ -47,6 +48,7 @@ class ObjectiveArguments:
         1.0,
         "multiplies ORPO's log odds inside the sigmoid: higher leaves pairs that are right already alone",
         above=0,
+        most=1000,
         unused=(_unread("orpo_temperature"),),
         identity=True,
     )
@@ -75,6 +77,7 @@ class ObjectiveArguments:
         "strength of the other losses (unset: 0.1; simpo, alphapo, cpo_simpo 2; sigmoid_norm 5; nca_pair 0.01)",
         auto=True,
         above=0,
+        most=1000,
         unused=(
             Unused(lambda a: a.objective.loss == "orpo", "loss=orpo takes --orpo_beta"),
             Unused(lambda a: not has_beta(a.objective.loss), "this loss has no constant"),
@@ -95,6 +98,7 @@ class ObjectiveArguments:
         "weight of the chosen answers' NLL beside any loss (unset: 1 for orpo, rpo, sft, slic, rrhf, cpo; others 0)",
         auto=True,
         least=0,
+        most=1000,
         identity=True,
         peers=("rpo_alpha", "pref_ftx", "sft_weight", "sft_loss_weight"),
     )
@@ -132,7 +136,12 @@ class ObjectiveArguments:
         identity=True,
     )
     alphapo_alpha: float = flag(
-        0.25, "AlphaPO's shape of the reward; 0 is SimPO", unused=(_unread("alphapo_alpha"),), identity=True
+        0.25,
+        "AlphaPO's shape of the reward; 0 is SimPO",
+        least=-10,
+        most=10,
+        unused=(_unread("alphapo_alpha"),),
+        identity=True,
     )
     discopop_tau: float = flag(
         0.05, "DiscoPOP's temperature", above=0, unused=(_unread("discopop_tau"),), identity=True
@@ -170,6 +179,8 @@ class ObjectiveArguments:
     f_alpha: float = flag(
         0.5,
         "alpha of f_divergence=alpha_divergence",
+        least=-10,
+        most=10,
         unused=(Unused(lambda a: a.objective.f_divergence != "alpha_divergence", "alpha_divergence alone has it"),),
         identity=True,
         peers=("f_alpha_divergence_coef",),

@@ -54,6 +54,7 @@ class RunArguments:
         topic="steps",
         auto=True,
         least=0,
+        most=10**5,
         unused=(NO_TRAINING,),
         peers=("micro_batch_size", "batch_size", "train_batch_size"),
     )
@@ -62,6 +63,7 @@ class RunArguments:
         "pairs per evaluation batch on each device (0: as for training)",
         auto=True,
         least=0,
+        most=10**5,
         unused=(NO_EVALUATION,),
         peers=("eval_batch_size",),
     )
@@ -71,6 +73,7 @@ class RunArguments:
         topic="steps",
         auto=True,
         least=0,
+        most=10**6,
         unused=(NO_TRAINING,),
         peers=("grad_accum", "grad_accumulation_steps", "accumulation_steps"),
     )
@@ -79,6 +82,7 @@ class RunArguments:
         "passes over the data",
         topic="steps",
         above=0,
+        most=10**5,
         unused=(NO_TRAINING, Unused(lambda a: a.run.max_steps > 0, "max_steps decides the length of this run")),
         peers=("num_epochs", "epochs"),
     )
@@ -97,6 +101,7 @@ class RunArguments:
         topic="steps",
         auto=True,
         above=0,
+        most=100,
         unused=(NO_TRAINING,),
         peers=("lr",),
     )
@@ -128,7 +133,14 @@ class RunArguments:
         peers=("warmup_ratio", "num_warmup_steps"),
     )
     weight_decay: float = flag(
-        0.0, "weight decay of AdamW", topic="steps", least=0, unused=(NO_TRAINING,), identity=True, peers=("wd",)
+        0.0,
+        "weight decay of AdamW",
+        topic="steps",
+        least=0,
+        most=100,
+        unused=(NO_TRAINING,),
+        identity=True,
+        peers=("wd",),
     )
     optim: str = flag(
         "adamw_torch_fused",
@@ -314,7 +326,12 @@ class RunArguments:
         peers=("compile",),
     )
     dataloader_num_workers: int = flag(
-        0, "processes that pack batches ahead of the training step", topic="hardware", least=0, peers=("num_workers",)
+        0,
+        "processes that pack batches ahead of the training step",
+        topic="hardware",
+        least=0,
+        most=256,
+        peers=("num_workers",),
     )
     report_to: str = flag("none", "none, tensorboard, wandb, swanlab, trackio; several with commas")
     run_name: str | None = flag(
@@ -325,12 +342,13 @@ class RunArguments:
     )
     use_cpu: bool = flag(False, "train on the CPU even if there is a GPU", topic="hardware", peers=("no_cuda", "cpu"))
     sample_answers: int = flag(
-        3, "evaluation prompts answered by the base and the tuned model, side by side (0: none)", least=0
+        3, "evaluation prompts answered by the base and the tuned model, side by side (0: none)", least=0, most=10**4
     )
     sample_tokens: int = flag(
         96,
         "longest sample answer, in tokens",
         least=1,
+        most=10**6,
         unused=(Unused(lambda a: a.run.sample_answers == 0, "sample_answers=0 writes no sample answers"),),
         peers=("max_new_tokens",),
     )

@@ -18,7 +18,7 @@ TRUE = ("true", "yes", "on", "y", "t", "1")
 FALSE = ("false", "no", "off", "n", "f", "0")
 WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 SHOWN, LONGEST_ERROR = 80, 400  # characters of a value, of what is wrong with it
-LARGEST = 2**32 - 1  # whole numbers end up in C sooner or later
+LARGEST = 2**32 - 1  # whole numbers end up in C sooner or later, and nothing else here is as large
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
 
@@ -128,7 +128,7 @@ class Flag:
         if (self.auto and text.strip().lower() == "auto") or (self.optional and not text.strip()):
             return self.default if self.auto else None
         value = self._value(text)
-        if self.kind is int and value is not None and abs(value) > LARGEST:
+        if self.kind in (int, float) and value is not None and LARGEST < abs(value) < math.inf:
             raise ArgumentError(f"{self.name} takes {self.takes()}; {quoted(text)} is too large")
         if value is None or (self.kind in (int, float) and value not in self.range):
             raise ArgumentError(f"{self.name} takes {self.takes()}; got {quoted(text)}{self._near(text)}")
