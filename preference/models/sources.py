@@ -94,7 +94,7 @@ def written_base(adapter: str, config: dict[str, Any]) -> str | None:
             run = json.loads((place / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        arguments = run.get("arguments") if isinstance(run, dict) else None
+        arguments = run.get("arguments", {}) if isinstance(run, dict) else None
         if not isinstance(arguments, dict):
             continue
         for known in (run.get("base_model"), arguments.get("model_name_or_path")):
