@@ -65,7 +65,8 @@ class DataArguments:
     columns: str | None = flag(None, "renamed columns: question=QUERY,chosen=GOOD,rejected=BAD", check=parse_columns)
     labels: str | None = flag(
         None,
-        "what the values of a label mean, where the file does not say: 0=first,1=second,2=tie",
+        "what the values of a label mean, where the file does not say: 0=first,1=second,2=tie; of single answers "
+        "5=good,1=bad",
         check=parse_labels,
     )
     ignore_columns: str | None = flag(None, "columns to read the rows without, with commas", peers=("remove_columns",))

@@ -168,6 +168,22 @@ class ObjectiveArguments:
         unused=(_unread("ld_alpha"),),
         identity=True,
     )
+    kto_desirable_weight: float = flag(
+        1.0,
+        "KTO: weight of good answers; the paper keeps weight x count of good and bad ones within 1 to 1.33",
+        above=0,
+        unused=(_unread("kto_desirable_weight"),),
+        identity=True,
+        peers=("desirable_weight", "kto_chosen_weight"),
+    )
+    kto_undesirable_weight: float = flag(
+        1.0,
+        "KTO: weight of bad answers",
+        above=0,
+        unused=(_unread("kto_undesirable_weight"),),
+        identity=True,
+        peers=("undesirable_weight", "kto_rejected_weight"),
+    )
     f_divergence: str = flag(
         "reverse_kl",
         "the divergence behind DPO and kin",

@@ -26,6 +26,7 @@ GROUPS = {"model": ModelArguments, "data": DataArguments, "objective": Objective
 FLAGS = flags_of(GROUPS)
 UNKNOWN = 10**6  # optimizer steps, before the data is read
 LARGE = 10**10  # parameters, before the model is loaded: the lowest of the default learning rates
+TRL_HAS = ("orpo", "dpo", "kto")
 TRL_HAS_NOT = tuple(
     (name, FLAGS[name].default)
     for name in ("label_smoothing", "orpo_temperature", "orpo_stages", "orpo_beta_schedule", "ld_alpha", "f_divergence")
@@ -58,6 +59,10 @@ class Arguments:
     @property
     def evaluation_files(self) -> bool:
         return self.data.validation_file_dir is not None
+
+    def reading(self) -> dict[str, Any]:
+        """The choices about reading files; single answers, labelled good or bad, are for loss=kto alone."""
+        return self.data.reading() | {"unpaired": self.objective.loss == "kto"}
 
     @property
     def evaluation_sets(self) -> dict[str, str]:
@@ -168,8 +173,8 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         yield "adapter_name_or_path and peft_path are the same flag: give one of them"
     if args.model.new_adapter and args.model.torch_dtype == "bfloat16":
         yield "new_adapter merges in float32, and torch_dtype=bfloat16 would round what is merged: drop one of them"
-    if objective.engine == "trl" and objective.loss not in ("orpo", "dpo"):
-        yield f"engine=trl offers loss=orpo and loss=dpo; loss={objective.loss} needs engine=packed"
+    if objective.engine == "trl" and objective.loss not in TRL_HAS:
+        yield f"engine=trl offers loss={', '.join(TRL_HAS)}; loss={objective.loss} needs engine=packed"
     for name, value in (("nll_scope", "sequence"), ("nll_weight", None), *TRL_HAS_NOT):
         found = getattr(objective, name)
         if objective.engine == "trl" and found not in (value, None):
@@ -194,7 +199,7 @@ def _contradictions(args: Arguments) -> Iterator[str]:
     yield from _faults_of_steps(args)
     yield from _faults_of_selection(args)
     try:
-        choose(**data.reading())
+        choose(**args.reading())
     except ValueError as error:
         yield f"data_format, {', '.join(list(data.reading())[1:])}: {error}"
 

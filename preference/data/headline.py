@@ -114,18 +114,23 @@ def _shared(report: DataReport) -> Iterator[str]:
 
 
 def _lengths(tokens: Mapping[str, Any], unicode: bool, short: bool = False) -> str:
-    medians = ", ".join(f"{side} {tokens[side]['p50']}" for side in ("prompt", "chosen", "rejected"))
-    longest = tokens["prompt"]["max"] + max(tokens["chosen"]["max"], tokens["rejected"]["max"])
+    single = tokens.get("single_answers", 0)
+    words = {"prompt": "prompt", "chosen": "good" if single else "chosen", "rejected": "bad" if single else "rejected"}
+    sides = {side: tokens[side] for side in words if tokens[side]}  # of single answers all may be good
+    medians = ", ".join(f"{words[side]} {spread['p50']}" for side, spread in sides.items())
+    longest = tokens["prompt"]["max"] + max(spread["max"] for side, spread in sides.items() if side != "prompt")
     drawn = blocks(
         [bin["chosen"] + bin["rejected"] for bin in tokens["histogram"]], BLOCKS if unicode else ASCII_BLOCKS
     )
+    if single:
+        return f"{tr('singles', count=single, good=tokens['good'], medians=medians, longest=longest)}  {drawn}"
     if short:
         return f"{tr('pairs_short', pairs=tokens['pairs'], longest=longest)}  {drawn}"
     return f"{tr('pairs', pairs=tokens['pairs'], medians=medians, longest=longest)}  {tr('answers')} {drawn}"
 
 
 def _remarks(tokens: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
-    bias = tokens["length_bias"]["accuracy_of_length_alone"]
+    bias = tokens.get("length_bias", {}).get("accuracy_of_length_alone", 0.0)
     if bias >= LENGTH_TELLS:
         yield tr("length_tells", share=bias)
     for key in TOLD:

@@ -1,4 +1,4 @@
-"""One checked preference pair, as every stage after reading knows it."""
+"""One checked preference pair, or one answer that is labelled good or bad, as every stage after reading knows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One checked preference pair. Texts are stripped, answers are not empty and differ."""
+    """One checked preference pair. Texts are stripped, answers are not empty and differ.
+
+    With a `label` it is a single answer, which stands in `chosen` whether it is good or bad; `rejected` is empty.
+    """
 
     question: str
     chosen: str
@@ -19,3 +22,4 @@ class Row:
     file: str = ""
     line: int = 0  # 1-based; the row number in a parquet or arrow table
     extra: dict[str, Any] = field(default_factory=dict, compare=False)  # scores and the like
+    label: bool | None = None  # of a single answer: whether it is good

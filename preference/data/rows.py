@@ -295,9 +295,11 @@ def check(pair: Pair, file: str, line: int, report: DataReport) -> Row:
     if pair.system is not None:
         _check_text("system", pair.system)
     chosen, rejected = pair.chosen.strip(), pair.rejected.strip()
+    single = pair.label is not None
     question = pair.question.strip() if pair.prompt is None else ""
-    if _is_empty(chosen) or _is_empty(rejected):
-        sides = [name for name, text in (("chosen", chosen), ("rejected", rejected)) if _is_empty(text)]
+    if _is_empty(chosen) or (_is_empty(rejected) and not single):
+        named = (("the answer is", chosen),) if single else (("chosen", chosen), ("rejected", rejected))
+        sides = [name for name, text in named if _is_empty(text)]
         raise Drop("empty_answer", " and ".join(sides) + " empty")
     if _is_empty(question if pair.prompt is None else pair.prompt.strip()):
         raise Drop("empty_prompt")
@@ -306,7 +308,7 @@ def check(pair: Pair, file: str, line: int, report: DataReport) -> Row:
     history = _check_history(pair.history)
     system = (pair.system or "").strip() or None
     _take_notes(pair, report)
-    return Row(question, chosen, rejected, system, history, pair.prompt, file, line, pair.extra)
+    return Row(question, chosen, rejected, system, history, pair.prompt, file, line, pair.extra, pair.label)
 
 
 def _is_empty(text: str) -> bool:
@@ -315,7 +317,9 @@ def _is_empty(text: str) -> bool:
 
 
 def _take_notes(pair: Pair, report: DataReport) -> None:
-    if pair.chosen[0].isspace() != pair.rejected[0].isspace():
+    if pair.label is not None:
+        report.notes["good_answers" if pair.label else "bad_answers"] += 1
+    elif pair.chosen[0].isspace() != pair.rejected[0].isspace():
         report.notes["leading_space_in_" + ("chosen" if pair.chosen[0].isspace() else "rejected") + "_only"] += 1
     elif pair.chosen[0].isspace() and pair.prompt is not None and not pair.prompt[-1].isspace():
         report.notes["space_between_prompt_and_answers_stripped"] += 1

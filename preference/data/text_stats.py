@@ -45,7 +45,8 @@ def prompt_key(row: Row) -> int:
 
 def pair_key(row: Row, prompt: int | None = None) -> int:
     """64 bits, equal within one process for rows with equal prompt and answers after normalisation."""
-    return hash((prompt_key(row) if prompt is None else prompt, normalised(row.chosen), normalised(row.rejected)))
+    key = prompt_key(row) if prompt is None else prompt
+    return hash((key, normalised(row.chosen), normalised(row.rejected) if row.label is None else row.label))
 
 
 def script_of(text: str) -> str:
@@ -90,20 +91,30 @@ class TextStats:
         prompt = row.question if row.prompt is None else row.prompt
         key = prompt_key(row)
         self.prompts.append(key)
-        chosen, rejected = normalised(row.chosen), normalised(row.rejected)
-        self.pairs.append(hash((key, chosen, rejected)))
-        self.mirrored.append(hash((key, rejected, chosen)))
+        self._judged(row, key, normalised(row.chosen))
         context = sum(len(text) for turn in row.history for text in turn) if row.history else 0
         context += len(row.system) if row.system else 0
         self.lengths["prompt"].append(len(prompt) + context)
-        self.lengths["chosen"].append(len(row.chosen))
-        self.lengths["rejected"].append(len(row.rejected))
         self.scripts[script_of(prompt[:SCRIPT_SAMPLE] + row.chosen[:SCRIPT_SAMPLE])] += 1
         self.system_rows += row.system is not None
         self.history_rows += bool(row.history)
-        if nearly_identical(row.chosen, row.rejected):
+        if row.label is None and nearly_identical(row.chosen, row.rejected):
             self.counts["near_identical_answers"] += 1
         self._control_text(row)
+
+    def _judged(self, row: Row, key: int, chosen: str) -> None:
+        """What was judged, and the opposite judgement of it. A single answer counts on the side of its label."""
+        if row.label is not None:
+            self.pairs.append(hash((key, chosen, row.label)))
+            self.mirrored.append(hash((key, chosen, not row.label)))
+            self.lengths["chosen" if row.label else "rejected"].append(len(row.chosen))
+            self.counts["single_answers"] += 1
+            return
+        rejected = normalised(row.rejected)
+        self.pairs.append(hash((key, chosen, rejected)))
+        self.mirrored.append(hash((key, rejected, chosen)))
+        self.lengths["chosen"].append(len(row.chosen))
+        self.lengths["rejected"].append(len(row.rejected))
 
     def _control_text(self, row: Row) -> None:
         texts = [row.question, row.prompt or "", row.chosen, row.rejected, row.system or ""]
@@ -117,13 +128,19 @@ class TextStats:
                 if token in self.control or len(self.control) < 50:
                     self.control[token] += 1
 
+    def _length_bias(self) -> dict[str, float]:
+        import numpy as np
+
+        chosen, rejected = (np.asarray(self.lengths[name]) for name in ("chosen", "rejected"))
+        return length_bias(int((chosen > rejected).sum()), int((chosen == rejected).sum()), self.rows)
+
     def to_dict(self) -> dict[str, Any]:
         import numpy as np  # here, so that reading rows needs no numpy
 
-        chosen, rejected = (np.asarray(self.lengths[name]) for name in ("chosen", "rejected"))
-        longer, equal = int((chosen > rejected).sum()), int((chosen == rejected).sum())
+        single = self.counts["single_answers"]
         return {
             "rows": self.rows,
+            **({"single_answers": single} if single else {}),
             "with_system": self.system_rows,
             "with_history": self.history_rows,
             "duplicate_pairs": self.rows - len(np.unique(self.pairs)),
@@ -131,7 +148,7 @@ class TextStats:
             "contradicting_pairs": int(np.isin(np.unique(self.pairs), self.mirrored).sum()) // 2,
             "near_identical_answers": self.counts["near_identical_answers"],
             "characters": {name: spread(values) for name, values in self.lengths.items()},
-            "length_bias": length_bias(longer, equal, self.rows),
+            **({} if single else {"length_bias": self._length_bias()}),
             "scripts": dict(self.scripts.most_common()),
             "control_text_rows": self.counts["control_text_rows"],
             "control_text": dict(self.control.most_common(20)),

@@ -23,7 +23,9 @@ from preference.losses import Objective, Totals
 logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-PAIR_COLUMNS = ("pair_weight", "score_margin")  # a dataset may have them: a number for each pair, which the loss reads
+# A dataset may have them: a number for each row, which the loss reads. `desirable` (1 or 0): the row has one answer,
+# in chosen_ids, good or bad; rejected_ids is an answer to another prompt, for KTO's estimate of the KL divergence
+PAIR_COLUMNS = ("pair_weight", "score_margin", "desirable")
 OPEN_BINS = (
     64  # micro-batches that a pair is tried in before a new one is begun; bounds the planning of a large evaluation set
 )

@@ -22,6 +22,9 @@ class PairLogps:
     was packed without them. `weight_B` is 1 for a pair of the batch and 0 for one that only evens out the ranks. The
     tails are the sums over the tokens beyond the shorter answer's length, `pair_weight_B` and `score_margin_B` what
     the data's columns of these names hold; None where nobody asked for them.
+
+    Rows of one answer each (KTO) lie in the same two: `chosen_B` is the row's own answer, good or bad as `desirable_B`
+    says (1 or 0), and `rejected_B` an answer to another prompt, by which the KL divergence is estimated.
     """
 
     chosen_B: Tensor
@@ -35,6 +38,7 @@ class PairLogps:
     rejected_tail_B: Tensor | None = None
     pair_weight_B: Tensor | None = None
     score_margin_B: Tensor | None = None
+    desirable_B: Tensor | None = None
 
 
 def log1mexp(x: Tensor) -> Tensor:

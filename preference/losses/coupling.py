@@ -16,7 +16,11 @@ from preference.losses.objective import Objective
 
 
 def _kto(sums: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """z for the chosen answers from the rejected ones' mean log-ratio and the other way round, never below 0."""
+    """z for the chosen answers from the rejected ones' mean log-ratio and the other way round, never below 0.
+
+    Single answers stand among the chosen, each beside an answer to another prompt: the mean log-ratio of those is the
+    paper's estimate of the KL divergence.
+    """
     z_chosen, z_rejected = (
         (sums[i] - reference[i]).mean().clamp(min=0).expand(len(sums[i])) for i in (1, 0)
     )  # fmt: skip

@@ -34,6 +34,7 @@ class Objective:
         alphapo_alpha: AlphaPO's shape of the reward; 0 is SimPO.
         discopop_tau, dpop_lambda, length_penalty: constants of discopop, dpop and rdpo.
         ld_alpha: weight of tokens beyond the shorter answer's length (LD-DPO, arXiv 2409.06411, eq. 10); 1: as any.
+        kto_desirable_weight, kto_undesirable_weight: KTO's lambdas, what good and bad answers weigh.
         f_divergence: the divergence behind DPO (Wang et al. 2023, arXiv 2309.16240); f_alpha is the alpha of
             alpha_divergence.
 
@@ -55,6 +56,8 @@ class Objective:
     dpop_lambda: float = 50.0
     length_penalty: float = 0.01
     ld_alpha: float = 1.0
+    kto_desirable_weight: float = 1.0
+    kto_undesirable_weight: float = 1.0
     f_divergence: str = "reverse_kl"
     f_alpha: float = 0.5
 
@@ -71,7 +74,7 @@ class Objective:
         beta = 0.0 if self.beta is None else self.beta
         if not math.isfinite(beta) or beta < 0 or (beta == 0 and needs_beta):
             raise ValueError(f"beta is a positive number (0 is allowed for orpo: likelihood alone); got {self.beta}")
-        for name in ("orpo_temperature", "discopop_tau"):
+        for name in ("orpo_temperature", "discopop_tau", "kto_desirable_weight", "kto_undesirable_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is a positive number; got {getattr(self, name)}")
         for name in ("nll_weight", "cpo_alpha", "dpop_lambda", "length_penalty", "simpo_gamma"):
@@ -115,6 +118,14 @@ class Objective:
     def reward(self) -> str:
         """What counts as a reward, times beta: "ratio", "mean" or "sum" (see `Spec`)."""
         return LOSSES[self.parts[0][0]].reward
+
+    def check_single_answers(self) -> None:
+        """Raises ValueError unless the loss is one of single answers, each labelled good or bad."""
+        if self.loss != "kto":
+            raise ValueError(f"loss={self.loss} compares two answers of a prompt, and the rows have one each: loss=kto")
+        for name, rest in (("nll_weight", 0.0), ("ld_alpha", 1.0)):
+            if getattr(self, name) != rest:
+                raise ValueError(f"{name}={getattr(self, name):g} is for pairs; the rows have one answer each")
 
     def nll_tokens(self, prompt_tokens: int, chosen_tokens: int) -> int:
         """Tokens that one pair adds to `Totals.nll_tokens`: a prompt of p tokens has p-1 predicted ones."""

@@ -125,10 +125,14 @@ def kto_answer(reward_B: Tensor, desirable: bool, baseline_B: Tensor) -> Tensor:
 
 
 def kto(x: Answers) -> Tensor:
-    """KTO's mean over both answers; z of each is the global batch's mean log-ratio of the other side (coupling.py)."""
+    """KTO of single answers, or its mean over both answers of a pair; z as coupling.py has it."""
     chosen_B, rejected_B = (x.beta * ratio_B for ratio_B in x.ratios)
     for_chosen_B, for_rejected_B = x.beta * x.partners[:, 0], x.beta * x.partners[:, 1]
-    return (kto_answer(chosen_B, True, for_chosen_B) + kto_answer(rejected_B, False, for_rejected_B)) / 2
+    good_B = x.o.kto_desirable_weight * kto_answer(chosen_B, True, for_chosen_B)
+    if x.logps.desirable_B is not None:
+        bad_B = x.o.kto_undesirable_weight * kto_answer(chosen_B, False, for_chosen_B)
+        return torch.where(x.logps.desirable_B > 0, good_B, bad_B)
+    return (good_B + x.o.kto_undesirable_weight * kto_answer(rejected_B, False, for_rejected_B)) / 2
 
 
 def aot(x: Answers) -> Tensor:

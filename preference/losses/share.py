@@ -53,6 +53,39 @@ def _per_pair_metrics(x: Answers) -> dict[str, Tensor]:
     return metrics
 
 
+def _single_metrics(x: Answers) -> dict[str, Tensor]:
+    """The metrics of rows of one answer, [B]: sums over the good and over the bad ones, which `as_means` divides."""
+    desirable_B = x.logps.desirable_B
+    assert desirable_B is not None  # only such rows come here
+    reward_B = x.rewards[0]
+    return {
+        "desirable": desirable_B,
+        "logps/chosen": desirable_B * x.logps.chosen_B,
+        "logps/rejected": (1 - desirable_B) * x.logps.chosen_B,
+        "rewards/chosen": desirable_B * reward_B,
+        "rewards/rejected": (1 - desirable_B) * reward_B,
+        "kl": x.partners[:, 0],
+    }
+
+
+def as_means(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics over all rows as they are shown: those of single answers are means over the good or the bad ones.
+
+    A side without rows has none; `rewards/margins` is the difference of the two means.
+    """
+    if "desirable" not in metrics:
+        return metrics
+    shares = {"chosen": metrics["desirable"], "rejected": 1 - metrics["desirable"]}
+    shown = {}
+    for name, value in metrics.items():
+        share = shares.get(name.rpartition("/")[2])
+        if share is None or share > 0:
+            shown[name] = value if share is None else value / share
+    if {"rewards/chosen", "rewards/rejected"} <= shown.keys():
+        shown["rewards/margins"] = shown["rewards/chosen"] - shown["rewards/rejected"]
+    return shown
+
+
 def objective_share(
     objective: Objective,
     logps: PairLogps,
@@ -72,7 +105,7 @@ def objective_share(
         The share, a scalar; the shares of all micro-batches of all ranks sum to the loss. And metrics, most under
         TRL's names, each a detached sum over the micro-batch's pairs: summed over a global batch and divided by its
         pairs it is the metric. `nll_loss` is the chosen answers' NLL, whether or not the objective has it. A pair's
-        weight (`pair_weight_B`) is on its loss, not on its metrics.
+        weight (`pair_weight_B`) is on its loss, not on its metrics. Metrics of single answers go through `as_means`.
 
     Raises:
         ValueError: a loss that needs a reference or a coupling got none, or the other way round.
@@ -81,6 +114,8 @@ def objective_share(
         raise ValueError(f"loss={objective.loss} takes {'a' if objective.needs_reference else 'no'} reference")
     if objective.needs_batch != (coupled is not None):
         raise ValueError(f"loss={objective.loss} takes {'a' if objective.needs_batch else 'no'} coupling of its batch")
+    if logps.desirable_B is not None:
+        objective.check_single_answers()
     weight_B = logps.weight_B if logps.pair_weight_B is None else logps.weight_B * logps.pair_weight_B
     loss = logps.chosen_B.new_zeros(())
     for name, weight in objective.parts:
@@ -88,8 +123,11 @@ def objective_share(
         loss = loss + weight * (weight_B * pair_loss_B).sum() / totals.pairs
     if objective.nll_weight:
         loss = loss + objective.nll_weight * _nll_share(objective, logps, weight_B, totals)
-    nll = _nll_share(objective, logps, logps.weight_B, totals).detach()  # shown whether or not it is learned
-    sums = {"nll_loss": nll * totals.pairs}
-    per_pair = _per_pair_metrics(Answers(objective, logps, reference))
+    if logps.desirable_B is None:
+        nll = _nll_share(objective, logps, logps.weight_B, totals).detach()  # shown whether or not it is learned
+        sums = {"nll_loss": nll * totals.pairs}
+        per_pair = _per_pair_metrics(Answers(objective, logps, reference))
+    else:
+        sums, per_pair = {}, _single_metrics(Answers(objective, logps, reference, coupled and coupled.get("kto")))
     sums |= {name: (logps.weight_B * value_B.detach()).sum() for name, value_B in per_pair.items()}
     return loss, {"loss": loss.detach() * totals.pairs} | sums

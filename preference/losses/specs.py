@@ -79,7 +79,10 @@ LOSSES: dict[str, Spec] = {
     "sppo_hard": _dpo_kin("Wu et al. 2024, arXiv 2405.00675, eq. 4.7 with hard labels"),
     "apo_zero": _dpo_kin("D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7"),
     "apo_down": _dpo_kin("D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 8"),
-    "kto": _dpo_kin("Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8, on pairs", batch=True),
+    "kto": _dpo_kin(
+        "Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8, on single answers and on pairs",
+        "kto_desirable_weight", "kto_undesirable_weight", batch=True,
+    ),
     "aot": _dpo_kin("Melnyk et al. 2024, arXiv 2406.05882, paired", "label_smoothing", batch=True),
     "aot_unpaired": _dpo_kin("Melnyk et al. 2024, arXiv 2406.05882, unpaired", "label_smoothing", batch=True),
 }  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from preference.arguments import STRATEGIES, Arguments
+from preference.arguments.parsing import TRL_HAS
 from preference.engine.batching import row_lengths, shared_prefix
 from preference.engine.masks import EngineError
 from preference.losses import Objective
@@ -45,7 +46,7 @@ class Plan:
 class Setup:
     """What does not change between the variants of a run that are looked at.
 
-    lengths, common: tokens [n, 3] of the training pairs, and their `shared_prefix`.
+    lengths, common: tokens [n, 3] of the training pairs, and their `shared_prefix`. single: they are single answers.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Setup:
     config: Any = None
     common: int = 0
     adapter: str | None = None
+    single: bool = False
 
     def estimator(self, args: Arguments) -> Estimator:
         """
@@ -104,12 +106,16 @@ def configuration(args: Arguments) -> str:
     return "\n".join(lines)
 
 
-def length_table(lengths: np.ndarray) -> str:
-    """Quantiles of the tokens of n pairs, lengths [n, 3] (prompt, chosen, rejected)."""
+def length_table(lengths: np.ndarray, single: bool) -> str:
+    """Quantiles of the tokens of n pairs, or single answers: lengths [n, 3] of prompt, chosen and rejected."""
     marks = {"least": 0, "median": 50, "90%": 90, "99%": 99, "most": 100}
-    columns = {"prompt": lengths[:, 0], "chosen": lengths[:, 1], "rejected": lengths[:, 2]}
-    columns["pair, prompt once"] = lengths.sum(axis=1) - 1
-    lines = [f"tokens of {len(lengths)} training pairs" + "".join(f"{name:>9}" for name in marks)]
+    names = ("prompt", "answer", "mismatched answer") if single else ("prompt", "chosen", "rejected")
+    columns = dict(zip(names, lengths.T, strict=True))
+    columns["both, prompt once" if single else "pair, prompt once"] = lengths.sum(axis=1) - 1
+    lines = [
+        f"tokens of {len(lengths)} training {'answers' if single else 'pairs'}"
+        + "".join(f"{name:>9}" for name in marks)
+    ]
     width = len(lines[0]) - 9 * len(marks)
     for name, values in columns.items():
         found = "".join(f"{np.percentile(values, mark, method='nearest'):>9.0f}" for mark in marks.values())
@@ -121,7 +127,7 @@ def _engine_options(args: Arguments) -> Iterator[tuple[str, Arguments | str]]:
     """(engine, arguments of this run with it, or why it cannot be had)."""
     choice = args.objective
     for engine in ENGINES:
-        if engine == "trl" and (choice.loss not in ("orpo", "dpo") or choice.nll_scope not in (None, "sequence")):
+        if engine == "trl" and (choice.loss not in TRL_HAS or choice.nll_scope not in (None, "sequence")):
             yield engine, f"TRL has no loss={choice.loss} with nll_scope={choice.nll_scope}"
         else:
             yield engine, changed(args, {"engine": engine})
@@ -256,7 +262,7 @@ def dry_run(args: Arguments, setup: Setup, pairs: int, accumulation: int, world:
     present, hardware = setup.present, setup.hardware
     device = torch.device(hardware.device)
     rates = matmul_rate(device, setup.half or torch.float32), memory_rate(device)
-    lines = [configuration(args), "", length_table(setup.lengths), ""]
+    lines = [configuration(args), "", length_table(setup.lengths, setup.single), ""]
     mine: Plan | None = None
     for engine, option in _engine_options(args):
         if isinstance(option, str):
@@ -297,6 +303,8 @@ def on_paper(
 ) -> str:
     """What the run would do, need and take; no weight is loaded."""
     lengths, common = row_lengths(train_set), shared_prefix(train_set)
-    setup = Setup(source.base, hardware, objective, half_type(training), lengths, common=common, adapter=source.adapter)
+    single = "desirable" in train_set.column_names
+    half = half_type(training)
+    setup = Setup(source.base, hardware, objective, half, lengths, common=common, adapter=source.adapter, single=single)
     cut = training.per_device_train_batch_size, training.gradient_accumulation_steps
     return dry_run(args, setup, *cut, training.world_size)

@@ -276,7 +276,7 @@ class Estimator:
 
     def trace(self, lengths: np.ndarray, accumulating: bool) -> Trace:
         """The step over one micro-batch of pairs with these lengths [B, 3]."""
-        batch: dict[str, Any] = {"half": self.half, "dpo": self.args.objective.loss == "dpo"}
+        batch: dict[str, Any] = {"half": self.half, "dpo": self.args.objective.loss != "orpo"}
         if self.args.objective.engine == "packed":
             pairs = stand_ins(lengths, self.common)
             batch |= pack_pairs(pairs, share_prompt=self.share_prompt, prompt_logps=self.objective.needs_prompt)
@@ -309,7 +309,7 @@ class Estimator:
     def _keeps_reference(self) -> bool:
         """Whether the engine holds a second copy of the model."""
         choice = self.args.objective
-        return choice.engine == "trl" and choice.loss == "dpo" and not self.args.model.use_peft
+        return choice.engine == "trl" and choice.loss in ("dpo", "kto") and not self.args.model.use_peft
 
     def _shares(self, strategy: str, share: float, weights: float) -> tuple[float, float, float, float]:
         """(weights, gradients, optimizer, buffers) of a device under a strategy that shares them out."""

@@ -39,6 +39,8 @@ class Samples:
         places = [(rows, i) for rows in sets_of(eval_set).values() for i in range(len(rows))]
         sources = [source for rows in sets_of(eval_set).values() for source in rows["source"]]
         asked = _of_the_commonest_script([questions[source] for source in sources]) if sources else []
+        # the answer that is shown beside them is a good one
+        asked = [at for at in asked if places[at][0][places[at][1]].get("desirable", 1)] or asked
         count = min(args.run.sample_answers, len(asked))
         picked = sorted(random.Random(args.run.seed).sample(asked, count))
         self.rows = [rows[i] | {"question": questions[sources[at]]} for at in picked for rows, i in [places[at]]]

@@ -150,7 +150,9 @@ class Evaluation:
         if not self.sets:
             return
         self.metrics[who] = self.trainer.evaluate()
-        if hasattr(self.trainer, "scores"):  # TRL's trainers keep no figures of single pairs
+        # TRL's trainers keep no figures of single pairs, and single answers are no pairs
+        of_pairs = all("desirable" not in rows.column_names for rows in self.sets.values())
+        if hasattr(self.trainer, "scores") and of_pairs:
             scores = [self.trainer.scores[f"eval_{name}" if name else "eval"] for name in self.sets]
             self.sums[who] = np.concatenate(scores)
 

@@ -29,11 +29,12 @@ ROWS = (
     ("eval_log_odds_chosen", "log odds, chosen over rejected", "{:+.4f}", True),
     ("eval_rewards/accuracies", "reward accuracy", "{:.1%}", True),
     ("eval_rewards/margins", "reward margin", "{:+.4f}", True),
+    ("eval_kl", "KL estimate", "{:.4f}", None),
     ("eval_logps/chosen", "log-probability of chosen", "{:+.3f}", None),
     ("eval_logps/rejected", "log-probability of rejected", "{:+.3f}", None),
 )
 
-MEANINGS = ("preference accuracy", "margin per token", "reward accuracy", "reward margin")
+MEANINGS = ("preference accuracy", "margin per token", "reward accuracy", "reward margin", "KL estimate")
 
 
 def _reward_is_scaled(prefix: str, *results: Mapping[str, float]) -> bool:

@@ -39,6 +39,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "{pairs:,} pairs; none needs more than {longest:,} tokens",
         "{pairs:,} 对；最长 {longest:,} 个词元",
     ),
+    "singles": (
+        "{count:,} single answers, {good:,} of them good; median tokens: {medians}; none needs more than {longest:,}",
+        "{count:,} 个单独的回答，其中 {good:,} 个为好；词元中位数：{medians}；最长 {longest:,}",
+    ),
     "answers": ("answers", "回答"),
     "length_tells": (
         "length alone tells the answers apart in {share:.0%} of the pairs; a model may learn just that",
@@ -79,6 +83,12 @@ WORDS: dict[str, tuple[str, str]] = {
         "{source}; tokens: prompt {prompt}, chosen {chosen}, rejected {rejected}",
         "{source}；词元数：prompt {prompt}，chosen {chosen}，rejected {rejected}",
     ),
+    "single_head": (
+        "{source}: {prompt} prompt tokens; learned: {chosen} tokens of an answer",
+        "{source}：提示 {prompt} 个词元；学习部分：回答 {chosen} 个",
+    ),
+    "good_answer": ("good answer", "好的回答"),
+    "bad_answer": ("bad answer", "差的回答"),
     "learned_between": ("{side} (learned between ⟦ and ⟧)", "{side}（⟦ 与 ⟧ 之间为学习部分）"),
     "tokens": ("tokens", "词元"),
     "characters": ("… ({count} characters) …", "…（{count} 个字符）…"),
@@ -169,6 +179,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "log odds, chosen over rejected": ("log odds, chosen over rejected", "chosen 对 rejected 的对数几率"),
     "reward accuracy": ("reward accuracy", "奖励准确率"),
     "reward margin": ("reward margin", "奖励间距"),
+    "KL estimate": ("KL estimate", "KL 估计"),
     "log-probability of chosen": ("log-probability of chosen", "chosen 的对数概率"),
     "log-probability of rejected": ("log-probability of rejected", "rejected 的对数概率"),
     "means preference accuracy": (
@@ -180,7 +191,11 @@ WORDS: dict[str, tuple[str, str]] = {
         "pairs whose chosen answer has the higher reward, as the loss defines it (a tie is half a pair)",
         "chosen 奖励更高的数据对，奖励由损失函数定义（持平算半对）",
     ),
-    "means reward margin": ("by how much that is higher, beta included", "奖励高出多少，含 beta"),
+    "means reward margin": ("by how much the reward of chosen is higher, beta included", "chosen 的奖励高出多少，含 beta"),
+    "means KL estimate": (
+        "what KTO compares rewards with: the mean log-ratio of answers to other prompts, 0 at least",
+        "KTO 的参照点：与提示不匹配的回答的平均对数比，不低于 0",
+    ),
     "next": ("next", "接下来"),
     "next_chat": ("talk to it", "与模型对话"),
     "next_report": ("look at the run", "查看本次训练"),

@@ -17,13 +17,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from preference.data.formats import FORMATS, Format, Options, choose
 from preference.data.packed import Position
 from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.rows import Repeats, iter_rows
+from preference.data.singles import single_answers
 from preference.data.sources import HUB, find_sources
 from preference.screen import shown
 from preference.tokens.lengths import TokenLengths
@@ -63,6 +64,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--encoding", help="what text files are written in, if not UTF-8: gb18030, utf-16-le, ...")
     add("--axis", choices=["better", "safer"], help="PKU-SafeRLHF: which label decides")
+    add("--unpaired", action="store_true", help="read rows of one answer with a label good or bad too, for loss=kto")
     add("--min-score-gap", type=float, metavar="G", help="drop scored pairs that differ by less (default: ties only)")
     add("--pairs", default="best-worst", choices=["best-worst", "all", "best-random"], help="pairs of a ranked list")
     add("--max-per-prompt", type=int, default=0, metavar="N", help="keep at most N pairs of one prompt")
@@ -93,22 +95,24 @@ def options_of(args: argparse.Namespace) -> Options:
         seed=args.seed,
         rendered=args.rendered,
         encoding=args.encoding,
+        unpaired=args.unpaired,
         prompt_is_rendered={"true": True, "false": False}.get(args.prompt_is_rendered),
     )
 
 
 def triple_line(row: Row) -> str:
+    if row.label is not None:
+        context = {"prompt": row.prompt} if row.prompt is not None else _context(row)
+        return json.dumps(context | {"response": row.chosen, "label": row.label}, ensure_ascii=False) + "\n"
     if row.prompt is not None:  # rendered already: training uses it as it stands
         ready = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
         return json.dumps(ready, ensure_ascii=False) + "\n"
-    triple = {
-        "system": row.system or "",
-        "history": [list(turn) for turn in row.history],
-        "question": row.question,
-        "response_chosen": row.chosen,
-        "response_rejected": row.rejected,
-    }
+    triple = {**_context(row), "response_chosen": row.chosen, "response_rejected": row.rejected}
     return json.dumps(triple, ensure_ascii=False) + "\n"
+
+
+def _context(row: Row) -> dict[str, Any]:
+    return {"system": row.system or "", "history": [list(turn) for turn in row.history], "question": row.question}
 
 
 class Progress:
@@ -159,6 +163,7 @@ def convert(
     unfinished = output if special else output.with_name(output.name + ".part")
     output.parent.mkdir(parents=True, exist_ok=True)
     rows = iter_rows(sources, report, options, repeats=repeats, on_file=say_format, on_record=progress)
+    rows = single_answers(rows, report) if options.unpaired else rows
     try:
         with _open(unfinished, output) as file:
             for row in tokens.watch(rows) if tokens else rows:
@@ -216,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
             save_report(report_dict(report, 0), args.report)
         return 2 if isinstance(error, ValueError) and not isinstance(error, DataError) else 1
     print(shown(report.summary()))
-    print(f"{written} triples written to {args.output}" if written else f"nothing written to {args.output}")
+    what = "single answers" if options.unpaired else "triples"
+    print(f"{written} {what} written to {args.output}" if written else f"nothing written to {args.output}")
     named = {path for path in args.input if path in content["files"] and not content["files"][path]["rows_kept"]}
     return 0 if written and not named else 1

@@ -3,9 +3,10 @@
     dataset = build_dataset(rows, conv, tokenizer, max_source_length=1024, max_target_length=1024, report=report)
 
 Columns: `prompt`, `chosen`, `rejected` (text), `prompt_ids`, `chosen_ids`, `rejected_ids` (int32 lists; answers end
-in the stop token), `source` ("file:line"). Every engine reads exactly these ids. Prompts are encoded as a whole and
-without added special tokens, answers as a continuation that depends neither on the other answer nor on the prompt's
-content.
+in the stop token), `source` ("file:line"). Rows of single answers have `desirable` besides (1 or 0); their answer is
+`chosen`, and `rejected` is an answer to another prompt (tokens/mismatched.py). Every engine reads exactly these ids.
+Prompts are encoded as a whole and without added special tokens, answers as a continuation that depends neither on the
+other answer nor on the prompt's content.
 """
 
 from __future__ import annotations
@@ -102,7 +103,10 @@ def _with_numbers(table: Any) -> Any:
             table = table.remove_column(at)
         elif column.null_count:
             table = table.set_column(at, name, pc.fill_null(column, rest))
-    return table
+    at, pairs = table.column_names.index("desirable"), table.column("desirable").null_count
+    if 0 < pairs < table.num_rows:
+        raise ValueError(f"{pairs} of {table.num_rows} rows are pairs, the others single answers: data/singles.py")
+    return table.remove_column(at) if pairs else table
 
 
 def _prepare(rows: Iterable[Row], batcher: PairBatcher, write: Write) -> dict[str, Any]:
@@ -156,7 +160,7 @@ def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
     renderer, tokenizer = batcher.renderer, batcher.tokenizer
     conv = renderer.conv
     here = Path(__file__).parent
-    code = [here / f"{name}.py" for name in ("datasets", "pairs", "encoding", "rendering", "statistics")]
+    code = [here / f"{name}.py" for name in ("datasets", "pairs", "encoding", "rendering", "statistics", "mismatched")]
     code.append(Path(inspect.getfile(type(conv))))
     for path in code:
         digest.update(path.read_bytes())
@@ -172,8 +176,8 @@ def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
     digest.update(repr(settings).encode("utf-8", "surrogatepass"))
     for row in rows:
         texts = (row.question, row.chosen, row.rejected, row.system, row.history, row.prompt, row.file, row.line)
-        numbers = tuple(pair_number(row, name) for name in PAIR_NUMBERS)
-        digest.update(marshal.dumps((*texts, *numbers), 2))  # version 2 has no references: equal rows, equal bytes
+        more = (row.label, *(pair_number(row, name) for name in PAIR_NUMBERS))
+        digest.update(marshal.dumps((*texts, *more), 2))  # version 2 has no references: equal rows, equal bytes
     return digest.hexdigest()
 
 

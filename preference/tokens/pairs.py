@@ -12,6 +12,7 @@ from preference.data.formats.base import PAIR_NUMBERS
 from preference.data.row import Row
 from preference.templates.conversation import ConversationError
 from preference.tokens.encoding import Encoder, Ids, flatten, free_sentinel
+from preference.tokens.mismatched import mismatch
 from preference.tokens.rendering import Renderer
 from preference.tokens.statistics import TokenStats
 
@@ -21,7 +22,7 @@ SCHEMA = pa.schema(
     [(side, pa.string()) for side in SIDES]
     + [(f"{side}_ids", _IDS) for side in SIDES]
     + [("source", pa.string())]
-    + [(name, pa.float32()) for name in PAIR_NUMBERS]  # null where a row has none
+    + [(name, pa.float32()) for name in (*PAIR_NUMBERS, "desirable")]  # null where a row has none
 )
 
 
@@ -154,17 +155,20 @@ class PairBatcher:
                     stats.drop("too_long", row, f"{sizes} tokens > {limit}")
                     continue
                 self._cut(batch, i, stats)
-            if chosens[i] == rejecteds[i]:
+            if row.label is None and chosens[i] == rejecteds[i]:
                 stats.drop("identical_answers", row, "both answers are the same tokens")
                 continue
-            stats.keep(len(prompts[i]), len(chosens[i]), len(rejecteds[i]))
+            stats.keep(len(prompts[i]), len(chosens[i]), len(rejecteds[i]), row.label)
             kept.append(i)
+        mismatch(batch.rows, kept, batch.texts, batch.ids, limit)
         columns: list[pa.Array] = [pa.array([batch.texts[side][i] for i in kept], pa.string()) for side in SIDES]
         for side in SIDES:
             flat, offsets = flatten([batch.ids[side][i] for i in kept])
             columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=_IDS))
         columns.append(pa.array([f"{batch.rows[i].file}:{batch.rows[i].line}" for i in kept], pa.string()))
         columns += [pa.array([pair_number(batch.rows[i], name) for i in kept], pa.float32()) for name in PAIR_NUMBERS]
+        labels = (batch.rows[i].label for i in kept)
+        columns.append(pa.array([None if label is None else float(label) for label in labels], pa.float32()))
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
     def _cut(self, batch: _Batch, i: int, stats: TokenStats) -> None:

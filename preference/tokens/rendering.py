@@ -55,6 +55,11 @@ class Renderer:
         return row.prompt is not None and (self.prompt_is_rendered or self.matches(row.prompt))
 
     def render(self, row: Row) -> dict[str, str]:
+        """The three texts; a single answer has no rejected one beside it."""
+        texts = self._render(row)
+        return texts if row.label is None else texts | {"rejected": ""}
+
+    def _render(self, row: Row) -> dict[str, str]:
         if row.prompt is None:
             prompt = self.conv.get_prompt(row.question, history=row.history, system=row.system)
             return {

@@ -24,7 +24,7 @@ def show_pair(row: Mapping[str, Any], tokenizer: Any, terminal: Terminal) -> Non
         return
     controls = sorted({*map(str, tokenizer.all_special_tokens), *map(str, tokenizer.get_added_vocab())}, key=len)[::-1]
     texts: list[str | Text] = [terminal.cut(_head(row, "pair_short"), 1)]
-    for side in SIDES:
+    for side in ("prompt", *_answers(row)):
         label = f"{side:<9}" if side != "prompt" else ""
         words = _readable(decode(tokenizer, [int(i) for i in row[f"{side}_ids"]])).replace("\n", "⏎").replace("\t", " ")
         if not terminal.writes("⏎"):
@@ -39,9 +39,9 @@ def show_pair(row: Mapping[str, Any], tokenizer: Any, terminal: Terminal) -> Non
 def describe_pair(row: Mapping[str, Any], tokenizer: Any, max_chars: int = MAX_CHARS) -> str:
     """The prompt, the learned text between ⟦ and ⟧, and its first and last tokens with their ids."""
     lines = [_head(row), "prompt", _shortened(_readable(decode(tokenizer, row["prompt_ids"])), max_chars)]
-    for side in ("chosen", "rejected"):
+    for side, name in _answers(row).items():
         ids = [int(i) for i in row[f"{side}_ids"]]
-        lines += [tr("learned_between", side=side), f"⟦{_shortened(_readable(decode(tokenizer, ids)), max_chars)}⟧"]
+        lines += [tr("learned_between", side=name), f"⟦{_shortened(_readable(decode(tokenizer, ids)), max_chars)}⟧"]
         tokens = list(readable_tokens(tokenizer, ids))
         named = [f"{text!r}={'+'.join(map(str, group))}" for text, group in tokens]
         ends = [*named[:3], "…", *named[-2:]] if len(named) > 5 else named
@@ -63,7 +63,15 @@ def readable_tokens(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[str, l
 
 
 def _head(row: Mapping[str, Any], key: str = "pair_head") -> str:
+    key = "single_head" if "desirable" in row else key
     return tr(key, source=row["source"], **{side: len(row[f"{side}_ids"]) for side in SIDES})
+
+
+def _answers(row: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of the answers that are learned, and what they are: of a single one, whether it is good."""
+    if "desirable" not in row:
+        return {"chosen": "chosen", "rejected": "rejected"}
+    return {"chosen": tr("good_answer" if row["desirable"] else "bad_answer")}
 
 
 def _readable(text: str) -> str:

@@ -30,6 +30,7 @@ class TokenStats:
         self._drops: list[tuple[str, str, int, str]] = []
         self._all = array("i")  # prompt, chosen, rejected of every row
         self._kept = array("i")
+        self._single = 0  # of the kept ones, rows of one answer
         self._look_alikes: Counter[str] = Counter()
         self._look_alike_rows = 0
         self._look_alike_places: list[str] = []
@@ -60,6 +61,7 @@ class TokenStats:
         self._drops += other._drops
         self._all.extend(other._all)
         self._kept.extend(other._kept)
+        self._single += other._single
         self._look_alikes.update(other._look_alikes)
         self._look_alike_rows += other._look_alike_rows
         self._look_alike_places = (self._look_alike_places + other._look_alike_places)[:_PLACES]
@@ -69,8 +71,12 @@ class TokenStats:
     def drop(self, reason: str, row: Row, detail: str) -> None:
         self._drops.append((reason, row.file, row.line, detail))
 
-    def keep(self, *lengths: int) -> None:
-        self._kept.extend(lengths)
+    def keep(self, prompt: int, chosen: int, rejected: int, label: bool | None = None) -> None:
+        """A row that is kept. A single answer, given as `chosen`, counts on the side of its label."""
+        if label is not None:
+            self._single += 1
+            chosen, rejected = (chosen, 0) if label else (0, chosen)
+        self._kept.extend((prompt, chosen, rejected))
 
     def outcome(self) -> dict[str, Any]:
         """JSON-ready: drops, warnings, the report's section, and the message for the case that nothing is left."""
@@ -85,8 +91,11 @@ class TokenStats:
         kept = np.array(self._kept, dtype=np.int64).reshape(-1, 3)
         section: dict[str, Any] = {"pairs": len(kept), **self.limits}
         if len(kept):
-            section |= {side: spread(kept[:, i]) for i, side in enumerate(_SIDES)}
+            section |= {side: spread(kept[kept[:, i] > 0, i]) for i, side in enumerate(_SIDES)}
             section["histogram"] = _histogram(kept)
+        if self._single:
+            section |= {"single_answers": self._single, "good": int((kept[:, 1] > 0).sum())}
+        elif len(kept):
             longer, equal = (int(np.sum(which)) for which in (kept[:, 1] > kept[:, 2], kept[:, 1] == kept[:, 2]))
             section["length_bias"] = length_bias(longer, equal, len(kept))
         if self.truncate:
@@ -141,6 +150,6 @@ def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     """Rows by length, [n, 3] -> bins of equal width from `from` up to, but not including, `to`, with a count a side."""
     width = int(lengths.max()) // _BINS + 1
     edges = np.arange(0, int(lengths.max()) + width + 1, width)
-    counts = [np.histogram(lengths[:, i], edges)[0].tolist() for i in range(len(_SIDES))]
+    counts = [np.histogram(lengths[lengths[:, i] > 0, i], edges)[0].tolist() for i in range(len(_SIDES))]
     bins = zip(edges[:-1].tolist(), edges[1:].tolist(), *counts, strict=True)
     return [dict(zip(("from", "to", *_SIDES), each, strict=True)) for each in bins]

@@ -18,6 +18,7 @@ from preference.data.near_duplicates import near_duplicates
 from preference.data.report import DataReport
 from preference.data.row import Row
 from preference.data.rows import load_rows
+from preference.data.singles import alike
 from preference.data.sources import HUB, find, said
 from preference.data.text_stats import shared_prompts
 from preference.files import log_file
@@ -55,9 +56,10 @@ def load_data(
             section=section,
             longest=longest,
             keep_in=prepared,
-            **data.reading(),
+            **args.reading(),
         )
-        return take_wanted(rows, found, args.run.seed, report)
+        wanted = take_wanted(rows, found, args.run.seed, report)
+        return alike(wanted, report, prepared) if args.reading()["unpaired"] else wanted
 
     def build(rows: KeptRows, limit: int, section: str) -> Any:
         return build_dataset(

@@ -41,6 +41,7 @@ from preference.engine.transfer import to_device
 from preference.losses import Objective, PairLogps, Totals, objective_share
 from preference.losses.answers import weighted_sums
 from preference.losses.schedule import Schedule
+from preference.losses.share import as_means
 from preference.models.hardware import half_type
 from preference.train.coupled import couple_set, couple_step
 from preference.train.gradients import clip, exact_norm
@@ -95,7 +96,8 @@ class PairTrainer(GuardedTrainer):
         objective, schedule: what is learned, and how it changes in the course of the run; evaluations measure what it
             ends with.
         args: per_device_train_batch_size x gradient_accumulation_steps x ranks pairs make an optimizer step.
-        train_dataset, eval_dataset: columns prompt_ids, chosen_ids, rejected_ids and source; eval_dataset may be
+        train_dataset, eval_dataset: columns prompt_ids, chosen_ids, rejected_ids and source (and `desirable`, for rows
+            of one answer, see engine/batching.py); eval_dataset may be
             several by name, whose metrics are then called eval_NAME_loss and so on.
         max_tokens_per_micro_batch: cut a step into micro-batches of at most that many tokens rather than by
             per_device_train_batch_size (and evaluation likewise); 0: by pairs.
@@ -313,7 +315,8 @@ class PairTrainer(GuardedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log; the Trainer's own loss is the same number as ours
-            logs |= {name: mean for name, mean in self.train_metrics.read(self.accelerator).items() if name != "loss"}
+            means = as_means(self.train_metrics.read(self.accelerator))
+            logs |= {name: mean for name, mean in means.items() if name != "loss"}
         super().log(logs, start_time)
 
     # ---- the gradient's norm
@@ -352,7 +355,7 @@ class PairTrainer(GuardedTrainer):
             self.collecting = PairScores(len(dataloader.dataset), self.args.device)
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
             self.scores[metric_key_prefix] = self.collecting.read(self.accelerator)
-            means = self.eval_metrics.read(self.accelerator)
+            means = as_means(self.eval_metrics.read(self.accelerator))
         finally:
             self.collecting = self.eval_metrics = self.eval_coupled = None
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})

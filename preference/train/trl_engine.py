@@ -1,4 +1,4 @@
-"""engine=trl: TRL's ORPOTrainer and DPOTrainer on our datasets. It is what the packed engine is measured against.
+"""engine=trl: TRL's ORPO, DPO and KTO trainers on our datasets. It is what the packed engine is measured against.
 
 TRL's own semantics are left as they are where they are a choice: its NLL is a mean per micro-batch, so a step's loss
 and gradient depend on how the global batch is cut (the packed engine's do not), and its evaluation averages over
@@ -22,8 +22,8 @@ import copy
 import functools
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from preference.losses import Objective, log1mexp
 from preference.losses.answers import wins
 from preference.train.guarded import GuardedTrainer
 from preference.train.reference import is_fresh_adapter
+from preference.train.trl_collators import DpoCollator, KtoCollator, OrpoCollator
 from preference.train.watchdog import name_rows
 
 TESTED = "1.16.0"
@@ -50,46 +51,8 @@ class TrlError(PreferenceError, ValueError):
     """What TRL's trainers cannot do; the message names engine=packed where that can."""
 
 
-def _pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
-    width = max(len(ids) for ids in sequences)
-    return torch.tensor([[*ids, *[value] * (width - len(ids))] for ids in sequences])
-
-
-@dataclass(frozen=True)
-class OrpoCollator:
-    """Right-padded tensors under the names that ORPOTrainer reads; masks come from lengths, so any pad id does."""
-
-    pad_id: int
-
-    def __call__(self, pairs: list[Mapping[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = {"source": [str(pair.get("source", "")) for pair in pairs]}
-        for side in ("chosen", "rejected"):
-            rows = [pair["prompt_ids"] + pair[f"{side}_ids"] for pair in pairs]
-            labels = [[-100] * len(pair["prompt_ids"]) + pair[f"{side}_ids"] for pair in pairs]
-            batch[f"{side}_input_ids"] = _pad(rows, self.pad_id)
-            batch[f"{side}_attention_mask"] = _pad([[1] * len(row) for row in rows], 0)
-            batch[f"{side}_labels"] = _pad(labels, -100)
-        return batch
-
-
-@dataclass(frozen=True)
-class DpoCollator:
-    """Right-padded tensors under the names that DPOTrainer reads: all chosen rows, then all rejected ones."""
-
-    pad_id: int
-
-    def __call__(self, pairs: list[Mapping[str, Any]]) -> dict[str, Any]:
-        answers = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
-        return {
-            "source": [str(pair.get("source", "")) for pair in pairs],
-            "input_ids": _pad([prompt + answer for prompt, answer in answers], self.pad_id),
-            "attention_mask": _pad([[1] * (len(prompt) + len(answer)) for prompt, answer in answers], 0),
-            "completion_mask": _pad([[0] * len(prompt) + [1] * len(answer) for prompt, answer in answers], 0),
-        }
-
-
 class _Guards(GuardedTrainer):
-    """What both of TRL's trainers need besides; goes before them in the bases."""
+    """What all of TRL's trainers need besides; goes before them in the bases."""
 
     def __init__(self, *args: Any, send_usage: bool, **kwargs: Any) -> None:
         self.send_usage = send_usage
@@ -196,22 +159,38 @@ def _orpo_classes() -> tuple[type, type]:
     return ORPOConfig, GuardedOrpo
 
 
+class _Prepared(_Guards):
+    """What TRL's trainers that prepare their datasets themselves need besides."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        metrics = self._metrics["eval"]
+        if not self.model.training and self.eval_prefix != "eval":  # TRL writes every evaluation set under "eval_"
+            for name in list(metrics):
+                metrics[f"{self.eval_prefix.removeprefix('eval_')}_{name}"] = metrics.pop(name)
+        super().log(logs, start_time)
+
+
 @functools.cache
 def _dpo_classes() -> tuple[type, type]:
     from trl import DPOConfig, DPOTrainer
 
-    class GuardedDpo(_Guards, DPOTrainer):
-        def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-            return dataset
-
-        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            metrics = self._metrics["eval"]
-            if not self.model.training and self.eval_prefix != "eval":  # TRL writes every evaluation set under "eval_"
-                for name in list(metrics):
-                    metrics[f"{self.eval_prefix.removeprefix('eval_')}_{name}"] = metrics.pop(name)
-            super().log(logs, start_time)
+    class GuardedDpo(_Prepared, DPOTrainer):
+        pass
 
     return DPOConfig, GuardedDpo
+
+
+@functools.cache
+def _kto_classes() -> tuple[type, type]:
+    from trl import KTOConfig, KTOTrainer
+
+    class GuardedKto(_Prepared, KTOTrainer):
+        pass
+
+    return KTOConfig, GuardedKto
 
 
 def _check_rows(dataset: Dataset, what: str, max_length: int | None) -> None:
@@ -227,6 +206,17 @@ def _check_rows(dataset: Dataset, what: str, max_length: int | None) -> None:
         if bad.any():
             names = [str(dataset[int(i)].get("source", i)) for i in np.flatnonzero(bad)]
             raise TrlError(f"{len(names)} of the {what} rows {fault}: {name_rows(names)}")
+
+
+def _check_kind(dataset: Dataset, what: str, objective: Objective) -> None:
+    single = "desirable" in dataset.column_names
+    if single and objective.loss != "kto":
+        raise TrlError(f"the {what} rows have one answer each, and loss={objective.loss} compares two: loss=kto")
+    if not single and objective.loss == "kto":
+        raise TrlError(
+            f"the {what} rows are pairs, of which TRL's KTOTrainer estimates another KL divergence than loss=kto here: "
+            "engine=packed, or data/convert.py --unpaired, which writes each pair as two rows for either engine"
+        )
 
 
 def _with_lengths(dataset: Dataset | None, args: TrainingArguments) -> Dataset | None:
@@ -270,7 +260,7 @@ def make_trl_trainer(
     max_length: int | None = None,
     send_usage: bool = False,
 ) -> Trainer:
-    """TRL's ORPOTrainer (loss=orpo) or DPOTrainer (loss=dpo), guarded (see the module).
+    """TRL's ORPOTrainer (loss=orpo), DPOTrainer (dpo) or KTOTrainer (kto, single answers), guarded (see the module).
 
     Args:
         model: a causal LM, already wrapped in its PEFT adapter if there is one.
@@ -287,30 +277,33 @@ def make_trl_trainer(
         raise TrlError(
             "make_trl_trainer takes a loaded model: TRL loads a model by name in bfloat16 and over all devices"
         )
-    if objective.loss not in ("orpo", "dpo") or objective != Objective(objective.loss, objective.beta):
+    weights = {name: getattr(objective, name) for name in ("kto_desirable_weight", "kto_undesirable_weight")}
+    plain = objective == Objective(objective.loss, objective.beta, **weights)
+    if objective.loss not in ("orpo", "dpo", "kto") or not plain:
         raise TrlError(
-            "engine=trl computes loss=orpo with nll_scope=sequence and loss=dpo, without label smoothing; got "
-            f"{objective}. engine=packed computes all of them"
+            "engine=trl computes loss=orpo with nll_scope=sequence, loss=dpo and loss=kto, without label smoothing; "
+            f"got {objective}. engine=packed computes all of them"
         )
     sets = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
     for what, dataset in {"training": train_dataset, **sets}.items():
         if dataset is not None:
             _check_rows(dataset, what, max_length)
+            _check_kind(dataset, what, objective)
     train_dataset = _with_lengths(train_dataset, args)
     if isinstance(eval_dataset, dict):
         eval_dataset = {name: _with_lengths(dataset, args) for name, dataset in eval_dataset.items()}
     else:
         eval_dataset = _with_lengths(eval_dataset, args)
     pad_id = next(i for i in (processing_class.pad_token_id, processing_class.eos_token_id, 0) if i is not None)
-    make = _make_orpo if objective.loss == "orpo" else _make_dpo
-    weights = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    make = {"orpo": _make_orpo, "dpo": _make_dpo, "kto": _make_kto}[objective.loss]
+    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     trainer = make(
         model, args, objective, train_dataset, eval_dataset, pad_id,
         processing_class=processing_class, callbacks=callbacks, send_usage=send_usage,
     )  # fmt: skip
     for name, p in model.named_parameters():  # DPOTrainer turns the adapter of a 4-bit model into bfloat16
-        if name in weights and p.dtype != weights[name].dtype:
-            p.data = weights[name].to(p.device)
+        if name in trained and p.dtype != trained[name].dtype:
+            p.data = trained[name].to(p.device)
     return trainer
 
 
@@ -334,9 +327,29 @@ def _make_orpo(model, args, objective, train_dataset, eval_dataset, pad_id, **re
 
 def _make_dpo(model, args, objective, train_dataset, eval_dataset, pad_id, **rest) -> Trainer:
     config_class, trainer_class = _dpo_classes()
-    routed = getattr(model.config.get_text_config(), "output_router_logits", False)
-    aux = None if routed else 0.0  # as ORPOTrainer: a router's auxiliary loss only where the model's config asks for it
-    config = _config(config_class, args, beta=objective.beta, max_length=None, router_aux_loss_coef=aux)
+    config = _config(config_class, args, beta=objective.beta, max_length=None, router_aux_loss_coef=_router(model))
+    return _with_reference(trainer_class, config, model, train_dataset, eval_dataset, DpoCollator(pad_id), **rest)
+
+
+def _make_kto(model, args, objective, train_dataset, eval_dataset, pad_id, **rest) -> Trainer:
+    if args.per_device_train_batch_size < 2:
+        raise TrlError("TRL's KTOTrainer takes two rows a micro-batch at least: per_device_train_batch_size=2")
+    config_class, trainer_class = _kto_classes()
+    constants = {name: getattr(objective, f"kto_{name}") for name in ("desirable_weight", "undesirable_weight")}
+    order = {"train_sampling_strategy": "sequential"}  # TRL's condition, as its mismatched answers hang on the order
+    constants |= {"beta": objective.beta, "max_length": None, "router_aux_loss_coef": _router(model)}
+    config = _config(config_class, args, **constants, **order)
+    trainer = _with_reference(trainer_class, config, model, train_dataset, eval_dataset, KtoCollator(pad_id), **rest)
+    config.train_sampling_strategy = args.train_sampling_strategy  # ours are in the rows: any order will do
+    return trainer
+
+
+def _router(model: Any) -> float | None:
+    """As ORPOTrainer: a router's auxiliary loss only where the model's config asks for it."""
+    return None if getattr(model.config.get_text_config(), "output_router_logits", False) else 0.0
+
+
+def _with_reference(trainer_class, config, model, train_dataset, eval_dataset, collator, **rest) -> Trainer:
     peft = hasattr(model, "peft_config")
     fresh = is_fresh_adapter(model)
     reference = None if peft else copy.deepcopy(model).eval().requires_grad_(False)
@@ -346,7 +359,7 @@ def _make_dpo(model, args, objective, train_dataset, eval_dataset, pad_id, **res
         args=config,
         train_dataset=Dataset.from_dict(STAND_IN) if train_dataset is None else train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=DpoCollator(pad_id),
+        data_collator=collator,
         **rest,
     )
     if train_dataset is None:

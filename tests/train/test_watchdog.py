@@ -12,7 +12,7 @@ import torch
 from training import make_pairs, make_trainer, pairs_of, poison, same_weights, weights_of
 
 from preference.engine import batching
-from preference.train import stalls, trl_engine
+from preference.train import stalls, trl_collators
 from preference.train.watchdog import SHOWN, SpikeMeter, TrainingError, name_rows
 from tiny import tiny_model
 
@@ -178,7 +178,7 @@ def test_a_data_worker_that_stands_still_is_reported(engine, tmp_path, monkeypat
         def emit(self, record):
             reported.touch()
 
-    module, name = (batching, "pack_pairs") if engine == "packed" else (trl_engine, "_pad")
+    module, name = (batching, "pack_pairs") if engine == "packed" else (trl_collators, "_pad")
     prepare = getattr(module, name)
 
     def stands_still(*args, **kwargs):

@@ -23,6 +23,7 @@ from preference.data.formats import (
     tools,
     trl,
     ultrafeedback,
+    unpaired,
 )
 from preference.data.formats.base import (
     PAIR_NUMBERS,
@@ -59,7 +60,8 @@ _ALL = (
     labelled.ARENA, labelled.ARENA_CONVERSATIONS, labelled.FIRST_OR_SECOND, others.ZHONGJING_RANKS,
     ultrafeedback.ARGILLA_STRINGS, llamafactory.RANKING, llamafactory.ALPACA, orca.ORCA_REJUDGED, orca.ORCA,
     hh.HH_PROMPT, hh.HH_CN, trl.TRL, axolotl.ICR, hh.HH, DIALOGUE_TEXT, trl.TRL_IMPLICIT_MESSAGES,
-    decide.DECIDED, candidates.CANDIDATES_RANKED, named.NAMED, trl.TRL_IMPLICIT_TEXT, COLUMNS,
+    decide.DECIDED, candidates.CANDIDATES_RANKED, named.NAMED, trl.TRL_IMPLICIT_TEXT,
+    unpaired.UNPAIRED, COLUMNS,
 )  # fmt: skip
 FORMATS: dict[str, Format] = {format.name: format for format in _ALL}
 _DETECTED = [format for format in _ALL if format.detected]
@@ -91,6 +93,10 @@ def checked(options: Options) -> Options:
     """`options` themselves. Raises ValueError if the format does not exist, or lacks its columns."""
     if options.format != "auto":
         get_format(options.format)
+    if options.format != "auto" and FORMATS[options.format].single and not options.unpaired:
+        raise ValueError(
+            f"format={options.format} has one answer a row, which loss=kto (--unpaired) alone can train on"
+        )
     if options.format == COLUMNS.name and not options.columns:
         raise ValueError("format=columns needs the columns: question=...,chosen=...,rejected=...")
     return options
@@ -195,7 +201,7 @@ def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
 
 def _best_match(row: RowDict, options: Options) -> Format | None:
     """The first format whose columns the row has and in which it reads; else the first whose columns it has."""
-    matching = (format for format in _DETECTED if format.matches(row))
+    matching = (format for format in _DETECTED if (options.unpaired or not format.single) and format.matches(row))
     first = None
     for format in matching:
         if format.sure or format.only_when_named or reads(format, row, options):

@@ -47,6 +47,7 @@ class Pair:
     history: Any = ()
     prompt: Any = None  # the string prompt of {prompt, chosen, rejected}: training uses it as it stands
     extra: dict[str, Any] = field(default_factory=dict)
+    label: bool | None = None  # a single answer, in `chosen`: whether it is good
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Options:
     prompt_is_rendered: bool | None = (
         None  # a string in the prompt column: as it stands or a question; None: by its looks
     )
-    labels: Mapping[str, str] | None = None  # what a label's values mean: first | second | tie
+    labels: Mapping[str, str] | None = None  # what a label's values mean: first | second | tie, or good | bad | tie
+    unpaired: bool = False  # rows of one answer, labelled good or bad, are read too
     ignore_columns: frozenset[str] = frozenset()  # read rows as if they had not these
 
     def __post_init__(self) -> None:
@@ -81,6 +83,8 @@ class Options:
             check_encoding(self.encoding)
         if self.min_score_gap is not None and not math.isfinite(self.min_score_gap):
             raise ValueError(f"min_score_gap must be a number, not {self.min_score_gap}")
+        if "good" in (self.labels or {}).values() and not self.unpaired:
+            raise ValueError("labels that mean good and bad are those of single answers: loss=kto (--unpaired)")
         if self.columns and self.format not in ("auto", "columns"):
             raise ValueError(f"columns name the columns of a format of their own: not together with {self.format!r}")
         if named := self.ignore_columns & set((self.columns or {}).values()):
@@ -95,20 +99,29 @@ def check_encoding(name: str) -> None:
         raise ValueError(f"no encoding of text is called {name!r}: gb18030, utf-16-le, big5, cp1252, ...") from error
 
 
+LABEL_MEANINGS = ("first", "second", "tie", "good", "bad")
+
+
 def parse_labels(text: str | Mapping[str, str]) -> dict[str, str]:
-    """{"0": "first", ...} out of "0=first,1=second,2=tie". Raises ValueError for anything else."""
+    """{"0": "first", ...} out of "0=first,1=second,2=tie" or "5=good,1=bad". Raises ValueError for anything else."""
     if not isinstance(text, str):
         return dict(text)
     labels: dict[str, str] = {}
     for part in filter(str.strip, text.split(",")):
         value, _, meaning = (piece.strip() for piece in part.partition("="))
-        if value in ("first", "second", "tie") and meaning not in ("first", "second", "tie"):
+        if value in LABEL_MEANINGS and meaning not in LABEL_MEANINGS:
             value, meaning = meaning, value
-        if not value or meaning not in ("first", "second", "tie") or value in labels:
-            raise ValueError(f"labels must be value=first, value=second or value=tie with commas, not {part.strip()!r}")
+        if not value or meaning not in LABEL_MEANINGS or value in labels:
+            raise ValueError(
+                "labels must be value=first, value=second or value=tie with commas (value=good, value=bad for single "
+                f"answers), not {part.strip()!r}"
+            )
         labels[value] = meaning
-    if not {"first", "second"} <= set(labels.values()):
-        raise ValueError("labels must say which value prefers the first answer and which the second")
+    if set(labels.values()) - {"tie"} not in ({"first", "second"}, {"good", "bad"}):
+        raise ValueError(
+            "labels must say which value prefers the first answer and which the second, or of single answers which "
+            "value is good and which is bad"
+        )
     return labels
 
 
@@ -141,6 +154,7 @@ class Format:
     sure: bool = False  # nothing else has its columns: rows that do not read are faulty rows of it
     scored: bool = False  # it compares scores itself; else columns that score the two sides are looked for
     guess: Callable[[RowDict], str] | None = None  # what is guessed in reading such a row, which strict refuses
+    single: bool = False  # its rows have one answer, labelled good or bad: only where the user wants such (unpaired)
     only_when_named: str = ""  # why it is never chosen by itself
     detected: bool = True  # False: of the same shape as another format, so it has to be named
     uses: frozenset[str] = frozenset()  # those of OPTIONAL that make a difference to its pairs

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from preference.data.formats.base import Format, RowDict, flag, number
 from preference.data.formats.names import CANDIDATES, INPUTS, QUESTIONS, key_of
 from preference.data.formats.sides import STEMS, answer_pairs
+from preference.data.formats.unpaired import is_labelled
 
 
 class Refused(NamedTuple):
@@ -18,15 +19,6 @@ class Refused(NamedTuple):
 
 def _has(*keys: str) -> Callable[[RowDict], bool]:
     return lambda row: all(row.get(key) is not None for key in keys)
-
-
-def _is_label(value: Any) -> bool:
-    return flag(value) is not None or str(value).lower() in ("good", "bad", "desirable", "undesirable")
-
-
-def _kto(row: RowDict) -> bool:
-    answers = ("completion", "messages", "conversations", "response", "output")
-    return _is_label(row.get("label", row.get("kto_tag"))) and any(row.get(key) is not None for key in answers)
 
 
 def _safety(row: RowDict) -> bool:
@@ -99,10 +91,10 @@ REFUSED = (
     ),
     Refused(_safety, "single answers with a safety label (as BeaverTails): no second answer to prefer to it"),
     Refused(
-        _kto,
+        is_labelled,
         "unpaired answers with a good/bad label (KTO, thumbs up and down): there is one answer a row, not a pair. "
-        "Every loss here, kto too, takes a good and a bad answer to the same prompt: write them into one row as "
-        "{prompt, chosen, rejected}, and train with --loss kto",
+        "Train on them with loss=kto (data/convert.py: --unpaired); every other loss takes a good and a bad answer to "
+        "the same prompt in one row, as {prompt, chosen, rejected}",
     ),
     Refused(_red_team, "red-team transcripts: one dialogue a row with ratings, not a pair"),
     Refused(_label_tool, "candidates without labels (input of Zhongjing's labelling tool): nobody has ranked them yet"),
