@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from preference.data.formats.messages import is_message
+from preference.data.formats.messages import is_message, is_messages
+from preference.data.formats.names import HISTORIES, QUESTIONS, SYSTEMS, WEAK_QUESTIONS, key_of
 from preference.data.json_records import BOM, Fault, Record, as_record
 
 MAX_TABLE_BYTES = 256 << 20  # such a table is read as a whole, at about six times its size in memory
@@ -36,11 +37,14 @@ _TABLE = re.compile(
 def rows_inside(head: bytes) -> int | None:
     """Where the list begins, in bytes, whose objects are the rows of {"version": ..., "data": [{...}, ...]}.
 
-    None where the file does not begin with such an object, or its list begins behind `head`.
+    None where the file does not begin with such an object, or its list begins behind `head`; and where the object has
+    a question or a system text of its own: then it is a row, and the list a part of it.
     """
     text = head.decode("utf-8", "surrogateescape")
     at = _skip_gap(text, 1 if text.startswith("\ufeff") else 0)
     if text[at : at + 1] != "{" or _has_a_second_object(text):
+        return None
+    if _is_a_row(text, at):
         return None
     at += 1
     try:
@@ -59,6 +63,16 @@ def rows_inside(head: bytes) -> int | None:
             at += 1
     except (ValueError, IndexError, RecursionError):
         return None
+
+
+def _is_a_row(text: str, at: int) -> bool:
+    """Whether the object at `at`, if `text` holds all of it, asks something itself."""
+    try:
+        value, _ = _DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return False  # longer than the head: no row is
+    asking = QUESTIONS | WEAK_QUESTIONS | SYSTEMS | HISTORIES
+    return any(key_of(key) in asking for key, inside in value.items() if isinstance(inside, str) or is_messages(inside))
 
 
 def _skip_gap(text: str, at: int) -> int:

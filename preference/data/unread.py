@@ -76,10 +76,16 @@ def _taken(format: Format, row: RowDict, options: Options) -> frozenset[str]:
     sides = answer_columns(tuple(row))
     if sides and isinstance(row[sides[0]], (list, tuple)):  # a dialogue: the prompt beside it has to be in it
         read -= {column for column in read if key_of(column) in QUESTIONS}
-    candidates = {column for column in row if key_of(column) in CANDIDATES} if sides else set()
+    candidates = {column for column, value in row.items() if _is_candidates(column, value)} if sides else set()
     known = [left_out for signature, left_out in _KNOWN if signature <= row.keys()]
     handled = {column for column in format.own if column in row}
     return read.union(format.ignores, candidates - read, handled, PAIR_NUMBERS, *known)
+
+
+def _is_candidates(column: str, value: Any) -> bool:
+    """Whether the column is the answers out of which a pair was made: responses, all_generated_responses."""
+    key = key_of(column)
+    return key in CANDIDATES or (isinstance(value, (list, tuple)) and key.rsplit("_", 1)[-1] in CANDIDATES)
 
 
 def _texts(pairs: list[Pair]) -> Iterator[str]:

@@ -191,7 +191,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "pairs whose chosen answer has the higher reward, as the loss defines it (a tie is half a pair)",
         "chosen 奖励更高的数据对，奖励由损失函数定义（持平算半对）",
     ),
-    "means reward margin": ("by how much the reward of chosen is higher, beta included", "chosen 的奖励高出多少，含 beta"),
+    "means reward margin": (
+        "by how much the reward of chosen is higher, beta included",
+        "chosen 的奖励高出多少，含 beta",
+    ),
     "means KL estimate": (
         "what KTO compares rewards with: the mean log-ratio of answers to other prompts, 0 at least",
         "KTO 的参照点：与提示不匹配的回答的平均对数比，不低于 0",

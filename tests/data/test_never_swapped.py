@@ -193,3 +193,34 @@ def test_scores_that_contradict_the_sides_drop_the_pair(tmp_path):
     assert pairs_of(tmp_path, [pair | {"chosen_rank": 2, "rejected_rank": 1}]) == []
     for column, value in (("rating_list", [1, 9]), ("scores", [0.1, 0.2]), ("margin", -0.5), ("label", 0)):
         assert pairs_of(tmp_path, [pair | {column: value}]) == []
+
+
+def test_a_row_with_a_list_of_pairs_is_no_file_of_rows(tmp_path):
+    """{"version": ..., "data": [...]} holds rows; a row that asks something itself and holds pairs does not."""
+    pair = {"chosen": GOOD, "rejected": BAD}
+    assert pairs_of(tmp_path, [{"prompt": USER, "pairs": [pair]}]) == []
+    assert pairs_of(tmp_path, [{"version": "1", "pairs": [{"prompt": USER, **pair}]}]) == [(GOOD, BAD)]
+
+
+def test_places_written_as_text_are_read_where_a_row_shows_how_they_are_counted(tmp_path):
+    def row(answers, best, name="best_response"):
+        return {"prompt": USER, "responses": answers, name: best}
+
+    unclear = row(["So so.", GOOD, BAD], "2")
+    assert pairs_of(tmp_path, [unclear]) == []
+    assert pairs_of(tmp_path, [unclear, row([BAD, GOOD], "2")])[1:] == [(GOOD, BAD)]  # two of two: from 1
+    assert pairs_of(tmp_path, [row([BAD, GOOD], "1"), row([GOOD, BAD], "0")]) == [(GOOD, BAD)] * 2
+    assert pairs_of(tmp_path, [row([BAD, GOOD], "1", "best_index")]) == [(GOOD, BAD)]
+
+
+def test_scores_of_all_candidates_are_not_those_of_the_two_sides(tmp_path):
+    row = {
+        "prompt": USER,
+        "all_generated_responses": [BAD, GOOD],
+        "scores": [0.1, 0.9],
+        "chosen": GOOD,
+        "rejected": BAD,
+    }
+    assert pairs_of(tmp_path, [row]) == [(GOOD, BAD)]
+    assert pairs_of(tmp_path, [{"messages": [{"role": "user", "content": USER}], "chosen_response": GOOD,
+                                "rejected_response": BAD}]) == [(GOOD, BAD)]  # fmt: skip

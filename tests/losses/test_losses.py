@@ -16,7 +16,7 @@ from preference.losses.answers import weighted_sums
 DTYPES = (torch.float32, torch.float64)
 
 
-FIELDS = tuple(PairLogps.__dataclass_fields__)
+FIELDS = tuple(name for name in PairLogps.__dataclass_fields__ if name != "desirable_B")  # of pairs
 
 
 def make_logps(pairs: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> PairLogps:

@@ -22,6 +22,7 @@ from preference.data.formats.trl import pair_of_prompt
 
 _TEXTS = ("completion", "response", "answer", "output", "text", "content", "generation", "candidate", "reply",
           "summary", "message", "value")  # fmt: skip
+_INDEX = ("index", "idx")  # counted from 0 by their name
 _UNCLEAR = "says nothing about whether more is better: rename it to score or to rank (1 is the best)"
 
 
@@ -202,6 +203,7 @@ def _place_of_best(value: Any, ranking: Ranking, texts: list[str], base: int) ->
 def bind(format: Format, rows: Iterable[RowDict], options: Options) -> Format:
     """The format with the places of best ones counted from 0 or from 1, as all rows of the file show."""
     zero = past = False
+    written = ""
     for row in rows:
         ranking = ranking_of(row)
         if ranking is None:
@@ -209,9 +211,16 @@ def bind(format: Format, rows: Iterable[RowDict], options: Options) -> Format:
         if ranking.direction != "best":
             return format
         found, size = number(row[ranking.by]), len(_items(row, ranking))
+        if found is not None and isinstance(row[ranking.by], str) and key_of(ranking.by).split("_")[-1] not in _INDEX:
+            written = ranking.by
         zero, past = zero or found == 0, past or found == size
     if zero and past:
         raise Ask("the places of the best answers are counted from 0 in some rows and from 1 in others")
+    if written and not zero and not past:
+        raise Ask(
+            f"the places in {written} are text, and no row shows whether they are counted from 0 or from 1: rename it "
+            f"to {written}_index if the first answer is 0, or write the places as numbers from 0"
+        )
     return replace(format, pairs=partial(pairs, base=int(past)))
 
 

@@ -24,6 +24,11 @@ def messages(row: RowDict, options: Options) -> Iterator[Pair]:
     yield pair_of_context(turns[:-1], turns[-1].text, reply_of(rejected), row.get("system"))
 
 
+def _has_chosen(row: RowDict) -> bool:
+    """Whether the better answer has a column of its own, so that the messages are the question."""
+    return any(row.get(name) is not None for name in ("chosen_response", "chosen", "chosen_messages"))
+
+
 def query_response(row: RowDict, options: Options) -> Iterator[Pair]:
     question, chosen, rejected = take(row, QUESTION, "response|output", "rejected_response")
     yield Pair(question, chosen, rejected, row.get("system"), row.get("history"))
@@ -33,6 +38,7 @@ MS_SWIFT = Format(
     name="ms-swift",
     what="messages + rejected_response or rejected_messages",
     needs=("messages", "rejected_response|rejected_messages"),
+    also=lambda row: not _has_chosen(row),
     answers=frozenset({"messages", "rejected_response", "rejected_messages"}),
     pairs=messages,
 )

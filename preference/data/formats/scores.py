@@ -35,13 +35,15 @@ def score_columns(columns: tuple[str, ...]) -> ScoreColumns | None:
                 if direction in ("up", "down"):
                     return ScoreColumns((column, other), direction == "up")
     both = next((named[key] for key in _LISTS if key in named), "")
-    if both and not any(key in CANDIDATES for key in named):  # else they are the scores of those, in their order
+    # beside candidates (responses, all_generated_responses) they are the scores of those, in their order
+    if both and not any(key in CANDIDATES or key.rsplit("_", 1)[-1] in _PLURALS for key in named):
         return ScoreColumns(both=both)
     margin = next((named[key] for key in _MARGINS if key in named), "")
     return ScoreColumns(margin=margin) if margin else None
 
 
 _LISTS = ("ratings", "rating_list", "scores", "score_list", "rewards", "reward_list", "rating", "score")
+_PLURALS = frozenset(name for name in CANDIDATES if name.endswith("s"))
 _MARGINS = ("margin", "score_margin", "reward_margin", "rating_margin", "score_gap", "score_diff", "reward_diff")
 
 
