@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from preference.arguments import Arguments
@@ -20,6 +20,12 @@ def _of_the_commonest_script(texts: Sequence[str]) -> list[int]:
     scripts = [script_of(text) for text in texts]
     commonest = Counter(scripts).most_common(1)[0][0]
     return [i for i, script in enumerate(scripts) if script == commonest]
+
+
+def _good(eval_set: Any) -> Iterator[float]:
+    """Of each row whether its chosen answer is a good one: single answers may be bad."""
+    for rows in sets_of(eval_set).values():
+        yield from rows["desirable"] if "desirable" in rows.column_names else [1.0] * len(rows)
 
 
 class Samples:
@@ -39,8 +45,8 @@ class Samples:
         places = [(rows, i) for rows in sets_of(eval_set).values() for i in range(len(rows))]
         sources = [source for rows in sets_of(eval_set).values() for source in rows["source"]]
         asked = _of_the_commonest_script([questions[source] for source in sources]) if sources else []
-        # the answer that is shown beside them is a good one
-        asked = [at for at in asked if places[at][0][places[at][1]].get("desirable", 1)] or asked
+        bad = {at for at, good in enumerate(_good(eval_set)) if not good}
+        asked = [at for at in asked if at not in bad] or asked  # a good answer is shown beside them
         count = min(args.run.sample_answers, len(asked))
         picked = sorted(random.Random(args.run.seed).sample(asked, count))
         self.rows = [rows[i] | {"question": questions[sources[at]]} for at in picked for rows, i in [places[at]]]
