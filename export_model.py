@@ -25,7 +25,7 @@ from preference.screen import shown
 if TYPE_CHECKING:
     from preference.serve.loading import Source
 
-SUPPORTED_GGUF = ("q8_0", "f16")
+SUPPORTED_GGUF = ("q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16")
 
 
 class ExportError(PreferenceError, RuntimeError):
@@ -59,7 +59,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--base_model", help="the model that the adapter belongs to, where it is not where the run found it")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="auto = as the base has it")
     add("--max_shard_size", default="5GB", help="largest safetensors file")
-    add("--gguf", choices=SUPPORTED_GGUF, help="also write GGUF: q8_0 = 8 bits a weight, f16 = 16")
+    add("--gguf", choices=SUPPORTED_GGUF, help="also write GGUF: 4.5 bits a weight (q4_0) to 16 (f16)")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload the folder, as a private repository")
     add("--hub", choices=["huggingface", "modelscope"], default="huggingface", help="where --push_to_hub goes")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
@@ -133,9 +133,11 @@ def load_config(base: str, args: argparse.Namespace) -> Any:
 
     config = read_config(base, trust_remote_code=args.trust_remote_code)
     if args.gguf:
-        from preference.serve.gguf import check_supported
+        from preference.serve.gguf_architectures import check_supported
+        from preference.serve.gguf_types import check_quantizer
 
         check_supported(config)
+        check_quantizer(args.gguf)
     return config
 
 

@@ -1,7 +1,7 @@
 """Writing a model as one GGUF file (llama.cpp, Ollama, LM Studio), and reading it back.
 
-Architectures are those whose every tensor and key are known to be read the same way by llama.cpp: Llama (Mistral is
-written as one), Qwen2 and Qwen3, dense. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Architectures are those whose every tensor and key are known to be read the same way by llama.cpp
+(gguf_architectures.py). The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -15,66 +15,18 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
+from preference.serve.gguf_architectures import (
+    ARCHITECTURES,
+    check_supported,
+    head_dim,
+    rope_of,
+    window_of,
+    write_hyperparameters,
+)
 from preference.serve.gguf_tokenizer import GGUFError, vocabulary, write_tokenizer
-
-# transformers' model_type: GGUF's architecture, and whether query and key rows are reordered for interleaved rotation
-ARCHITECTURES = {
-    "llama": (MODEL_ARCH.LLAMA, True),
-    "mistral": (MODEL_ARCH.LLAMA, True),
-    "qwen2": (MODEL_ARCH.QWEN2, False),
-    "qwen3": (MODEL_ARCH.QWEN3, False),
-}
-TYPES = {
-    "q8_0": (GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-    "f16": (GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-}
-# The parameters of rotary embeddings that GGUF has a place for, by type
-_COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate"}
-_ROPE_KEYS: dict[str, set[str]] = {
-    "default": set(),
-    "linear": {"factor"},
-    "yarn": {"factor", "original_max_position_embeddings"},
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-}
-
-
-def check_supported(config: Any) -> None:
-    """Raises GGUFError, with the list of what can be written, if a model of this config cannot be."""
-    if config.model_type not in ARCHITECTURES:
-        raise GGUFError(
-            f"a model of type {config.model_type} cannot be written as GGUF here; what can be: "
-            f"{', '.join(ARCHITECTURES)}. llama.cpp's convert_hf_to_gguf.py reads the exported folder and knows more"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = kinds != {"full_attention"} or (config.model_type == "mistral" and config.sliding_window)
-    rope = _rope(config)
-    for refused, what in (
-        (sliding, "sliding-window attention"),
-        (getattr(config, "mlp_bias", False), "biases in the feed-forward layers"),
-        (config.model_type == "qwen3" and config.attention_bias, "biases in Qwen3's attention"),
-        (config.hidden_act != "silu", f"the activation {config.hidden_act}"),
-        (rope.get("partial_rotary_factor", 1.0) != 1.0, "rotary embeddings of a part of each head"),
-        (rope["rope_type"] not in _ROPE_KEYS, f"rotary embeddings of type {rope['rope_type']}"),
-    ):
-        if refused:
-            raise GGUFError(f"{what} cannot be written for a model of type {config.model_type}")
-    unknown = {key for key, value in rope.items() if value is not None} - _COMMON_KEYS - _ROPE_KEYS[rope["rope_type"]]
-    if unknown:
-        raise GGUFError(f"rotary embeddings with {', '.join(sorted(unknown))} cannot be written")
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    """The rotary parameters with their type; older configs keep the base frequency beside them."""
-    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", getattr(config, "rope_theta", 10000.0))
-    return rope
-
-
-def head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+from preference.serve.gguf_types import TYPES, allowed, check_quantizer, rounded, type_of
 
 
 def write_gguf(
@@ -100,55 +52,37 @@ def write_gguf(
     check_supported(model.config)
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    architecture, _ = ARCHITECTURES[model.config.model_type]
-    writer = GGUFWriter(str(partial), gguf.MODEL_ARCH_NAMES[architecture])
+    config = model.config
+    check_quantizer(quantization)
+    writer = GGUFWriter(str(partial), gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type].gguf])
     try:
         writer.add_name(name)
         writer.add_file_type(TYPES[quantization][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _write_hyperparameters(writer, model.config)
+        write_hyperparameters(writer, config)
         vocab = vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], prompts)
         write_tokenizer(writer, tokenizer, vocab, stop_ids, writes_bos)
         for tensor_name, tensor in tensors(model):
-            kind = _type_of(tensor, quantization)
-            shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind) if kind == TYPES["q8_0"][0] else tensor.shape
+            kind = type_of(tensor_name, tensor.shape, quantization, config)
             dtype = {GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.F32: np.float32}.get(kind, np.uint8)
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind) if dtype == np.uint8 else tensor.shape
             size = math.prod(shape) * np.dtype(dtype).itemsize
             writer.add_tensor_info(tensor_name, shape, np.dtype(dtype), size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor_name, tensor in tensors(model):  # one at a time, so that memory stays flat
-            writer.write_tensor_data(_quantized(tensor_name, tensor, _type_of(tensor, quantization)))
+            kind = type_of(tensor_name, tensor.shape, quantization, config)
+            writer.write_tensor_data(_quantized(tensor_name, tensor, kind))
         writer.close()
         error = compare(partial, model)
         partial.replace(path)
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
-    return error, vocab.note
-
-
-def _write_hyperparameters(writer: GGUFWriter, config: Any) -> None:
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    rope = _rope(config)
-    writer.add_rope_dimension_count(head_dim(config))
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
-        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        writer.add_rope_scaling_orig_ctx_len(original)
+    window = window_of(config)
+    note = f"its attention looks {window} tokens back, which llama.cpp cannot: its context ends there" if window else ""
+    return error, "; ".join(filter(None, (vocab.note, note)))
 
 
 def tensors(model: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -158,23 +92,39 @@ def tensors(model: Any) -> Iterator[tuple[str, np.ndarray]]:
         GGUFError: a parameter that has no name in this architecture.
     """
     config = model.config
-    architecture, reordered = ARCHITECTURES[config.model_type]
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    rope = _rope(config)
+    architecture = ARCHITECTURES[config.model_type]
+    names = gguf.get_tensor_name_map(architecture.gguf, config.num_hidden_layers)
+    rope = rope_of(config)
     if rope["rope_type"] == "llama3":
         yield "rope_freqs.weight", _llama3_factors(rope, head_dim(config))
     for parameter, value in model.state_dict().items():
         if parameter == "lm_head.weight" and config.tie_word_embeddings:
             continue
+        array = value.detach().to(torch.float32).cpu().numpy()
+        if ".mlp.experts." in parameter:
+            yield from _experts(parameter, array)
+            continue
         name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise GGUFError(f"parameter {parameter} has no place in GGUF's architecture {architecture.name}")
-        array = value.detach().to(torch.float32).cpu().numpy()
-        if reordered and ".q_proj." in parameter:
+            raise GGUFError(f"parameter {parameter} has no place in GGUF's architecture {architecture.gguf.name}")
+        if architecture.interleaved and ".q_proj." in parameter:
             array = interleave(array, config.num_attention_heads)
-        elif reordered and ".k_proj." in parameter:
+        elif architecture.interleaved and ".k_proj." in parameter:
             array = interleave(array, config.num_key_value_heads)
-        yield name, array
+        yield name, array + np.float32(architecture.shift) if parameter.endswith("norm.weight") else array
+
+
+def _experts(parameter: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Weights [E, rows, columns] of all experts of a layer; gate and up stand on each other in transformers."""
+    layer, kind = parameter.split(".")[2], parameter.rpartition(".")[2]
+    if kind == "down_proj":
+        yield f"blk.{layer}.ffn_down_exps.weight", array
+    elif kind == "gate_up_proj":
+        half = array.shape[1] // 2
+        yield f"blk.{layer}.ffn_gate_exps.weight", array[:, :half]
+        yield f"blk.{layer}.ffn_up_exps.weight", array[:, half:]
+    else:
+        raise GGUFError(f"parameter {parameter} has no place in GGUF")
 
 
 def interleave(array: np.ndarray, heads: int) -> np.ndarray:
@@ -193,26 +143,19 @@ def _llama3_factors(rope: dict[str, Any], dim: int) -> np.ndarray:
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
-def _type_of(tensor: np.ndarray, quantization: str) -> GGMLQuantizationType:
-    if tensor.ndim < 2:
-        return GGMLQuantizationType.F32
-    fits = quantization != "q8_0" or tensor.shape[-1] % gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0][0] == 0
-    return TYPES[quantization][0] if fits else GGMLQuantizationType.F16
-
-
 def _quantized(name: str, tensor: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     if not np.isfinite(tensor).all():
         raise GGUFError(f"tensor {name} holds numbers that are not finite")
     if kind == GGMLQuantizationType.F16 and np.abs(tensor).max(initial=0) > np.finfo(np.float16).max:
         raise GGUFError(f"tensor {name} holds numbers beyond the range of float16: choose q8_0")
-    return gguf.quantize(tensor, kind)
+    return rounded(tensor, kind)
 
 
 def compare(path: str | os.PathLike[str], model: Any) -> float:
     """Read a GGUF file back and compare each tensor with the model's; the largest error, as a share of its limit.
 
-    The limit is what the type allows: half a step of 1/127 of the largest of 32 numbers for q8_0, 2^-11 of each number
-    for f16, nothing for f32 (and what rounding the scale itself adds).
+    The limit is what the type allows (gguf_types.allowed): half a step of 1/127 of the largest of 32 numbers for q8_0,
+    2^-11 of each number for f16, nothing for f32.
 
     Raises:
         GGUFError: a tensor is missing, is too much, or is off by more than that.
@@ -224,7 +167,7 @@ def compare(path: str | os.PathLike[str], model: Any) -> float:
             raise GGUFError(f"{path}: tensor {name} is missing")
         tensor = found.pop(name)
         actual = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
-        share = float((np.abs(actual - expected) / _allowed(expected, tensor.tensor_type)).max(initial=0))
+        share = float((np.abs(actual - expected) / allowed(expected, tensor.tensor_type)).max(initial=0))
         if not share <= 1:
             raise GGUFError(
                 f"{path}: tensor {name} is {share:.3g} times as far off as {tensor.tensor_type.name} allows"
@@ -233,16 +176,3 @@ def compare(path: str | os.PathLike[str], model: Any) -> float:
     if found:
         raise GGUFError(f"{path}: tensors that the model does not have: {', '.join(found)}")
     return worst
-
-
-def _allowed(expected: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """The largest error that rounding to `kind` can make, for each number."""
-    tiny = 1e-30
-    if kind == GGMLQuantizationType.Q8_0:
-        blocks = np.abs(expected).reshape(*expected.shape[:-1], -1, 32).max(axis=-1)
-        # half a step; the scale itself is float16: 2^-11 of it, or its smallest number where it is subnormal
-        limit = blocks * (0.5 / 127 + 2.0**-11) * 1.001 + 127 * 2.0**-25
-        return np.repeat(limit, 32, axis=-1) + tiny
-    if kind == GGMLQuantizationType.F16:
-        return np.abs(expected) * 2.0**-11 * 1.001 + 2.0**-25
-    return np.full_like(expected, tiny)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import subprocess
@@ -26,23 +25,32 @@ from tiny import tiny_model
 pytestmark = pytest.mark.skipif(not find_spec("xllamacpp"), reason="no llama.cpp: pip install -r requirements-dev.txt")
 SERVER = """
 import os, sys, xllamacpp
-params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.port = sys.argv[1], 1024, 1, 0
-params.cpuparams.n_threads, params.use_jinja, params.warmup, params.verbosity = 1, True, False, -1
-server = xllamacpp.Server(params)
-print(server.listening_address, flush=True)
-sys.stdin.read()
+server = None
+for line in sys.stdin:
+    server = None  # one at a time
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.port = line.strip(), 1024, 1, 0
+    params.cpuparams.n_threads, params.use_jinja, params.warmup, params.verbosity = 1, True, False, -1
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
 os._exit(0)
 """
 ALPHABETS = ((32, 127), (0xC0, 0x180), (0x410, 0x450), (0x4E00, 0x4E80), (0x3040, 0x3090), (0x1F600, 0x1F640))
 
 
-@contextlib.contextmanager
-def served(file: Path) -> Iterator[Callable[..., Any]]:
-    """llama.cpp's server over a GGUF file: `call(path, key=value, ...)` gives its answer."""
-    command = [sys.executable, "-c", SERVER, str(file)]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True) as process:
-        address = next((line.strip() for line in process.stdout if line.startswith("http")), None)
+class Llama:
+    """llama.cpp's server in a process of its own: `llama(file)` serves a GGUF file in place of the one before, and
+    gives `call(path, key=value, ...)`."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", SERVER]
+        self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True)
+
+    def __call__(self, file: Path) -> Callable[..., Any]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{file}\n")
+        self.process.stdin.flush()
+        address = next((line.strip() for line in self.process.stdout if line.startswith("http")), None)
         assert address, f"llama.cpp did not load {file}"
 
         def call(path: str, **values: Any) -> Any:
@@ -51,7 +59,15 @@ def served(file: Path) -> Iterator[Callable[..., Any]]:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return json.load(answer)
 
-        yield call
+        return call
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[Llama]:
+    llama = Llama()
+    yield llama
+    llama.process.kill()
+    llama.process.wait()
 
 
 def rows(root: Path) -> list[dict[str, Any]]:
@@ -85,7 +101,13 @@ def check_prompts(call: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization, bound", [("f16", 0.05), ("q8_0", 0.5)])
 def test_the_starter_model_answers_there_as_here(
-    starter_model: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, bound: float
+    starter_model: Path,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: str,
+    bound: float,
+    llama: Llama,
 ) -> None:
     """Each token that llama.cpp writes has here the log-probability that it has there, and next to none is likelier."""
     out = tmp_path / "smol"
@@ -93,19 +115,19 @@ def test_the_starter_model_answers_there_as_here(
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     questions = ["Name two summer drinks.", "What is a noun?", "How do I boil an egg?"]
-    with served(out / f"smol-{quantization}.gguf") as call:
-        check_prompts(call, tokenizer, root)
-        for question in questions:
-            prompt = call("apply-template", messages=[{"role": "user", "content": question}])["prompt"]
-            ids = tokenizer.encode(prompt, add_special_tokens=False)
-            answer = call("completion", prompt=ids, n_predict=24, temperature=0, n_probs=1, cache_prompt=False)
-            written = [(token["id"], token["logprob"]) for token in answer["completion_probabilities"]]
-            assert len(written) > 5
-            full = torch.tensor([ids + [token for token, _ in written]])
-            with torch.no_grad():
-                logps = model(full).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-            for row, (token, there) in zip(logps, written, strict=True):
-                assert abs(row[token].item() - there) < bound and row.max() - row[token] < bound
+    call = llama(out / f"smol-{quantization}.gguf")
+    check_prompts(call, tokenizer, root)
+    for question in questions:
+        prompt = call("apply-template", messages=[{"role": "user", "content": question}])["prompt"]
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        answer = call("completion", prompt=ids, n_predict=24, temperature=0, n_probs=1, cache_prompt=False)
+        written = [(token["id"], token["logprob"]) for token in answer["completion_probabilities"]]
+        assert len(written) > 5
+        full = torch.tensor([ids + [token for token, _ in written]])
+        with torch.no_grad():
+            logps = model(full).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        for row, (token, there) in zip(logps, written, strict=True):
+            assert abs(row[token].item() - there) < bound and row.max() - row[token] < bound
 
 
 @pytest.mark.slow
@@ -119,23 +141,22 @@ def test_the_starter_model_answers_there_as_here(
     ],
 )
 def test_real_tokenizers_cut_there_as_here(
-    shared: Path, root: Path, tmp_path: Path, name: str, arch: str, template: str
+    shared: Path, root: Path, tmp_path: Path, name: str, arch: str, template: str, llama: Llama
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
     conv = get_conv_template(template)
     tokenizer.chat_template = conv.jinja()
     options = dict(stop_ids=[tokenizer.convert_tokens_to_ids(conv.stop_str)], writes_bos=writes_bos(conv, tokenizer))
     model = tiny_model(arch, vocab_size=len(tokenizer))
-    with served(gguf_of(model, tmp_path, tokenizer, prompts=prompts_of(conv), **options)) as call:
-        check_prompts(call, tokenizer, root)
+    check_prompts(llama(gguf_of(model, tmp_path, tokenizer, prompts=prompts_of(conv), **options)), tokenizer, root)
 
 
-def test_a_sentencepiece_tokenizer_cuts_there_as_here(root: Path, tmp_path: Path) -> None:
+def test_a_sentencepiece_tokenizer_cuts_there_as_here(root: Path, tmp_path: Path, llama: Llama) -> None:
     """One that puts a space before the very first word alone: its prompts begin with a control token."""
     tokenizer = sentencepiece_tokenizer()
     tokenizer.chat_template = get_conv_template("llama2").jinja()
     prompts = prompts_of(get_conv_template("llama2"))
-    with served(gguf_of(tiny_model(), tmp_path, tokenizer, writes_bos=True, prompts=prompts)) as call:
-        for prompt in prompts:
-            expected = tokenizer.encode(prompt, add_special_tokens=False)
-            assert call("tokenize", content=prompt, add_special=False, parse_special=True)["tokens"] == expected
+    call = llama(gguf_of(tiny_model(), tmp_path, tokenizer, writes_bos=True, prompts=prompts))
+    for prompt in prompts:
+        expected = tokenizer.encode(prompt, add_special_tokens=False)
+        assert call("tokenize", content=prompt, add_special=False, parse_special=True)["tokens"] == expected
