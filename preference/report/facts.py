@@ -61,11 +61,13 @@ class Plan:
     """A training before its first step.
 
     Attributes:
+        single: rows of one answer, rather than pairs.
         tokens: of all steps together, each prompt once; None where nobody counts them.
         seconds: what they take at least, at the peak that was measured. held, limit: bytes of memory.
     """
 
     pairs: int
+    single: bool
     steps: int
     tokens: float
     seconds: float | None
@@ -84,7 +86,9 @@ def plan_of(args: Arguments, trainer: Any, meter: SpeedMeter, train_set: Any) ->
     if meter.flops_per_token and meter.peak:
         seconds = tokens * meter.flops_per_token / (meter.peak * trainer.args.world_size)
     held, hardware = peak_memory(trainer.args.device), detect(args.run.use_cpu)
-    return Plan(len(train_set), steps, tokens, seconds, meter.peak, held, hardware.memory)
+    return Plan(
+        len(train_set), "desirable" in train_set.column_names, steps, tokens, seconds, meter.peak, held, hardware.memory
+    )
 
 
 def show_plan(facts: Mapping[str, Any], plan: Plan | None, terminal: Terminal) -> None:
@@ -95,13 +99,13 @@ def show_plan(facts: Mapping[str, Any], plan: Plan | None, terminal: Terminal) -
     terminal.rows(tr("model"), [terminal.cut(model, 1) if terminal.coloured else model])
     if plan is None:
         return
-    batch = facts["pairs_per_step"]
+    batch, kind = facts["pairs_per_step"], tr("of_singles" if plan.single else "of_pairs")
     rate = tr("rate", rate=facts["learning_rate"], source=facts["learning_rate_from"], beta=facts["beta"])
     terminal.rows(tr("training"), [
-        tr("training_of", pairs=plan.pairs, batch=batch, loss=flags["loss"], engine=flags["engine"]),
+        tr("training_of", pairs=plan.pairs, kind=kind, batch=batch, loss=flags["loss"], engine=flags["engine"]),
         terminal.cut(rate, 1) if terminal.coloured else rate,
     ])  # fmt: skip
-    words = [tr("plan_steps", steps=plan.steps, batch=batch, tokens=plan.tokens)]
+    words = [tr("plan_steps", steps=plan.steps, batch=batch, kind=kind, tokens=plan.tokens)]
     if plan.seconds is not None and plan.peak is not None:
         words.append(tr("plan_time", time=duration(plan.seconds), peak=plan.peak / 1e12))
     if plan.held is not None and plan.limit:

@@ -98,15 +98,17 @@ WORDS: dict[str, tuple[str, str]] = {
         "{name}，{all:,.1f} M 参数，训练其中 {trained:,.2f} M",
     ),
     "training": ("training", "训练"),
+    "of_pairs": ("pairs", "对"),
+    "of_singles": ("single answers", "个单独的回答"),
     "training_of": (
-        "{pairs:,} pairs, {batch} per optimizer step, loss={loss}, engine={engine}",
-        "{pairs:,} 对，每步 {batch} 对，loss={loss}，engine={engine}",
+        "{pairs:,} {kind}, {batch} per optimizer step, loss={loss}, engine={engine}",
+        "{pairs:,} {kind}，每步 {batch}，loss={loss}，engine={engine}",
     ),
     "rate": ("beta {beta:g}, learning rate {rate:g} ({source})", "beta {beta:g}，学习率 {rate:g}（{source}）"),
     "plan": ("plan", "计划"),
     "plan_steps": (
-        "{steps:,} steps of {batch} pairs, some {tokens:,.0f} tokens in all",
-        "{steps:,} 步，每步 {batch} 对，共约 {tokens:,.0f} 个词元",
+        "{steps:,} steps of {batch} {kind}, some {tokens:,.0f} tokens in all",
+        "{steps:,} 步，每步 {batch} {kind}，共约 {tokens:,.0f} 个词元",
     ),
     "plan_time": (
         "no less than {time} at the measured peak of {peak:.3g} TFLOP/s",
