@@ -62,7 +62,12 @@ def _open() -> None:
     kernels = _LIBRARY[0]
     kernels.impl("silu_backward", lambda grad, x: torch.empty_like(x), "CUDA")
     kernels.impl("_fused_rms_norm", _fused_rms_norm, "CUDA")
-    kernels.impl("mm.dtype", lambda a, b, out_dtype: a.new_empty(a.shape[0], b.shape[1], dtype=out_dtype), "CUDA")
+    kernels.impl("mm.dtype", _product, "CUDA")
+    kernels.impl("bmm.dtype", _product, "CUDA")
+
+
+def _product(a, b, out_dtype):
+    return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=out_dtype)
 
 
 def _fused_rms_norm(x, shape, weight, eps):

@@ -85,7 +85,8 @@ class Card:
 
 CARDS = {"h100": Card(989e12, 0.72 * 989e12, 2.7e12), "4090": Card(165e12, 0.72 * 165e12, 0.9e12)}
 HOST_READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "unique_dim"}
-PASSES = {"preference::exp_rows": 3}  # over its tensors: it reads the logits twice and writes them once
+# Over their tensors: one reads the logits twice and writes them once, the other writes one of its five once more.
+PASSES = {"preference::exp_rows": 3, "preference::silu_mul_finish": 1.2}
 PHASES = ("embedding", "layers", "head", "loss", "head backward", "layers backward")
 
 
@@ -165,10 +166,11 @@ class Meter(TorchDispatchMode):
         self._note_sync(func, args, kwargs, kinds)
         if not is_free(func):
             count = flop_registry.get(func._overloadpacket)
-            flops = count(*args, **kwargs, out_val=out) if count else 0
+            counted = args[:2] if func._overloadname == "dtype" else args  # without the type of what is written
+            flops = count(*counted, **kwargs, out_val=out) if count else 0
             moved = sum(x.numel() * x.element_size() for x in tensors + made)
             moved *= PASSES.get(func._schema.name, 1)
-            self.step.operators.append(Operator(func._schema.name, self.phase, float(flops), moved))
+            self.step.operators.append(Operator(func._schema.name, self.phase, float(flops), int(moved)))
         return out
 
     def _note_sync(self, func: Any, args: Any, kwargs: Any, kinds: set[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from preference.engine import exp_rows as plain
-from preference.engine.cuda import kernels
+from preference.engine.cuda import kernels, layer_kernels
 
 
 def relative(found: torch.Tensor, want: torch.Tensor) -> float:
@@ -30,36 +30,58 @@ def rows(dtype: torch.dtype, scale: float, cap: float | None) -> float:
     return max(*errors, 1e-5 * relative(found_in, want_in) / rounding)
 
 
+def worst(found: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> float:
+    return max(relative(a, b) for a, b in zip(found, want, strict=True))
+
+
 def uses(dtype: torch.dtype) -> float:
-    parts, key_at = torch.randn(40, 2, 24).to(dtype), torch.randint(0, 7, (40,))
-    order, counts = key_at.argsort(stable=True), torch.bincount(key_at, minlength=8)
+    """Keys and values gathered, and their gradients summed again."""
+    both, rows = torch.randn(2, 8, 2, 24).to(dtype).unbind(), torch.randint(0, 7, (40,))
+    order, counts = rows.argsort(stable=True), torch.bincount(rows, minlength=8)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-    want = torch.zeros(8, 2, 24, dtype=torch.float64).index_add_(0, key_at, parts.double())
-    return relative(kernels.sum_uses(parts, key_at, order, starts), want)
+    gathered = kernels.gather(*both, rows)
+    assert all(torch.equal(a, b[rows]) for a, b in zip(gathered, both, strict=True))
+    parts = torch.randn(2, 40, 2, 24).to(dtype).unbind()
+    zeros = torch.zeros(8, 2, 24, dtype=torch.float64)
+    return worst(
+        kernels.sum_uses(*parts, rows, order, starts), tuple(zeros.index_add(0, rows, x.double()) for x in parts)
+    )
 
 
 def gated(dtype: torch.dtype) -> float:
     gate, up, grad = ((torch.randn(3, 700) * 3).to(dtype) for _ in range(3))
     exact = [x.double().requires_grad_() for x in (gate, up)]
     want = torch.nn.functional.silu(exact[0]) * exact[1]
-    wants = (want.detach(), *torch.autograd.grad(want, exact, grad.double()))
-    found = (kernels.silu_mul(gate, up), *kernels.silu_mul_backward(gate, up, grad))
-    return max(relative(a, b) for a, b in zip(found, wants, strict=True))
+    wants = torch.autograd.grad(want, exact, grad.double())
+    found = layer_kernels.silu_mul_backward(gate, up, grad)
+    finished = layer_kernels.silu_mul_finish(gate, up, grad)
+    assert torch.equal(found, finished) and torch.equal(grad, layer_kernels.silu_mul(gate, up))
+    return worst((grad, *found), (want.detach(), *wants))
 
 
-def rotated(dtype: torch.dtype, heads: int, size: int) -> float:
-    x = torch.randn(heads, 5, size).to(dtype).transpose(0, 1)
+def normed(dtype: torch.dtype, width: int) -> float:
+    x, y, grad, beside = torch.randn(4, 5, width).to(dtype)
+    weight = torch.rand(width).to(dtype) + 0.5
+    total, found, scale = layer_kernels.add_norm(x, y, weight, 1e-5)
+    exact = total.double().requires_grad_()
+    want = torch.nn.functional.rms_norm(exact, (width,), weight.double(), 1e-5)
+    pull = torch.autograd.grad(want, exact, grad.double())[0] + beside.double()
+    found_pull = layer_kernels.norm_add_backward(grad, beside, total, weight, scale)
+    return worst((total, found, found_pull), (x.double() + y.double(), want.detach(), pull))
+
+
+def rotated(dtype: torch.dtype, heads: int, key_heads: int, size: int) -> float:
+    x, grads = ([torch.randn(h, 5, size).to(dtype).transpose(0, 1) for h in (heads, key_heads)] for _ in range(2))
     cos, sin = torch.randn(2, 5, size).to(dtype)
-    exact = x.double().requires_grad_()
-    want = kernels.turned(exact, cos.double(), sin.double(), False)
-    grad = torch.randn(5, heads, size).to(dtype)
-    pull = torch.autograd.grad(want, exact, grad.double())[0]
-    pairs = ((kernels.rotate(x, cos, sin, False), want.detach()), (kernels.rotate(grad, cos, sin, True), pull))
-    return max(relative(*pair) for pair in pairs)
+    exact = [part.double().requires_grad_() for part in x]
+    want = [kernels.turned(part, cos.double(), sin.double(), False) for part in exact]
+    pulls = torch.autograd.grad(want, exact, [grad.double() for grad in grads])
+    found = (*kernels.rotate(*x, cos, sin, False), *kernels.rotate(*grads, cos, sin, True))
+    return worst(found, (*(part.detach() for part in want), *pulls))
 
 
 def main() -> None:
-    kernels._runs_triton = lambda x: True
+    kernels.runs_triton = layer_kernels.runs_triton = lambda x: True
     torch.manual_seed(0)
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -68,7 +90,8 @@ def main() -> None:
         errors[f"exp_rows capped {name}"] = rows(dtype, 1.25, 30.0)
         errors[f"sum_uses {name}"] = uses(dtype)
         errors[f"silu_mul {name}"] = gated(dtype)
-        errors[f"rotate {name}"] = max(rotated(dtype, 3, 12), rotated(dtype, 20, 64))
+        errors[f"rotate {name}"] = max(rotated(dtype, 3, 1, 12), rotated(dtype, 20, 4, 64))
+        errors[f"add_norm {name}"] = max(normed(dtype, 96), normed(dtype, 500))
     print(json.dumps(errors))
 
 

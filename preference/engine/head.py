@@ -19,6 +19,7 @@ from torch import Tensor
 from preference.engine.sides import side_of
 
 KEEP_BYTES = 2**30  # E up to this size is kept for the backward; a larger one is computed again in blocks of this size
+HALVES_FROM = 512  # more rows of logits than that are at most half of all there are, or a small batch is all logits
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor) -> Tensor:
@@ -62,8 +63,8 @@ class _TokenLogps(torch.autograd.Function):
         bias = None if bias_V is None else bias_V.to(dtype)
         tokens, vocabulary = len(hidden), len(weight)
         ctx.frozen = not (need_weight or need_bias)
-        rows = side_of(hidden.device.type).head_rows
-        ctx.rows = max(rows, KEEP_BYTES // (vocabulary * dtype.itemsize))
+        ctx.rows = max(1, KEEP_BYTES // (vocabulary * dtype.itemsize))
+        rows = min(side_of(hidden.device.type).head_rows, ctx.rows, max(HALVES_FROM, -(-tokens // 2)))
         keep = not ctx.frozen and tokens <= ctx.rows
         block = tokens if keep else min(tokens, rows)
         exp_RV = hidden.new_empty(block, vocabulary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +51,8 @@ def log1mexp(x: Tensor) -> Tensor:
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = x > -math.log(2)
-    at_near = torch.where(near, x, -1.0)
-    at_far = torch.where(near, -1.0, x)
+    at_near = x.masked_fill(~near, -1.0)
+    at_far = x.masked_fill(near, -1.0)
     return torch.where(near, torch.log(-torch.expm1(at_near)), torch.log1p(-torch.exp(at_far)))
 
 
@@ -125,12 +126,19 @@ class Answers:
     def sums(self) -> tuple[Tensor, Tensor]:
         return weighted_sums(self.o, self.logps)
 
-    @property
+    @cached_property
     def means(self) -> tuple[Tensor, Tensor]:
         """Log-probability per token."""
         return self.logps.chosen_B / self.logps.chosen_len_B, self.logps.rejected_B / self.logps.rejected_len_B
 
-    @property
+    @cached_property
+    def log_odds(self) -> Tensor:
+        """[B]: log of the odds ratio of chosen over rejected, from log-probabilities per token."""
+        chosen_B, rejected_B = self.means
+        of_chosen_B, of_rejected_B = log1mexp(torch.stack([chosen_B, rejected_B])).unbind()
+        return (chosen_B - rejected_B) - (of_chosen_B - of_rejected_B)
+
+    @cached_property
     def ratios(self) -> tuple[Tensor, Tensor]:
         """log(policy / reference)."""
         assert self.reference is not None  # objective_share has seen to it
@@ -149,7 +157,7 @@ class Answers:
         chosen_B, rejected_B = self.scores
         return chosen_B / self.logps.chosen_len_B, rejected_B / self.logps.rejected_len_B
 
-    @property
+    @cached_property
     def rewards(self) -> tuple[Tensor, Tensor]:
         kinds = {"ratio": "ratios", "mean": "means", "sum": "sums"}
         chosen_B, rejected_B = getattr(self, kinds[self.o.reward])

@@ -6,13 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from preference.losses.answers import EXP_MAX, Answers, log1mexp, smoothed
-
-
-def log_odds(x: Answers) -> Tensor:
-    """Log of the odds ratio of chosen over rejected, from log-probabilities per token [B]."""
-    chosen_B, rejected_B = x.means
-    return (chosen_B - rejected_B) - (log1mexp(chosen_B) - log1mexp(rejected_B))
+from preference.losses.answers import EXP_MAX, Answers, smoothed
 
 
 def orpo(x: Answers) -> Tensor:
@@ -20,7 +14,7 @@ def orpo(x: Answers) -> Tensor:
 
     The temperature inside is that of Gorbatovski et al. 2025 (arXiv 2502.01237); 1 in ORPO's paper.
     """
-    return -x.beta * F.logsigmoid(x.o.orpo_temperature * log_odds(x))
+    return -x.beta * F.logsigmoid(x.o.orpo_temperature * x.log_odds)
 
 
 def simpo(x: Answers) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,24 +34,31 @@ def _nll_share(o: Objective, logps: PairLogps, weight_B: Tensor, totals: Totals)
     return -(weight_B * tokens_B).sum() / totals.nll_tokens
 
 
-def _per_pair_metrics(x: Answers) -> dict[str, Tensor]:
+def _pair_metrics(x: Answers) -> dict[str, Tensor]:
     """The metrics of each pair, [B]. "preference" compares log-probabilities per token, "rewards" the loss' own."""
     means, rewards = x.means, x.rewards
     shown = means if x.o.reward == "mean" else (x.logps.chosen_B, x.logps.rejected_B)
+    chosen_2B, rejected_2B = (torch.stack(pair) for pair in zip(means, rewards, strict=True))
+    (means_won_B, won_B), (means_ahead_B, ahead_B) = wins(chosen_2B, rejected_2B), chosen_2B - rejected_2B
     metrics = {
         "logps/chosen": shown[0],
         "logps/rejected": shown[1],
-        "preference/accuracies": wins(*means),
-        "preference/margins": means[0] - means[1],
+        "preference/accuracies": means_won_B,
+        "preference/margins": means_ahead_B,
         "rewards/chosen": rewards[0],
         "rewards/rejected": rewards[1],
-        "rewards/accuracies": wins(*rewards),
-        "rewards/margins": rewards[0] - rewards[1],
+        "rewards/accuracies": won_B,
+        "rewards/margins": ahead_B,
     }
     if "orpo" in dict(x.o.parts):
-        log_odds_B = reference_free.log_odds(x)
-        metrics |= {"log_odds_chosen": log_odds_B, "log_odds_ratio": F.logsigmoid(log_odds_B)}
+        metrics |= {"log_odds_chosen": x.log_odds, "log_odds_ratio": F.logsigmoid(x.log_odds)}
     return metrics
+
+
+def _weighted(metrics: dict[str, Tensor], weight_B: Tensor) -> dict[str, Tensor]:
+    """Their sums, all at once: on a GPU each operation costs a launch, however few numbers it has."""
+    sums_M = (weight_B * torch.stack(list(metrics.values()))).sum(1)
+    return dict(zip(metrics, sums_M.unbind(), strict=True))
 
 
 def _single_metrics(x: Answers) -> dict[str, Tensor]:
@@ -117,17 +125,19 @@ def objective_share(
     if logps.desirable_B is not None:
         objective.check_single_answers()
     weight_B = logps.weight_B if logps.pair_weight_B is None else logps.weight_B * logps.pair_weight_B
+    answers = Answers(objective, logps, reference)
     loss = logps.chosen_B.new_zeros(())
     for name, weight in objective.parts:
-        pair_loss_B = FORMULAS[name](Answers(objective, logps, reference, coupled and coupled.get(name)))
-        loss = loss + weight * (weight_B * pair_loss_B).sum() / totals.pairs
-    if objective.nll_weight:
-        loss = loss + objective.nll_weight * _nll_share(objective, logps, weight_B, totals)
-    if logps.desirable_B is None:
-        nll = _nll_share(objective, logps, logps.weight_B, totals).detach()  # shown whether or not it is learned
-        sums = {"nll_loss": nll * totals.pairs}
-        per_pair = _per_pair_metrics(Answers(objective, logps, reference))
-    else:
-        sums, per_pair = {}, _single_metrics(Answers(objective, logps, reference, coupled and coupled.get("kto")))
-    sums |= {name: (logps.weight_B * value_B.detach()).sum() for name, value_B in per_pair.items()}
-    return loss, {"loss": loss.detach() * totals.pairs} | sums
+        x = Answers(objective, logps, reference, coupled[name]) if coupled and name in coupled else answers
+        loss = loss + weight * (weight_B * FORMULAS[name](x)).sum() / totals.pairs
+    nll = _nll_share(objective, logps, weight_B, totals) if objective.nll_weight else None
+    if nll is not None:
+        loss = loss + objective.nll_weight * nll
+    sums = {"loss": loss.detach() * totals.pairs}
+    with torch.no_grad():
+        if logps.desirable_B is not None:
+            of_kto = Answers(objective, logps, reference, coupled and coupled.get("kto"))
+            return loss, sums | _weighted(_single_metrics(of_kto), logps.weight_B)
+        if nll is None or logps.pair_weight_B is not None:  # shown whether or not it is learned
+            nll = _nll_share(objective, logps, logps.weight_B, totals)
+        return loss, sums | {"nll_loss": nll.detach() * totals.pairs} | _weighted(_pair_metrics(answers), logps.weight_B)

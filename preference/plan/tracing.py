@@ -110,7 +110,8 @@ class _Meter(TorchDispatchMode):
             return out
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
+            counted = args[:2] if func._overloadname == "dtype" else args  # without the type of what is written
+            self.flops += count(*counted, **(kwargs or {}), out_val=out)
         elif not _is_free(func):
             read = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
             self.moved += sum(x.numel() * x.element_size() for x in made + read)

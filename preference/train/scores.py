@@ -16,21 +16,22 @@ class MetricSums:
     """Sums of metrics on the device; they reach the host, and other ranks, when they are read."""
 
     def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # by the names that came together
         self.steps = 0
 
     def add(self, values: Mapping[str, Tensor], scale: float) -> None:
-        scaled = torch.stack([value.float() for value in values.values()]).mul_(scale).unbind()  # one operation for all
-        for name, value in zip(values, scaled, strict=True):
-            self.values[name] = self.values[name] + value if name in self.values else value
+        names, sums = tuple(values), torch.stack([value.float() for value in values.values()]).mul_(scale)
+        self.sums[names] = self.sums[names].add_(sums) if names in self.sums else sums
 
     def read(self, accelerator: Any) -> dict[str, float]:
         """Means over steps of what all ranks added, under the names that they were added by; empties the sums."""
-        if not self.values:
+        if not self.sums:
             return {}
-        sums = accelerator.reduce(torch.stack(list(self.values.values())), "sum").tolist()
-        means = {name: value / max(self.steps, 1) for name, value in zip(self.values, sums, strict=True)}
-        self.values, self.steps = {}, 0
+        names, sums = [name for group in self.sums for name in group], torch.cat(list(self.sums.values()))
+        means: dict[str, float] = dict.fromkeys(names, 0.0)
+        for name, value in zip(names, accelerator.reduce(sums, "sum").tolist(), strict=True):
+            means[name] += value / max(self.steps, 1)
+        self.sums, self.steps = {}, 0
         return means
 
 

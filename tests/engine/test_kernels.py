@@ -18,17 +18,22 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: there is
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from preference.engine.cuda import kernels  # noqa: E402
+from preference.engine.cuda import kernels, layer_kernels  # noqa: E402
 
-COUNTS = {"row_stride", "columns", "width", "count", "token_stride", "head_stride", "heads", "half"}
-IDS = {"ids", "order", "starts"}
+COUNTS = {"row_stride", "columns", "width", "count", "half", "query_heads", "key_heads", "query_blocks"}
+IDS = {"ids", "order", "starts", "rows"}
+FLOATS = {"logps", "sums", "slopes", "scales"}
 KERNELS = {  # kernel -> values of what is fixed when it is compiled, and its warps
     "_exp_rows": [({"CAPPED": capped, "SIZE": kernels.BLOCK}, 8) for capped in (False, True)],
+    "_gather": [({"SIZE": kernels.SUM_BLOCK}, 4)],
     "_sum_uses": [({"SIZE": kernels.SUM_BLOCK}, 4)],
-    "_silu_mul": [({"SIZE": kernels.FLAT_BLOCK}, 4)],
-    "_silu_mul_backward": [({"SIZE": kernels.FLAT_BLOCK}, 4)],
+    "_silu_mul": [({"SIZE": layer_kernels.FLAT_BLOCK}, 4)],
+    "_silu_mul_backward": [({"SIZE": layer_kernels.FLAT_BLOCK, "AGAIN": again}, 4) for again in (False, True)],
     "_rotate": [({"BACK": back, "HEADS": kernels.ROTARY_HEADS, "HALF": 64}, 4) for back in (False, True)],
+    "_add_norm": [({"SIZE": size}, layer_kernels.warps(size)) for size in (1024, 4096, 8192)],
+    "_norm_add_backward": [({"SIZE": size}, layer_kernels.warps(size)) for size in (1024, 4096, 8192)],
 }
+CALLED = {"_turn", "_add_up"}  # by other kernels
 
 
 def test_the_interpreter_gives_what_torch_gives(root: Path) -> None:
@@ -41,7 +46,7 @@ def test_the_interpreter_gives_what_torch_gives(root: Path) -> None:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     errors = json.loads(run.stdout.splitlines()[-1])
-    assert len(errors) == 10
+    assert len(errors) == 12
     for name, error in errors.items():
         bound = 4e-3 if "bfloat16" in name and "exp_rows" not in name else 3e-5
         assert 0 <= error < bound, name
@@ -51,11 +56,11 @@ def signature(kernel: object, constants: dict[str, object], dtype: str) -> dict[
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in COUNTS:
+        if name in COUNTS or name.endswith("_stride"):
             return "i32"
         if name in IDS:
             return "*i64"
-        return "fp32" if name in ("scale", "cap") else "*fp32" if name in ("logps", "sums", "slopes") else f"*{dtype}"
+        return "fp32" if name in ("scale", "cap", "epsilon") else "*fp32" if name in FLOATS else f"*{dtype}"
 
     return {name: kind(name) for name in kernel.arg_names}
 
@@ -63,9 +68,10 @@ def signature(kernel: object, constants: dict[str, object], dtype: str) -> dict[
 @pytest.mark.parametrize("card", [80, 89, 90])
 def test_every_kernel_compiles_and_keeps_to_its_registers(card: int) -> None:
     """For A100, 4090 and H100: a binary comes out, and nothing is spilled to local memory."""
-    assert set(KERNELS) == {n for n, x in vars(kernels).items() if isinstance(x, triton.runtime.JITFunction)}
+    there = vars(kernels) | vars(layer_kernels)
+    assert set(KERNELS) | CALLED == {n for n, x in there.items() if isinstance(x, triton.runtime.JITFunction)}
     for name, variants in KERNELS.items():
-        kernel = getattr(kernels, name)
+        kernel = there[name]
         for constants, warps in variants:
             source = ASTSource(
                 fn=kernel,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from preference.engine.branches import padded
 from preference.engine.cuda.flex import flex
-from preference.engine.cuda.kernels import sum_uses
+from preference.engine.cuda.kernels import gather, sum_uses
 from preference.engine.masks import EngineError, PackedMask, Scores
 
 VARLEN_CAPABILITY, FLEX_CAPABILITY = (8, 0), (7, 5)
@@ -93,7 +93,7 @@ class GatheredVarlen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Any, window: int, scale: float) -> Tensor:
-        keys, values = key[layout["key_at"]], value[layout["key_at"]]
+        keys, values = gather(key, value, layout["key_at"])
         groups = {"enable_gqa": True} if _takes_groups() and len(query[0]) != len(key[0]) else {}
         ctx.repeats = 1 if _takes_groups() else query.shape[1] // key.shape[1]
         keys, values = (_repeat(x, ctx.repeats) for x in (keys, values))
@@ -109,7 +109,7 @@ class GatheredVarlen(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, logsumexp, random = ctx.saved_tensors
         layout = ctx.layout
-        keys, values = (_repeat(x[layout["key_at"]], ctx.repeats) for x in (key, value))
+        keys, values = (_repeat(x, ctx.repeats) for x in gather(key, value, layout["key_at"]))
         d_query, d_keys, d_values = _varlen_ops()[1](
             grad.contiguous(), query, keys, values, out, logsumexp, layout["cu_seqlens_q"], layout["cu_seqlens_k"],
             *layout["longest"], True, random, ctx.scale, window_size=[ctx.window, 0],
@@ -117,7 +117,7 @@ class GatheredVarlen(torch.autograd.Function):
         if ctx.repeats > 1:
             d_keys, d_values = (x.unflatten(1, (-1, ctx.repeats)).sum(2) for x in (d_keys, d_values))
         uses = layout["key_at"], layout["key_order"], layout["key_starts"]
-        return d_query, sum_uses(d_keys, *uses), sum_uses(d_values, *uses), None, None, None
+        return d_query, *sum_uses(d_keys, d_values, *uses), None, None, None
 
 
 @functools.cache

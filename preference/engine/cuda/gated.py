@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from preference.engine.cuda.kernels import silu_mul, silu_mul_backward
+from preference.engine.cuda.layer_kernels import silu_mul, silu_mul_backward, silu_mul_finish
 from preference.engine.layers.gated import GatedProduct
 
 
@@ -19,7 +19,11 @@ class SiluProduct(GatedProduct):
 
     @staticmethod
     def gradients(gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return silu_mul_backward(gate, up, grad)
+        return silu_mul_backward(gate, up, grad).unbind()
+
+    @classmethod
+    def finish(cls, gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return silu_mul_finish(gate, up, grad).unbind()
 
 
 def product_for(act: nn.Module) -> type[GatedProduct]:

@@ -1,4 +1,4 @@
-"""Triton kernels, and the operators that torch sees of them.
+"""Triton kernels of the head and of attention, and the operators that torch sees of them.
 
 Each operator has an implementation in torch's own operators besides, which serves where Triton does not (cards older
 than it knows) and says what the kernel computes.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch import Tensor
 from preference.engine import exp_rows as plain
 
 BLOCK = 4096  # logits that a program of `_exp_rows` handles at once
-FLAT_BLOCK = 1024  # numbers that a program of an element-wise kernel handles
 ROTARY_HEADS = 16  # heads of a token that a program of `_rotate` handles at most
 SUM_BLOCK = 512  # numbers of a key that a program of `_sum_uses` handles
 TRITON_CAPABILITY = (7, 5)
@@ -28,7 +26,7 @@ def _knows(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
 
 
-def _runs_triton(x: Tensor) -> bool:
+def runs_triton(x: Tensor) -> bool:
     """Whether the kernels, which compute in float32, are for this tensor and its device."""
     return x.dtype != torch.float64 and _knows(x.device)
 
@@ -77,57 +75,45 @@ def _exp_rows(
 
 
 @triton.jit
-def _sum_uses(parts, order, starts, out, width, SIZE: tl.constexpr):
-    """One program a key and a part of its width: the rows of `parts` that are its uses, summed in float32."""
-    key = tl.program_id(0).to(tl.int64)
+def _gather(first, second, rows, first_out, second_out, width, SIZE: tl.constexpr):
+    """One program a row of the outputs and a part of its width, of one of the two tensors."""
+    to = tl.program_id(0).to(tl.int64)
     lanes = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     inside = lanes < width
-    total = tl.zeros((SIZE,), tl.float32)
-    for use in range(tl.load(starts + key), tl.load(starts + key + 1)):
+    row = tl.load(rows + to).to(tl.int64)
+    if tl.program_id(2) == 0:
+        x = tl.load(first + row * width + lanes, mask=inside, other=0.0)
+        tl.store(first_out + to * width + lanes, x, mask=inside)
+    else:
+        x = tl.load(second + row * width + lanes, mask=inside, other=0.0)
+        tl.store(second_out + to * width + lanes, x, mask=inside)
+
+
+@triton.jit
+def _add_up(parts, order, begin, end, out, key, width, lanes):
+    inside = lanes < width
+    total = tl.zeros(lanes.shape, tl.float32)
+    for use in range(begin, end):
         row = tl.load(order + use).to(tl.int64)
         total += tl.load(parts + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + key * width + lanes, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _silu_mul(gate, up, out, count, SIZE: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = at < count
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
+def _sum_uses(first, second, order, starts, first_out, second_out, width, SIZE: tl.constexpr):
+    """One program a key and a part of its width, of one of the two tensors: its uses, summed in float32."""
+    key = tl.program_id(0).to(tl.int64)
+    lanes = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    begin, end = tl.load(starts + key), tl.load(starts + key + 1)
+    if tl.program_id(2) == 0:
+        _add_up(first, order, begin, end, first_out, key, width, lanes)
+    else:
+        _add_up(second, order, begin, end, second_out, key, width, lanes)
 
 
 @triton.jit
-def _silu_mul_backward(gate, up, grad, d_gate, d_up, count, SIZE: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = at < count
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    share = tl.sigmoid(g)
-    slope = share * (1 + g * (1 - share))
-    tl.store(d_gate + at, (d * u * slope).to(d_gate.dtype.element_ty), mask=inside)
-    tl.store(d_up + at, (d * g * share).to(d_up.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _rotate(
-    x,
-    token_stride,
-    head_stride,
-    cos,
-    sin,
-    out,
-    heads,
-    half,
-    BACK: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):  # fmt: skip
-    """One program a token and a block of heads. `half` numbers of a head are turned against the other half."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+def _turn(x, token_stride, head_stride, cos, sin, out, token, head, heads, half,
+          BACK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     lane = tl.arange(0, HALF)
     inside = (head[:, None] < heads) & (lane[None, :] < half)
     start = x + token * token_stride + head[:, None] * head_stride + lane[None, :]
@@ -149,10 +135,25 @@ def _rotate(
     tl.store(to + half, out_second.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _rotate(query, query_token_stride, query_head_stride, key, key_token_stride, key_head_stride, cos, sin,
+            query_out, key_out, query_heads, key_heads, query_blocks, half,
+            BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """One program a token and a block of heads. `half` numbers of a head are turned against the other half."""
+    token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head = tl.arange(0, HEADS)
+    if block < query_blocks:
+        _turn(query, query_token_stride, query_head_stride, cos, sin, query_out, token, block * HEADS + head,
+              query_heads, half, BACK, HALF)  # fmt: skip
+    else:
+        _turn(key, key_token_stride, key_head_stride, cos, sin, key_out, token, (block - query_blocks) * HEADS + head,
+              key_heads, half, BACK, HALF)  # fmt: skip
+
+
 @torch.library.custom_op("preference::exp_rows", mutates_args={"logits"})
 def exp_rows(logits: Tensor, ids: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """As `engine.exp_rows.exp_rows`."""
-    if not _runs_triton(logits):
+    if not runs_triton(logits):
         return plain.exp_rows(logits, ids, scale, cap)
     logps, sums, slopes = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
     _exp_rows[(len(logits),)](
@@ -168,64 +169,51 @@ def _(logits: Tensor, ids: Tensor, scale: float, cap: float | None) -> tuple[Ten
     return tuple(logits.new_empty(len(logits), dtype=wide) for _ in range(3))
 
 
+def _two(x: Tensor, size: int) -> tuple[int, int, int]:
+    """Programs for rows of two tensors like x."""
+    return size, triton.cdiv(x[0].numel(), SUM_BLOCK), 2
+
+
+@torch.library.custom_op("preference::gather", mutates_args=())
+def gather(key: Tensor, value: Tensor, key_at: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows `key_at` [M] of key and value, both [N, K, D]."""
+    if not runs_triton(key):
+        return key[key_at], value[key_at]
+    key, value = key.contiguous(), value.contiguous()
+    keys, values = (key.new_empty((len(key_at), *key.shape[1:])) for _ in range(2))
+    width = key[0].numel()
+    _gather[_two(key, len(key_at))](key, value, key_at, keys, values, width, SIZE=SUM_BLOCK, num_warps=4)
+    return keys, values
+
+
+@gather.register_fake
+def _(key: Tensor, value: Tensor, key_at: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(x.new_empty((len(key_at), *x.shape[1:])) for x in (key, value))
+
+
 @torch.library.custom_op("preference::sum_uses", mutates_args=())
-def sum_uses(parts: Tensor, key_at: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """Sums of the rows of `parts` [M, K, D] that belong to the same key, [N, K, D], in float32 and rounded once.
+def sum_uses(d_keys: Tensor, d_values: Tensor, key_at: Tensor, order: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the rows that belong to the same key, of both [M, K, D] -> [N, K, D], in float32 and rounded once.
 
     Args:
         key_at: the key of each row, [M].
         order, starts: the rows of each key in turn, [M], and where each key's begin, [N + 1].
     """
-    shape = (len(starts) - 1, *parts.shape[1:])
-    parts = parts.contiguous()
-    if not _runs_triton(parts):
-        total = parts.new_zeros(shape, dtype=torch.promote_types(parts.dtype, torch.float32))
-        return total.index_add_(0, key_at, parts.to(total.dtype)).to(parts.dtype)
-    out = parts.new_empty(shape)
-    width = out[0].numel()
-    _sum_uses[(len(out), triton.cdiv(width, SUM_BLOCK))](parts, order, starts, out, width, SIZE=SUM_BLOCK, num_warps=4)
-    return out
+    shape = (len(starts) - 1, *d_keys.shape[1:])
+    if not runs_triton(d_keys):
+        zeros = d_keys.new_zeros(shape, dtype=torch.promote_types(d_keys.dtype, torch.float32))
+        return tuple(zeros.index_add(0, key_at, x.to(zeros.dtype)).to(x.dtype) for x in (d_keys, d_values))
+    d_keys, d_values = d_keys.contiguous(), d_values.contiguous()
+    key, value = d_keys.new_empty(shape), d_keys.new_empty(shape)
+    width = d_keys[0].numel()
+    grid = _two(d_keys, len(key))
+    _sum_uses[grid](d_keys, d_values, order, starts, key, value, width, SIZE=SUM_BLOCK, num_warps=4)
+    return key, value
 
 
 @sum_uses.register_fake
-def _(parts: Tensor, key_at: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    return parts.new_empty((len(starts) - 1, *parts.shape[1:]))
-
-
-def _along(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), FLAT_BLOCK),)
-
-
-@torch.library.custom_op("preference::silu_mul", mutates_args=())
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, in float32 and rounded once."""
-    gate, up = gate.contiguous(), up.contiguous()
-    if not _runs_triton(gate):
-        return F.silu(gate) * up
-    out = torch.empty_like(gate)
-    _silu_mul[_along(gate)](gate, up, out, gate.numel(), SIZE=FLAT_BLOCK, num_warps=4)
-    return out
-
-
-@silu_mul.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("preference::silu_mul_backward", mutates_args=())
-def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `silu_mul` in gate and up."""
-    gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
-    if not _runs_triton(gate):
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    _silu_mul_backward[_along(gate)](gate, up, grad, d_gate, d_up, gate.numel(), SIZE=FLAT_BLOCK, num_warps=4)
-    return d_gate, d_up
-
-
-@silu_mul_backward.register_fake
-def _(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+def _(d_keys: Tensor, d_values: Tensor, key_at: Tensor, order: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    return tuple(x.new_empty((len(starts) - 1, *x.shape[1:])) for x in (d_keys, d_values))
 
 
 def turned(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, back: bool) -> Tensor:
@@ -240,21 +228,23 @@ def turned(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor, back: bool) -> Tensor:
 
 
 @torch.library.custom_op("preference::rotate", mutates_args=())
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """`turned` in one kernel: x [N, H, D], whose heads may lie anywhere, cos and sin [N, D] -> [N, H, D]."""
-    if not _runs_triton(x):
-        return turned(x, cos, sin, back).contiguous()
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    tokens, heads, size = x.shape
-    out = x.new_empty(x.shape)
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """`turned` for both: query [N, H, D], key [N, K, D], whose heads may lie anywhere; cos and sin [N, D]."""
+    if not runs_triton(query):
+        return turned(query, cos, sin, back).contiguous(), turned(key, cos, sin, back).contiguous()
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    tokens, heads, size = query.shape
+    outs = query.new_empty(query.shape), key.new_empty(key.shape)
     block = min(triton.next_power_of_2(heads), ROTARY_HEADS)
-    _rotate[(tokens, triton.cdiv(heads, block))](
-        x, x.stride(0), x.stride(1), cos.contiguous(), sin.contiguous(), out, heads, size // 2, BACK=back,
-        HEADS=block, HALF=triton.next_power_of_2(size // 2), num_warps=4,
+    blocks = [triton.cdiv(x.shape[1], block) for x in (query, key)]
+    _rotate[(tokens, sum(blocks))](
+        query, query.stride(0), query.stride(1), key, key.stride(0), key.stride(1), cos.contiguous(), sin.contiguous(),
+        *outs, heads, key.shape[1], blocks[0], size // 2, BACK=back, HEADS=block,
+        HALF=triton.next_power_of_2(size // 2), num_warps=4,
     )  # fmt: skip
-    return out
+    return outs
 
 
 @rotate.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    return x.new_empty(x.shape)
+def _(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)

@@ -11,10 +11,11 @@ import types
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from preference.engine.layers.gated import product_step
-from preference.engine.layers.linear import PLAIN, cast_once, rows_again
+from preference.engine.layers.gated import finish, product_step
+from preference.engine.layers.linear import PLAIN, cast_once
 from preference.engine.layers.lora import adapted_forward, joined
 
 
@@ -22,17 +23,18 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in `dtype`, summed in float32."""
     if a.dtype == dtype:
         return torch.mm(a, b)
-    if dtype == torch.float32 and a.device.type == "cuda" and _writes_float32():
+    if dtype == torch.float32 and a.device.type == "cuda" and writes_float32("mm"):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
 
 
 @functools.cache
-def _writes_float32() -> bool:
-    return "dtype" in torch.ops.aten.mm.overloads()
+def writes_float32(product: str) -> bool:
+    """Whether this torch's mm or bmm of 16 bits can write float32."""
+    return "dtype" in getattr(torch.ops.aten, product).overloads()
 
 
-def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * a @ b in one product."""
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
@@ -43,9 +45,18 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return kept if version == weight._version and kept.dtype == dtype else weight.detach().to(dtype)
 
 
+def _weights(model: nn.Module) -> list[Tensor]:
+    """A and B of all adapters. Those of layers that run as one step (siblings.py) stand one behind another."""
+    groups: dict[int, list[LoraLinear]] = {}
+    for layer in joined(model):
+        groups.setdefault(id(getattr(layer, "packed_group", layer)), []).append(layer)
+    parts = [[getattr(layer, name) for layer in group] for group in groups.values() for name in ("lora_A", "lora_B")]
+    return [adapter.weight for part in parts for of_layer in part for adapter in of_layer.values()]
+
+
 def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast all adapters of `model` at once, so that their layers find them cast: a launch instead of one for each."""
-    weights = [w.weight for layer in joined(model) for part in (layer.lora_A, layer.lora_B) for w in part.values()]
+    weights = _weights(model)
     stale = [w for w in weights if type(w) in PLAIN and getattr(w, "packed_cast", (-1,))[0] != w._version]
     stale = [w for w in stale if w.dtype != dtype]
     if not stale:
@@ -64,7 +75,7 @@ class Adapted(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, a, b, scale, dtype):
         x_NI = cast_once(x, dtype).reshape(-1, x.shape[-1])
         weight_OI, a_RI, b_OR = weight.detach().to(dtype), cast(a, dtype), cast(b, dtype)
-        h_NR = _scaled(x_NI, a_RI.t(), scale)
+        h_NR = scaled(x_NI, a_RI.t(), scale)
         y_NO = torch.mm(x_NI, weight_OI.t()) if bias is None else torch.addmm(bias.to(dtype), x_NI, weight_OI.t())
         y_NO.addmm_(h_NR, b_OR.t())
         ctx.step, ctx.dtype = product_step(x), dtype
@@ -77,16 +88,17 @@ class Adapted(torch.autograd.Function):
         x_NI, h_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
         x_dtype, a_dtype, b_dtype = ctx.dtypes
         grad_NO = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
-        g_NR = _scaled(grad_NO, b_OR, ctx.scale)
+        g_NR = scaled(grad_NO, b_OR, ctx.scale)
         d_x = d_a = d_b = None
-        if ctx.needs_input_grad[3]:
-            x_NI = rows_again(ctx) if x_NI is None else x_NI
-            d_a = wide_product(g_NR.t(), x_NI, a_dtype)
         if ctx.needs_input_grad[4]:
             d_b = wide_product(grad_NO.t(), h_NR, b_dtype)
+        if ctx.needs_input_grad[3] and x_NI is not None:
+            d_a, x_NI = wide_product(g_NR.t(), x_NI, a_dtype), None  # before as much is taken for its gradient
         if ctx.needs_input_grad[0]:
-            x_NI = None  # before as much is taken for its gradient
             d_x = torch.mm(grad_NO, weight_OI).addmm_(g_NR, a_RI).view(ctx.shape).to(x_dtype)
+        if ctx.needs_input_grad[3] and d_a is None:  # the step that made x needs nothing more of its gradient then
+            x_NI = finish(ctx.step, d_x).reshape(len(grad_NO), -1).to(ctx.dtype)
+            d_a = wide_product(g_NR.t(), x_NI, a_dtype)
         return d_x, None, None, d_a, d_b, None, None
 
 
@@ -94,5 +106,6 @@ def join_adapters(model: nn.Module) -> int:
     """Let every LoRA layer over a plain linear one run as one step, where that is the same; returns how many."""
     layers = joined(model)
     for layer in layers:
+        layer.packed_adapter = True
         layer.forward = types.MethodType(functools.partial(adapted_forward, Adapted), layer)
     return len(layers)

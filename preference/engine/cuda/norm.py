@@ -41,6 +41,10 @@ def _forward(self: nn.Module, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, epsilon(self))
 
 
+def is_fused(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "__func__", None) is _forward
+
+
 def fuse_norms(model: nn.Module) -> int:
     """Let the plain RMS norms of `model` run as one kernel; returns how many there are."""
     norms = [m for m in model.modules() if _is_plain(m)]

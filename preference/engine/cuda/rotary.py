@@ -21,16 +21,16 @@ NAME = "apply_rotary_pos_emb"
 
 
 class Rotated(torch.autograd.Function):
-    """x [N, H, D], cos and sin [N, D] -> [N, H, D]."""
+    """query [N, H, D], key [N, K, D], cos and sin [N, D] -> both, turned."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin, False)
+        return rotate(query, key, cos, sin, False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return rotate(grad, *ctx.saved_tensors, True), None, None
+    def backward(ctx: Any, d_query: Tensor, d_key: Tensor) -> tuple[Tensor | None, ...]:
+        return *rotate(d_query, d_key, *ctx.saved_tensors, True), None, None
 
 
 def _takes(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -39,17 +39,18 @@ def _takes(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return x.device.type == "cuda" and x.shape[-1] % 2 == 0 and cos.shape == sin.shape == shape
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out_NHD = Rotated.apply(x.squeeze(0).transpose(0, 1), cos.squeeze(0), sin.squeeze(0))
-    return out_NHD.transpose(0, 1).unsqueeze(0)
+def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    rows = (x.squeeze(0).transpose(0, 1) for x in (q, k))
+    turned_q, turned_k = Rotated.apply(*rows, cos.squeeze(0), sin.squeeze(0))
+    return turned_q.transpose(0, 1).unsqueeze(0), turned_k.transpose(0, 1).unsqueeze(0)
 
 
 def _switch(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def function(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not (_takes(q, cos, sin) and _takes(k, cos, sin)):
+        if args or kwargs or q.dtype != k.dtype or not (_takes(q, cos, sin) and _takes(k, cos, sin)):
             return plain(q, k, cos, sin, *args, **kwargs)
-        return _rotated(q, cos, sin), _rotated(k, cos, sin)
+        return _rotated(q, k, cos, sin)
 
     vars(function)["plain"] = plain
     return function

@@ -13,7 +13,9 @@ from preference.engine.cuda.gated import product_for
 from preference.engine.cuda.kernels import exp_rows
 from preference.engine.cuda.lora import cast_adapters, join_adapters
 from preference.engine.cuda.norm import fuse_norms
+from preference.engine.cuda.residual import fuse_residuals
 from preference.engine.cuda.rotary import fuse_rotary
+from preference.engine.cuda.siblings import join_siblings
 from preference.engine.layers.gated import save_memory_in_gated_layers
 from preference.engine.layers.linear import save_memory_in_linear_layers
 from preference.engine.side import Side
@@ -26,8 +28,10 @@ def lighten(model: nn.Module) -> None:
         save_memory_in_gated_layers(model, product_for)
         save_memory_in_linear_layers(model)
         fuse_norms(model)
+        fuse_residuals(model)
         fuse_rotary(model)
         join_adapters(model)
+        join_siblings(model)
 
 
 def begin(model: nn.Module) -> None:

@@ -36,6 +36,13 @@ class GatedProduct:
         (d_gate,) = torch.autograd.grad(acted, gate, grad * up)
         return d_gate, acted.detach() * grad
 
+    @classmethod
+    def finish(cls, gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients; the product itself is left in the memory of `grad`."""
+        found = cls.gradients(gate, up, act, grad)
+        grad.copy_(cls.make(gate, up, act))
+        return found
+
 
 class _Gated(torch.autograd.Function):
     """gate and up, both [..., I] -> act(gate) * up; `act` works on each element."""
@@ -43,11 +50,14 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module, product: type[GatedProduct]) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.act, ctx.product, ctx.inputs = act, product, None
+        ctx.act, ctx.product, ctx.inputs, ctx.found = act, product, None, None
         return product.make(gate, up, act)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.found is not None:
+            found, ctx.found = ctx.found, None
+            return *found, None, None
         (gate, up), ctx.inputs = _inputs(ctx), None
         return *ctx.product.gradients(gate, up, ctx.act, grad), None, None
 
@@ -68,6 +78,17 @@ def make_again(step: Any) -> Tensor:
     gate, up = _inputs(step)
     with torch.no_grad():
         return step.product.make(gate, up, step.act)
+
+
+def finish(step: Any, grad: Tensor) -> Tensor:
+    """Do the backward of a step that `product_step` gave, and return its output, in the memory of `grad`.
+
+    Args:
+        grad: the whole gradient of its output, contiguous: nothing but the caller may read that output.
+    """
+    gate, up = _inputs(step)
+    step.found, step.inputs = step.product.finish(gate, up, step.act, grad), None
+    return grad
 
 
 def _forward(self: nn.Module, x: Tensor, product: type[GatedProduct] = GatedProduct) -> Tensor:

@@ -56,7 +56,7 @@ class _Adapted(torch.autograd.Function):
         return d_x, None, None, d_a, d_b, None, None
 
 
-def _plain_adapter(layer: LoraLinear) -> str | None:
+def plain_adapter(layer: LoraLinear) -> str | None:
     """The name of the one adapter that a layer applies as `_Adapted` computes it; None if it does anything else."""
     if layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
         return None
@@ -81,7 +81,7 @@ def adapted_forward(
     if self.disable_adapters and not self.merged and not autocast:  # the weight may be held in another dtype than x
         bias = None if base.bias is None else base.bias.to(base.weight.dtype)
         return F.linear(x.to(base.weight.dtype), base.weight, bias).to(x.dtype)
-    name = None if args or kwargs else _plain_adapter(self)
+    name = None if args or kwargs else plain_adapter(self)
     if name is None:
         return type(self).forward(self, x, *args, **kwargs)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
