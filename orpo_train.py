@@ -44,6 +44,7 @@ def main() -> None:
     from preference.models.loading import load_tokenizer, untuned
     from preference.models.vocabulary import add_to_tokenizer, tokens_to_add
     from preference.plan.dry_run import on_paper
+    from preference.plan.first_budget import fit_to_memory
     from preference.report.answers import Samples
     from preference.report.evaluation import Evaluation
     from preference.report.facts import plan_of, run_facts, show_plan
@@ -91,13 +92,16 @@ def main() -> None:
     setup.check_length(args, training, len(train_set or ()))
     first = (train_set or next(iter(sets_of(eval_set).values())))[0]
     show_pair(first, tokenizer, terminal)
+    args, budget = fit_to_memory(args, source, hardware, setup.objective_of(args), training, train_set, say)
     if args.run.dry_run:
         look_at_headers(args, source, tokenizer, conversation, train_set, eval_set)
-        say(on_paper(args, source, hardware, setup.objective_of(args), training, train_set))
+        say(on_paper(args, source, hardware, setup.objective_of(args), training, train_set, budget))
         return
 
     # ---- the model and its trainer
-    trainer = setup.load_trainer(args, source, hardware, training, tokenizer, conversation, train_set, eval_set)
+    trainer = setup.load_trainer(
+        args, source, hardware, training, tokenizer, conversation, train_set, eval_set, budget=budget
+    )
     facts = run_facts(args, trainer, conversation)
     start = setup.find_start(args, trainer, conversation, restarted) if args.run.do_train else None
     for note in start.notes if start else ():

@@ -78,6 +78,7 @@ def make_trainer(
     """A trainer of either engine on a tiny Llama; what PairTrainer takes besides is taken out of `rest`."""
     ours = (
         "max_tokens_per_micro_batch",
+        "budget",
         "share_prompt",
         "reference",
         "cache_dir",

@@ -209,7 +209,8 @@ class ObjectiveArguments:
     )
     max_tokens_per_micro_batch: int = flag(
         0,
-        "memory budget: tokens of one packed row (0: follow per_device_train_batch_size)",
+        "memory budget: tokens of one packed row (0: follow per_device_train_batch_size; not given, on an NVIDIA GPU: "
+        "as many as its memory has room for, measured in the first steps)",
         least=0,
         unused=(NOT_PACKED,),
     )

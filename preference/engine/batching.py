@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,10 @@ class Cut:
     world: int = 1
     share_prompt: bool = True
     common: int = 0
+
+    def of_tokens(self, tokens: int) -> Cut:
+        """The same, into micro-batches of at most so many tokens."""
+        return replace(self, tokens=tokens)
 
     @property
     def once(self) -> int:
@@ -219,6 +223,12 @@ class TrainingPlan(Sampler[list[Step]]):
         if not self.shuffle:
             return np.arange(len(self.lengths))
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+
+    def recut(self, rows: np.ndarray, totals: Totals, tokens: int) -> Step:
+        """One rank's `rows` of a step as other micro-batches, of at most so many tokens."""
+        cut = replace(self.cut, tokens=tokens, world=1)
+        [parts] = cut_batch(cut.cost(self.lengths[rows]), cut)
+        return Step(tuple(tuple(rows[pairs].tolist()) for pairs in parts), (False,) * len(parts), totals)
 
     def __iter__(self) -> Iterator[list[Step]]:
         order = self.order(self.epoch())

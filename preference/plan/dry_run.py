@@ -21,6 +21,7 @@ from preference.plan.estimate import ENGINES, Estimator, Memory, Work, changed, 
 from preference.plan.speed import matmul_rate, peak_memory
 from preference.plan.tracing import Trace, TraceError
 from preference.screen import duration
+from preference.train.budget import Budget
 
 WORLDS = (1, 2, 4, 8)
 GIB = 2**30
@@ -299,9 +300,21 @@ def _how_far(hardware: Hardware) -> str:
 
 
 def on_paper(
-    args: Arguments, source: ModelSource, hardware: Hardware, objective: Objective, training: Any, train_set: Any
+    args: Arguments,
+    source: ModelSource,
+    hardware: Hardware,
+    objective: Objective,
+    training: Any,
+    train_set: Any,
+    budget: Budget | None = None,
 ) -> str:
-    """What the run would do, need and take; no weight is loaded."""
+    """What the run would do, need and take; no weight is loaded.
+
+    Args:
+        budget: that the run would start with, where it finds the tokens of a micro-batch itself.
+    """
+    if budget is not None:
+        args = changed(args, {"max_tokens_per_micro_batch": budget.tokens})
     lengths, common = row_lengths(train_set), shared_prefix(train_set)
     single = "desirable" in train_set.column_names
     half = half_type(training)

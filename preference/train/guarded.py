@@ -67,6 +67,7 @@ class GuardedTrainer(Trainer):
     loraplus_lr_ratio: float | None = None
     average: MovingAverage | None = None
     held: HeldHalves | None = None
+    budget: Any = None  # of tokens per micro-batch (train/budget.py); the packed engine alone has one
     # What transformers sets in a method of its own, for type checkers
     model: Any
     lr_scheduler: Any

@@ -195,10 +195,13 @@ def resolve_start(
     if checkpoint:
         _check(checkpoint, manifest, identity, launch, anyway, notes)
         notes.append(f"resuming from {checkpoint}")
+        if trainer.budget is not None and "micro_batches" in manifest:
+            trainer.budget.take_up(manifest["micro_batches"])
     same_run = checkpoint and how in ("auto", "last")  # from a folder by name the later ones are another branch
     run = manifest.get("run") if same_run else None
     run = run or _ours(lambda: uuid.uuid4().hex)
-    trainer.checkpoints.run = {"run": run, "identity": dict(identity), "launch": launch}
+    kept = {name: manifest[name] for name in ("micro_batches",) if name in manifest}
+    trainer.checkpoints.run = {"run": run, "identity": dict(identity), "launch": launch, **kept}
     _check_disks(trainer, output_dir)
     if keeper:
         write_run(output_dir, trainer.checkpoints.run, finished=False)

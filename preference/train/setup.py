@@ -24,6 +24,7 @@ from preference.models.sources import ModelSource
 from preference.models.vocabulary import add_rows, tokens_to_add
 from preference.optimization.keywords import keywords
 from preference.tokens.datasets import sets_of
+from preference.train.budget import Budget
 from preference.train.held import HeldHalves
 from preference.train.identity import run_identity
 from preference.train.moving import MovingAverage
@@ -37,10 +38,7 @@ from preference.train.sharding import strategy_options
 def training_arguments(args: Arguments, hardware: Hardware, world_size: int, report_to: list[str]) -> Any:
     """transformers' TrainingArguments; making them also sets up the process group of a torchrun launch."""
     run = args.run
-    # transformers renamed it between the versions that this runs on
-    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
-    options = {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
-    checkpointing = options if run.gradient_checkpointing else {}
+    checkpointing = checkpointing_options() if run.gradient_checkpointing else {}
     precision = hardware.precision(run.bf16, run.fp16)
     if precision["fp16"] and hardware.device == "cpu":
         say("warning: products in float16 are slow on a CPU: fp16=false takes what is fast here")
@@ -83,6 +81,13 @@ def training_arguments(args: Arguments, hardware: Hardware, world_size: int, rep
         **checkpointing,
         **({} if run.dry_run else strategy_options(run.strategy, world_size)),
     )
+
+
+def checkpointing_options() -> dict[str, Any]:
+    """What TrainingArguments take for gradient checkpointing."""
+    # transformers renamed it between the versions that this runs on
+    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def _steps(value: float) -> float:
@@ -149,8 +154,13 @@ def load_trainer(
     conversation: Any,
     train_set: Any,
     eval_set: Any,
+    *,
+    budget: Budget | None = None,
 ) -> Any:
     """The trainer of either engine with the model as it was handed in, looked at.
+
+    Args:
+        budget: of tokens per micro-batch, for the packed engine where the run finds it (train/budget.py).
 
     Raises:
         ModelError: the model is not whole, or has no room for the ids or the rows.
@@ -176,6 +186,7 @@ def load_trainer(
         training,
         schedule=schedule_of(args),
         max_tokens_per_micro_batch=choice.max_tokens_per_micro_batch,
+        budget=budget,
         share_prompt=choice.share_prompt,
         attention=choice.attn_implementation,
         torch_compile=args.run.torch_compile,

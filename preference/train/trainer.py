@@ -43,6 +43,7 @@ from preference.losses.answers import weighted_sums
 from preference.losses.schedule import Schedule
 from preference.losses.share import as_means
 from preference.models.hardware import half_type
+from preference.train.budget import Budget, CudaMeter, Meter, fit_step
 from preference.train.coupled import couple_set, couple_step
 from preference.train.gradients import clip, exact_norm
 from preference.train.guarded import GuardedTrainer
@@ -99,6 +100,7 @@ class PairTrainer(GuardedTrainer):
         train_dataset, eval_dataset: columns prompt_ids, chosen_ids, rejected_ids and source (and `desirable`, for rows
             of one answer, see engine/batching.py); eval_dataset may be
             several by name, whose metrics are then called eval_NAME_loss and so on.
+        budget: of tokens per micro-batch, settled in the first steps (train/budget.py); None: as the next says.
         max_tokens_per_micro_batch: cut a step into micro-batches of at most that many tokens rather than by
             per_device_train_batch_size (and evaluation likewise); 0: by pairs.
         share_prompt: compute a prompt once for both of its answers, and what prompts of a micro-batch begin with alike
@@ -124,6 +126,7 @@ class PairTrainer(GuardedTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: Any = None,
         max_tokens_per_micro_batch: int = 0,
+        budget: Budget | None = None,
         share_prompt: bool = True,
         attention: str = "auto",
         torch_compile: bool = False,
@@ -136,7 +139,8 @@ class PairTrainer(GuardedTrainer):
                 raise ValueError(f"{name}={getattr(args, name)} has no place in the packed engine: {why}")
         self.schedule = schedule or Schedule(objective)
         self.objective = objective
-        self.max_tokens = max_tokens_per_micro_batch
+        self.max_tokens, self.budget = max_tokens_per_micro_batch, budget
+        self.meter: Meter = CudaMeter()
         self.accumulation = args.gradient_accumulation_steps
         self.engine = prepare_model(
             _on_device(model, args),
@@ -178,7 +182,8 @@ class PairTrainer(GuardedTrainer):
     # ---- data
 
     def _cut(self, dataset: Dataset, pairs: int) -> Cut:
-        return Cut(pairs, self.max_tokens, self.args.world_size, self.engine.share_prompt, shared_prefix(dataset))
+        tokens = self.budget.tokens if self.budget else self.max_tokens
+        return Cut(pairs, tokens, self.args.world_size, self.engine.share_prompt, shared_prefix(dataset))
 
     def _loader(
         self, dataset: Dataset, plan: Any, reference: np.ndarray | None, persistent: bool = False
@@ -215,7 +220,8 @@ class PairTrainer(GuardedTrainer):
             drop_last=args.dataloader_drop_last,
         )
         reference = self._reference_of(self.train_dataset)
-        return self._loader(self.train_dataset, plan, reference, args.dataloader_persistent_workers)
+        self.train_loader = self._loader(self.train_dataset, plan, reference, args.dataloader_persistent_workers)
+        return self.train_loader
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         if isinstance(eval_dataset, str):
@@ -248,6 +254,8 @@ class PairTrainer(GuardedTrainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
+        if self.budget is not None and not self.budget.settled:
+            inputs = fit_step(self, model, inputs)
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         options = {"scale_wrt_gas": False} if deepspeed else {}
         totals, batches = inputs["totals"], [to_device(batch, self.args.device) for batch in inputs["micro_batches"]]
