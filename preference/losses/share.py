@@ -140,4 +140,6 @@ def objective_share(
             return loss, sums | _weighted(_single_metrics(of_kto), logps.weight_B)
         if nll is None or logps.pair_weight_B is not None:  # shown whether or not it is learned
             nll = _nll_share(objective, logps, logps.weight_B, totals)
-        return loss, sums | {"nll_loss": nll.detach() * totals.pairs} | _weighted(_pair_metrics(answers), logps.weight_B)
+        return loss, sums | {"nll_loss": nll.detach() * totals.pairs} | _weighted(
+            _pair_metrics(answers), logps.weight_B
+        )
