@@ -67,13 +67,13 @@ class Plan:
     """
 
     pairs: int
-    single: bool
     steps: int
     tokens: float
     seconds: float | None
     peak: float | None
     held: float | None
     limit: int
+    single: bool = False
 
 
 def plan_of(args: Arguments, trainer: Any, meter: SpeedMeter, train_set: Any) -> Plan:
@@ -86,9 +86,8 @@ def plan_of(args: Arguments, trainer: Any, meter: SpeedMeter, train_set: Any) ->
     if meter.flops_per_token and meter.peak:
         seconds = tokens * meter.flops_per_token / (meter.peak * trainer.args.world_size)
     held, hardware = peak_memory(trainer.args.device), detect(args.run.use_cpu)
-    return Plan(
-        len(train_set), "desirable" in train_set.column_names, steps, tokens, seconds, meter.peak, held, hardware.memory
-    )
+    single = "desirable" in train_set.column_names
+    return Plan(len(train_set), steps, tokens, seconds, meter.peak, held, hardware.memory, single)
 
 
 def show_plan(facts: Mapping[str, Any], plan: Plan | None, terminal: Terminal) -> None:
