@@ -148,6 +148,7 @@ def write(
     import torch
 
     from preference.serve.card import export_card
+    from preference.serve.launcher import serve_script
     from preference.serve.loading import generation_config
     from preference.serve.merging import cast, load_merged, name_of, probes
     from preference.templates.resolve import chat_template_to_save, stop_ids
@@ -176,6 +177,8 @@ def write(
         generation.do_sample = True  # sampling values mean that sampling is meant; transformers refuses to save else
     model.save_pretrained(folder, max_shard_size=args.max_shard_size)
     tokenizer.save_pretrained(folder)
+    script = serve_script(Path(args.output).resolve().name, files[0] if files else None, stops)
+    (folder / "serve.sh").write_text(script, encoding="utf-8")
     card = export_card(source, name, merged, change and change[0], files, args.output)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -107,8 +107,8 @@ def _copy(
         "- Answers end at the tokens in generation_config.json; the chat template is the one trained with.",
         "",
         "```sh",
-        "vllm serve . --served-model-name tuned",
-        *(["ollama create tuned -f Modelfile && ollama run tuned"] if files else []),
+        *(["sh serve.sh          # llama.cpp's server", "sh serve.sh ollama"] if files else []),
+        "sh serve.sh vllm     # or sglang",
         "```",
         "",
     ]
