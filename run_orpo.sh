@@ -96,7 +96,14 @@ quote() {
     *) printf '%s' "$1" ;;
     esac
 }
+# On a terminal without what the top of this file adds; run.json of the run has every value.
 printf '+ %s' "$(quote "$PYTHON")"
-for word in "$@"; do printf ' %s' "$(quote "$word")"; done
+for word in "$@"; do
+    if [ "$word" = --defaults ] && [ -t 1 ]; then
+        printf ' --defaults ...'
+        break
+    fi
+    printf ' %s' "$(quote "$word")"
+done
 printf '\n'
 exec "$PYTHON" "$@"

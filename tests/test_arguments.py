@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from preference.arguments import FLAGS, ArgumentError, parse_arguments
+from preference.arguments.help import COMMON, help_text
 from preference.flags.peers import ELSEWHERE
 
 
@@ -296,7 +297,7 @@ def test_spellings_of_one_flag():
         ("micro_batch_size", "here it is --per_device_train_batch_size"), ("template", "here it is --template_name"),
         ("val_size", "here it is --validation_split_percentage"), ("adam_beta2", "betas 0.9 and 0.999"),
         ("tempalte_name", "did you mean --template_name?"), ("ref_model", "the reference is the model before training"),
-        ("LORA_R", "here it is --lora_rank"), ("zzzz", "--help lists all flags"), ("x\ny", r"unknown flag '--x\ny'"),
+        ("LORA_R", "here it is --lora_rank"), ("zzzz", "--help all lists all flags"), ("x\ny", r"unknown flag '--x\ny'"),
     ],
 )  # fmt: skip
 def test_names_of_other_toolkits_are_known(name, said):
@@ -324,6 +325,24 @@ except SystemExit:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--orpo_beta" in done.stdout
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_help_has_the_common_flags_first_and_all_where_asked(width):
+    few, all_of_them = (help_text(FLAGS, everything, width) for everything in (False, True))
+    named = [set(re.findall(r"^  --(\w+)", text, re.M)) - {"config"} for text in (few, all_of_them)]
+    assert named == [{*COMMON}, {*FLAGS}] and 18 <= len(COMMON) <= 24
+    assert f"{len(FLAGS) - len(COMMON)} more flags" in few and "more flags" not in all_of_them
+    flags = few.partition("the model:")[2].splitlines()
+    assert max(map(len, flags)) <= max(width, 60) and re.search(r"--lora_rank 16\s", few)
+    assert "usage: " in few and few.index("sh run_orpo.sh") < few.index("--lora_rank")
+
+
+def test_help_on_the_command_line(capsys):
+    for words in (["--help"], ["--seed", "3", "-h", "all"], ["--help", "--defaults", "--seed=3"]):
+        with pytest.raises(SystemExit) as end:
+            parse_arguments(words)
+        assert end.value.code == 0 and ("--optim_args" in capsys.readouterr().out) == ("all" in words)
 
 
 DECLARED = """    frobs: int = flag(
@@ -373,5 +392,5 @@ def test_a_flag_is_written_once(root, tmp_path):
     assert "frobs takes a whole number, at least 1; got '0'" in said[0]
     assert "unknown flag --num-frobs: here it is --frobs (how many frobs there are)" in said[1]
     assert "--frobs has no effect in this run: do_train=false does not train" in said[2]
-    shown = run("--help").stdout
-    assert "frob:\n" in shown and re.search(r"--frobs int +how many frobs there are\s+\(default: 3\)", shown)
+    shown = run("--help", "all").stdout
+    assert "frob:\n" in shown and re.search(r"--frobs 3 +how many frobs there are\n", shown)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from preference.arguments.data import DataArguments
+from preference.arguments.help import help_text
 from preference.arguments.model import ModelArguments
 from preference.arguments.objective import ObjectiveArguments
 from preference.arguments.run import RunArguments
@@ -115,7 +116,7 @@ def parse_arguments(words: Sequence[str] | None = None, environ: Mapping[str, st
     """
     given = read_words(sys.argv[1:] if words is None else words, FLAGS)
     if given.help:
-        _show_help()
+        print(help_text(FLAGS, given.help == "all", shutil.get_terminal_size((100, 24)).columns))
         sys.exit(0)
     _refuse_lost(given, environ or {})
     values = {name: _value(name, text, "run_orpo.sh: ") for name, text in given.soft.items() if text.strip()}
@@ -254,26 +255,3 @@ def _is_multiple(save_steps: float, eval_steps: float) -> bool:
     """Of numbers of steps, or of shares of the run."""
     ratio = save_steps / eval_steps
     return (save_steps < 1) == (eval_steps < 1) and abs(ratio - round(ratio)) < 1e-9
-
-
-def _show_help() -> None:
-    """All flags by topic, each with its default; argparse sets the lines."""
-    parser = argparse.ArgumentParser(
-        add_help=False,
-        usage="%(prog)s [--config FILE] [--name value] ...",
-        description="Preference tuning: ORPO, DPO and kin. Hyphens are underscores: --lora-rank 8 = --lora_rank 8; "
-        "--no_use_peft = --use_peft false.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line overrides it")
-    for topic in dict.fromkeys(flag.topic for flag in FLAGS.values()):
-        group = parser.add_argument_group(topic)
-        for flag in (flag for flag in FLAGS.values() if flag.topic == topic):
-            default = (
-                "unset" if flag.default is None else str(flag.default).lower() if flag.kind is bool else flag.default
-            )
-            named = flag.choices and not callable(flag.choices)  # a library that knows them is not imported for this
-            metavar = "{" + ",".join(flag.names) + "}" if named else flag.kind.__name__
-            text = f"{flag.help} (default: {default})".replace("%", "%%")
-            group.add_argument(f"--{flag.name}", metavar=metavar, help=text)
-    parser.print_help()

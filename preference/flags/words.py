@@ -21,7 +21,7 @@ class Given:
     texts: dict[str, str] = field(default_factory=dict)
     soft: dict[str, str] = field(default_factory=dict)
     where: dict[str, str] = field(default_factory=dict)
-    help: bool = False
+    help: str = ""  # "common" or "all", where it was asked for
 
 
 def read_words(words: Sequence[str], flags: Mapping[str, Flag]) -> Given:
@@ -35,7 +35,7 @@ def read_words(words: Sequence[str], flags: Mapping[str, Flag]) -> Given:
     typed: dict[str, str] = {}
     for name, text in _pairs(words[:cut], flags):
         if name == "help":
-            given.help = True
+            given.help = text
         elif name == "config":
             for entry in read_config(text):
                 flag = known(entry.name, flags, entry.where + ": ")
@@ -58,7 +58,7 @@ def _pairs(words: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[tuple[st
     while left:
         word = left.pop()
         if word in ("-h", "--help"):
-            yield "help", ""
+            yield "help", left.pop() if left[-1:] == ["all"] else "common"
             continue
         if not word.startswith("--") or word == "--":
             raise ArgumentError(f"{quoted(word)} belongs to no flag: flags are written --name value")
@@ -115,4 +115,4 @@ def _suggest(name: str, flags: Mapping[str, Flag]) -> str:
     near = difflib.get_close_matches(name, [*flags, *peers], n=1, cutoff=0.6)
     if near:
         return f"; did you mean --{peers[near[0]].name if near[0] in peers else near[0]}?"
-    return "; --help lists all flags"
+    return "; --help all lists all flags"
