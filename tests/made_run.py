@@ -117,6 +117,13 @@ def make_run(folder: Path, **changed: Any) -> Path:
             {"source": "a.jsonl:3", "question": HOSTILE, "chosen": HOSTILE, "rejected": "W" * 400, "margin": -0.4},
             {"source": "a.jsonl:4", "question": CHINESE, "chosen": "好", "rejected": "坏", "margin": -0.9},
         ],
+        "changes.json": {
+            "preference/accuracies": {"change": 0.5, "interval": [0.3, 0.7], "significant": True},
+            "preference/margins": {"change": 0.1, "interval": [-0.01, 0.2], "significant": False},
+        },
+        "best_pairs.json": [
+            {"source": "a.jsonl:5", "question": HOSTILE, "chosen": "broken \ufffd", "rejected": "no", "margin": 1.25},
+        ],
         "evaluation.json": {
             "all": {"base": analysed(0.25), "tuned": analysed(0.75)},
             "source": {HOSTILE: {"base": analysed(0.125), "tuned": analysed(0.625)}},

@@ -297,7 +297,8 @@ def test_spellings_of_one_flag():
         ("micro_batch_size", "here it is --per_device_train_batch_size"), ("template", "here it is --template_name"),
         ("val_size", "here it is --validation_split_percentage"), ("adam_beta2", "betas 0.9 and 0.999"),
         ("tempalte_name", "did you mean --template_name?"), ("ref_model", "the reference is the model before training"),
-        ("LORA_R", "here it is --lora_rank"), ("zzzz", "--help all lists all flags"), ("x\ny", r"unknown flag '--x\ny'"),
+        ("LORA_R", "here it is --lora_rank"), ("zzzz", "--help all lists all flags"),
+        ("x\ny", r"unknown flag '--x\ny'"),
     ],
 )  # fmt: skip
 def test_names_of_other_toolkits_are_known(name, said):

@@ -20,6 +20,7 @@ from preference.tokens.datasets import sets_of
 
 RESAMPLES = 1000
 WORST = 20
+BEST = 5
 
 
 def mean_margins(sums_N2: np.ndarray, lengths_N2: np.ndarray) -> np.ndarray:
@@ -129,6 +130,20 @@ def worst_pairs(margins_N: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> lis
     return [{key: rows[i][key] for key in keys} | {"margin": float(margins_N[i])} for i in order]
 
 
+def best_pairs(margins_N: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs in which the chosen answer wins by most, best first, with their margin."""
+    order = [int(i) for i in np.argsort(-margins_N, kind="stable")[:BEST] if margins_N[i] > 0]
+    keys = ("source", "question", "chosen", "rejected")
+    return [{key: rows[i][key] for key in keys} | {"margin": float(margins_N[i])} for i in order]
+
+
+def by_length(tokens_N: np.ndarray) -> list[str]:
+    """Which third of the pairs each belongs to, by the tokens of its two answers."""
+    low, high = np.quantile(tokens_N, [1 / 3, 2 / 3])
+    names = [f"up to {low:.0f} tokens", f"up to {high:.0f} tokens", f"over {high:.0f} tokens"]
+    return [names[int(tokens > low) + int(tokens > high)] for tokens in tokens_N]
+
+
 class Evaluation:
     """Evaluates a trainer's model under several names (base, tuned) and keeps what each gave every pair.
 
@@ -165,7 +180,7 @@ class Evaluation:
         return np.array([[len(ids) for ids in self.column(f"{side}_ids")] for side in ("chosen", "rejected")]).T
 
     def analysis(self) -> dict[str, Any]:
-        """`analyse` over all pairs, by set, source file and script; {} where there are no figures of single pairs."""
+        """`analyse` over all pairs, by set, source file, script and length; {} where single pairs have no figures."""
         if not self.sums:
             return {}
         places = self.column("source")
@@ -173,6 +188,7 @@ class Evaluation:
             "set": [name for name, rows in self.sets.items() for _ in range(len(rows))],
             "source": [place.rpartition(":")[0] for place in places],
             "script": [script_of(self.questions[place]) for place in places],
+            "length": by_length(self.lengths().sum(axis=1)),
         }
         return analyse(self.sums, self.lengths(), groups)
 
@@ -185,7 +201,13 @@ class Evaluation:
 
     def worst(self, who: str) -> list[dict[str, Any]]:
         """`worst_pairs` of one of the models."""
-        if who not in self.sums:
-            return []
+        return worst_pairs(*self._judged(who)) if who in self.sums else []
+
+    def best(self, who: str) -> list[dict[str, Any]]:
+        """`best_pairs` of one of the models."""
+        return best_pairs(*self._judged(who)) if who in self.sums else []
+
+    def _judged(self, who: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        """Margins, and the rows that they are of."""
         rows = [row | {"question": self.questions[row["source"]]} for rows in self.sets.values() for row in rows]
-        return worst_pairs(mean_margins(self.sums[who], self.lengths()), rows)
+        return mean_margins(self.sums[who], self.lengths()), rows

@@ -1,4 +1,4 @@
-"""Plots of runs, each as an SVG that follows the colours of the page it is in, and as a PNG file.
+"""Plots of runs: what is in them, and their pictures as PNG files for papers. In pages report/drawing.py draws them.
 
 Text in plots is ours (labels, numbers, the letters of compared runs), never the data's: a font may lack its script.
 """
@@ -6,7 +6,6 @@ Text in plots is ours (labels, numbers, the letters of compared runs), never the
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-INK, GRID = "#0000e0", "#0000e1"
-SERIES = tuple(f"#0000f{i}" for i in range(6))
-# The colours above only stand for others: CSS variables in an SVG (preference/pages/page.html.jinja), these in a PNG.
-PNG_COLOURS = {INK: "#1b1f24", GRID: "#d5d9de"} | dict(
-    zip(SERIES, ("#2563eb", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490"), strict=True)
-)
+INK, GRID = "#1b1f24", "#d5d9de"
+SERIES = ("#2563eb", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
 SMOOTH_FROM = 24  # points from which a running mean is drawn over a pale line of the raw values
 
 Points = Sequence[tuple[float, float]]
@@ -59,44 +54,28 @@ class Plot:
     def empty(self) -> bool:
         return not self.bars and not any(c.training or any(c.evaluation.values()) for c in self.curves)
 
-    def svg(self) -> str:
-        """Inline SVG; its ids are its own, its colours CSS variables, its text stays text."""
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.name}):
-            text = _save(self._draw({}), "svg", metadata={"Date": None}).decode("utf-8")
-        text = text[text.index("<svg") :]
-        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-        text = re.sub(r'\bid="([^"]+)"', rf'id="{self.name}-\1"', text)
-        text = re.sub(r'(url\(|href=")#', rf"\1#{self.name}-", text)
-        text = re.sub(r"#0000([ef]\d)", r"var(--\1)", text)
-        size = re.search(r'viewBox="[^"]+"', text)
-        assert size, "matplotlib writes a viewBox"
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {size.group()} '
-        return head + f'role="img" aria-label="{self.title}">' + text[text.index(">") + 1 :]
-
     def save_png(self, folder: Path) -> Path:
         path = folder / f"{self.name}.png"
-        path.write_bytes(_save(self._draw(PNG_COLOURS, title=True), "png", dpi=160))
+        buffer = io.BytesIO()
+        self._draw().savefig(buffer, format="png", dpi=160)
+        path.write_bytes(buffer.getvalue())
         return path
 
-    def _draw(self, colours: Mapping[str, str], title: bool = False) -> Figure:
-        def colour(name: str) -> str:
-            return colours.get(name, name)
-
-        ink, grid = colour(INK), colour(GRID)
+    def _draw(self) -> Figure:
         style = {
             "font.size": 10,
-            "text.color": ink,
-            "axes.labelcolor": ink,
-            "axes.edgecolor": ink,
-            "xtick.color": ink,
-            "ytick.color": ink,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "axes.edgecolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
             "axes.facecolor": "none",
-            "figure.facecolor": "white" if colours else "none",
+            "figure.facecolor": "white",
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.linewidth": 0.6,
             "axes.titlesize": 11,
-            "grid.color": grid,
+            "grid.color": GRID,
             "grid.linewidth": 0.6,
         }
         with matplotlib.rc_context(style):
@@ -105,25 +84,18 @@ class Plot:
             axes.set_axisbelow(True)
             axes.grid(True)
             for i, (label, heights) in enumerate(self.bars.items()):
-                axes.stairs(heights, self.edges, label=label, color=colour(SERIES[i]), linewidth=1.6)
+                axes.stairs(heights, self.edges, label=label, color=SERIES[i], linewidth=1.6)
             for curve in self.curves:
-                _draw_curve(axes, curve, colour(SERIES[curve.colour]))
+                _draw_curve(axes, curve, SERIES[curve.colour])
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             if self.percent:
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_xlabel(self.x)
             axes.set_ylabel(self.y)
-            if title:
-                axes.set_title(self.title)
+            axes.set_title(self.title)
             if len(axes.get_legend_handles_labels()[1]) > 1:
                 axes.legend(frameon=False, fontsize=8.5)
         return figure
-
-
-def _save(figure: Figure, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, **options)
-    return buffer.getvalue()
 
 
 def _draw_curve(axes: Axes, curve: Curve, colour: str) -> None:

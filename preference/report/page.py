@@ -16,9 +16,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from preference.report.drawing import draw
 from preference.report.figures import SERIES, Curve, Plot
 from preference.report.hints import hints
 from preference.report.run_folder import Run
+from preference.report.story import story
 from preference.report.tables import ROWS
 
 # name, title, how to read it, [(metric, its label)], percent
@@ -109,12 +111,16 @@ def write_report(output_dir: str | Path) -> Path:
     page = {
         "run": run,
         "facts": run.get("run.json"),
+        "story": story(run),
         "tiles": _tiles(run),
-        "results": [(prefix, _before_after(run.get("all_results.json"), prefix)) for prefix in run.sets],
+        "results": [
+            (prefix, _before_after(run.get("all_results.json"), prefix, run.get("changes.json"))) for prefix in run.sets
+        ],
         "notes": [text for _, text in hints(run.records, run.get("trainer_state.json").get("max_steps", 0))],
         "samples": _samples(run),
         "groups": _groups(run.get("evaluation.json")),
         "worst": sorted(run.get("worst_pairs.json", []), key=lambda pair: pair.get("margin", 0.0))[:20],
+        "best": run.get("best_pairs.json", [])[:5],
         "data": data,
         "sections": {name: value for name, value in data.items() if _is_length_section(value)},
         "speed": [(label, form.format(run.speed[name])) for name, label, form in SPEED if name in run.speed],
@@ -162,10 +168,10 @@ def _write(path: Path, template: str, plots: list[Plot], absent: list[str], **pa
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["svg"] = lambda plot: Markup(plot.svg())
+    environment.filters["svg"] = lambda plot: Markup(draw(plot))
     text = environment.get_template(template).render(plots=plots, absent=absent, **page)
-    # A lone surrogate, as broken data may hold, cannot be written as UTF-8.
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    # Of broken data: a lone surrogate cannot be written as UTF-8, and U+FFFD is no character of anybody
+    path.write_text(text.replace("\ufffd", "\\ufffd"), encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -215,19 +221,24 @@ def _length_plot(run: Run, section: str) -> Plot | None:
     )
 
 
-def _before_after(results: Mapping[str, Any], prefix: str) -> list[dict[str, Any]]:
-    """Rows of the table: label, before, after, change, and whether that is better (None: neither)."""
+def _before_after(results: Mapping[str, Any], prefix: str, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table: label, before, after, change, its interval, and whether that is better (None: neither)."""
     rows = []
     for key, label, form, better in ROWS:
         name = prefix + key.removeprefix("eval")
         old, new = results.get(f"base_{name}"), results.get(name)
         if new is None:
             continue
-        row = {"label": label, "before": "", "after": form.format(new), "change": "", "better": None}
+        row: dict[str, Any] = {"label": label, "before": "", "after": form.format(new), "change": "", "interval": ""}
+        row |= {"better": None, "significant": True}
         if old is not None:
             change = f"{(new - old) * 100:+.1f} points" if "%" in form else f"{new - old:+.4f}"
             row |= {"before": form.format(old), "change": change}
             row["better"] = None if better is None or new == old else (new > old) == better
+            if found := changes.get(name.removeprefix("eval_")) if prefix == "eval" else None:
+                scale, digits = (100, 0) if "%" in form else (1, 2)
+                row["interval"] = " to ".join(f"{end * scale:+.{digits}f}" for end in found["interval"])
+                row["significant"] = found["significant"]
         rows.append(row)
     return rows
 
@@ -262,7 +273,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     """The figures at the head of the page."""
     tiles: list[tuple[str, str]] = []
     for prefix in run.sets[:1]:
-        for row in _before_after(run.get("all_results.json"), prefix):
+        for row in _before_after(run.get("all_results.json"), prefix, {}):
             if row["label"] in ("preference accuracy", "loss"):
                 arrow = f"{row['before']} → " if row["before"] else ""
                 tiles.insert(0, (f"{row['label']}, held out", arrow + row["after"]))

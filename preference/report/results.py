@@ -12,6 +12,8 @@ from preference.report.answers import Samples
 from preference.report.evaluation import Evaluation, table
 from preference.report.outcome import show_next, show_outcome
 from preference.report.page import write_report
+from preference.report.run_folder import Run
+from preference.report.story import story
 from preference.report.tables import comparison, model_card, side_by_side
 from preference.terminal.console import Terminal
 
@@ -40,6 +42,7 @@ def write_results(
         save_json(output_dir / "evaluation.json", analysis)
         save_json(output_dir / "changes.json", changes)
         save_json(output_dir / "worst_pairs.json", evaluation.worst("tuned"))
+        save_json(output_dir / "best_pairs.json", evaluation.best("tuned"))
     if args.run.do_train:
         card = model_card(source, facts, training, comparison(before, after))
         (output_dir / "README.md").write_text(card, encoding="utf-8")
@@ -51,4 +54,5 @@ def write_results(
     show_outcome(before, after, changes, terminal)
     if analysis and not terminal.coloured:
         terminal.say(f"\n{table(analysis)}")
+    terminal.say("\n" + story(Run.read(output_dir)))
     show_next(output_dir, report, terminal, trained=args.run.do_train)

@@ -21,7 +21,9 @@ INPUTS = {
     "data_report.json": "what happened to the data",
     "samples.json": "answers of the base and the tuned model",
     "answers.jsonl": "answers during training (they need an evaluation during training)",
+    "changes.json": "how sure the changes are",
     "worst_pairs.json": "pairs that are still judged wrongly",
+    "best_pairs.json": "pairs that are judged rightly by most",
 }
 SUMMARIES = {
     "pairs_per_second": median,

@@ -201,6 +201,62 @@ WORDS: dict[str, tuple[str, str]] = {
         "what KTO compares rewards with: the mean log-ratio of answers to other prompts, 0 at least",
         "KTO 的参照点：与提示不匹配的回答的平均对数比，不低于 0",
     ),
+    "story_accuracy": (
+        "Preference accuracy went from {before:.0%} to {after:.0%}.",
+        "偏好准确率从 {before:.0%} 变为 {after:.0%}。",
+    ),
+    "story_rose": (
+        "Preference accuracy rose from {before:.0%} to {after:.0%} ({change:+.0f} points, 95% interval {low:+.0f} to "
+        "{high:+.0f}).",
+        "偏好准确率从 {before:.0%} 升至 {after:.0%}（{change:+.0f} 个百分点，95% 区间 {low:+.0f} 到 {high:+.0f}）。",
+    ),
+    "story_fell": (
+        "Preference accuracy fell from {before:.0%} to {after:.0%} ({change:+.0f} points, 95% interval {low:+.0f} to "
+        "{high:+.0f}).",
+        "偏好准确率从 {before:.0%} 降至 {after:.0%}（{change:+.0f} 个百分点，95% 区间 {low:+.0f} 到 {high:+.0f}）。",
+    ),
+    "story_same": (
+        "Preference accuracy, {before:.0%} before and {after:.0%} after, did not change beyond chance ({change:+.0f} "
+        "points, 95% interval {low:+.0f} to {high:+.0f}).",
+        "偏好准确率训练前 {before:.0%}、训练后 {after:.0%}，变化未超出偶然（{change:+.0f} 个百分点，"
+        "95% 区间 {low:+.0f} 到 {high:+.0f}）。",
+    ),
+    "story_not_length": (
+        "The gain is not explained by length: among answers of equal length it is {accuracy:.0%}.",
+        "提升不是由长度造成的：在等长回答之间为 {accuracy:.0%}。",
+    ),
+    "story_length": (
+        "Length may explain much of the gain: among answers of equal length it is {accuracy:.0%}.",
+        "提升可能大部分由长度造成：在等长回答之间为 {accuracy:.0%}。",
+    ),
+    "story_nll_fell": (
+        "The NLL of the chosen answers fell from {before:.2f} to {after:.2f}.",
+        "chosen 回答的 NLL 从 {before:.2f} 降至 {after:.2f}。",
+    ),
+    "story_nll_rose": (
+        "The NLL of the chosen answers rose from {before:.2f} to {after:.2f}: the model writes them less readily.",
+        "chosen 回答的 NLL 从 {before:.2f} 升至 {after:.2f}：模型更不容易写出它们。",
+    ),
+    "story_lower": (
+        "Try again with a lower learning_rate or beta.",
+        "请以更低的 learning_rate 或 beta 重试。",
+    ),
+    "story_overfits": (
+        "It begins to overfit: stop earlier, or train on more pairs.",
+        "已开始过拟合：请更早停止，或用更多数据训练。",
+    ),
+    "story_on": (
+        "The loss was still falling at the end: more steps may gain more.",
+        "结束时损失仍在下降：更多步数可能带来更多提升。",
+    ),
+    "story_stop": (
+        "The loss had stopped falling: stop here, or bring other pairs.",
+        "损失已不再下降：可以到此为止，或换用其他数据。",
+    ),
+    "story_short": (
+        "The log is too short to say whether to train on.",
+        "日志太短，无法判断是否应继续训练。",
+    ),
     "next": ("next", "接下来"),
     "next_chat": ("talk to it", "与模型对话"),
     "next_report": ("look at the run", "查看本次训练"),

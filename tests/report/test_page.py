@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_run import CHINESE, HOSTILE, STEPS, figures, log, make_run
+from made_run import CHINESE, HOSTILE, STEPS, analysed, figures, log, make_run
 from PIL import Image
 
+from preference.report import page as pages
+from preference.report.drawing import draw, ticks, written
 from preference.report.figures import Curve, Plot, running_mean
 from preference.report.page import CURVES, main, write_comparison, write_report
 from preference.report.run_folder import INPUTS, Run
+from preference.report.story import story
 from preference.tokens.statistics import TokenStats
 
 VOID = {"meta", "link", "br"}
@@ -58,7 +62,7 @@ def run(tmp_path):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Pages with empty plots, in a tenth of the time, for tests of the rest."""
-    monkeypatch.setattr(Plot, "svg", lambda plot: "<svg></svg>")
+    monkeypatch.setattr(pages, "draw", lambda plot: "<svg></svg>")
     monkeypatch.setattr(Plot, "save_png", lambda plot, folder: folder)
 
 
@@ -68,7 +72,8 @@ def test_shows_all_that_a_run_leaves(run):
     words = [
         "models/starter", "2.13.0", "CPU (2 threads)", "25.0% → 75.0%", "+50.0 points", CHINESE, "多休息。", "第40步",
         "empty_answer", "data/train/a.jsonl:9", "one_sided_space", "260 pairs", "62%", "0.25 TFLOP/s", "2.50 GiB",
-        "margin -0.900", "75.0% (65 to 85%)", "62.6% (52 to 72%)", "60 steps of 8 pairs",
+        "margin -0.900", "margin +1.250", "+30 to +70", "rose from 25% to 75%",
+        "75.0% (65 to 85%)", "62.6% (52 to 72%)", "60 steps of 8 pairs",
     ]  # fmt: skip
     assert [word for word in words if word not in page.text] == []
     assert "Every file of the run was found." in page.text
@@ -84,7 +89,7 @@ def test_shows_all_that_a_run_leaves(run):
 def test_data_stays_text_and_nothing_is_loaded(run):
     write_report(run)
     page = Page(run / "report.html")
-    assert page.count("script") == 0 and page.count("style") == 1 + page.count("svg")  # matplotlib's own, one a plot
+    assert page.count("script") == 0 and page.count("style") == 1
     assert page.text.count(HOSTILE) > 10
     ids = [values["id"] for _, values in page.elements if "id" in values]
     assert len(ids) == len(set(ids))
@@ -96,7 +101,7 @@ def test_data_stays_text_and_nothing_is_loaded(run):
     policy = [values.get("content") for _, values in page.elements if values.get("http-equiv")]
     assert policy and policy[0].startswith("default-src 'none'")
     raw = (run / "report.html").read_text(encoding="utf-8")
-    assert "url(http" not in raw and "@import" not in raw and "#0000f" not in raw
+    assert "url(http" not in raw and "@import" not in raw and "#0000f" not in raw and "\ufffd" not in raw
 
 
 def test_an_empty_folder_says_what_is_missing(tmp_path):
@@ -183,7 +188,8 @@ def test_comparison(tmp_path):
     assert "1e-07" in page.text and "learning_rate" in page.text and CHINESE in page.text
     assert "started" not in page.text
     assert page.count("figure") == len(CURVES) == len(list((tmp_path / "pages" / "compared_figures").iterdir()))
-    assert {"var(--f0)", "var(--f1)", "var(--f2)"} <= set(path.read_text(encoding="utf-8").replace(";", " ").split())
+    text = path.read_text(encoding="utf-8")
+    assert all(f'stroke="var(--f{i})"' in text for i in range(3))
     for count in (1, 7):
         with pytest.raises(ValueError, match="2 to 6 runs"):
             write_comparison(folders[:1] * count, path)
@@ -207,6 +213,65 @@ def test_text_that_is_no_utf8_is_written(tmp_path, no_plots):
     assert "broken \\ud800 text" in Page(write_report(run)).text
 
 
+def test_a_drawing_shows_its_values_where_the_pointer_is():
+    """Every value of a short line, an evaluation and a histogram is told by the element at its place."""
+    points = [(1, 2.0), (2, 3.25), (3, float("nan")), (4, 1.5)]
+    plot = Plot("p", "A <b>title", "r", [Curve("", points, {"evaluation": [(2, 2.5)]}), Curve("B", [], {}, 1)])
+    text = draw(plot)
+    told = re.findall(r"<title>(.*?)</title>", text)
+    assert told == [
+        "training: 2 at optimizer step 1", "training: 3.25 at optimizer step 2", "training: 1.5 at optimizer step 4",
+        "evaluation: 2.5 at optimizer step 2",
+    ]  # fmt: skip
+    places = [tuple(map(float, found)) for found in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', text)]
+    assert places[0][0] < places[1][0] < places[2][0] and places[1][1] < places[0][1] < places[2][1]
+    assert "nan" not in text and "<b>" not in text and "evaluation</text>" in text
+    bars = draw(Plot("h", "t", "r", bars={"chosen": [3, 0, 5]}, edges=[0, 10, 20, 30], x="tokens"))
+    assert "chosen: 5 of 20 to 29 tokens" in bars
+    long = draw(Plot("l", "t", "r", [Curve("", [(i, float(i)) for i in range(5000)])]))
+    assert 100 <= long.count("<circle") <= 130 and "training: 4999 at" in long
+    assert "<path" not in draw(Plot("n", "t", "r", [Curve("", [(1, float("nan"))])]))
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), (2.9, 3.1, [2.9, 2.95, 3.0, 3.05, 3.1]), (-12, 7, [-10, -5, 0, 5]),
+    (5.0, 5.0, [5.0]), (0.0, 4e-6, [0.0, 1e-6, 2e-6, 3e-6, 4e-6]),
+])  # fmt: skip
+def test_ticks_are_round_numbers(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+    assert all(value == round(value) for value in ticks(0, 3, 6, whole=True))
+
+
+def test_values_are_written_short():
+    values = (0.25, 3.14159, 12345.0, 5e-6, 250000.0, 0.0)
+    assert [written(value) for value in values] == ["0.25", "3.142", "12,345", "5e-06", "2.5e+05", "0"]
+    assert written(0.8026, percent=True) == "80.26%"
+
+
+def changed(low, high):
+    return {"preference/accuracies": {"change": 0.5, "interval": [low, high], "significant": low > 0 or high < 0}}
+
+
+@pytest.mark.parametrize("files, told, untold", [
+    ({}, ["rose from 25% to 75% (+50 points, 95% interval +30 to +70)", "not explained by length", "NLL of the chosen",
+          "fell from 3.40 to 2.20", "still falling"], ["unclear"]),
+    ({"changes": changed(-0.1, 0.9)}, ["did not change beyond chance"], ["length"]),
+    ({"evaluation": {"all": {"base": analysed(0.25), "tuned": analysed(0.3)}}}, ["Length may explain"],
+     ["not explained"]),
+    ({"changes": changed(-0.6, -0.4), "all_results": figures(0, "eval_") | figures(STEPS, "base_eval_")},
+     ["fell from 75% to 25%", "rose from 2.20 to 3.40", "lower learning_rate"], ["length", "falling"]),
+    ({"metrics": None, "trainer_state": {}}, ["too short"], []),
+    ({"metrics": [{"step": i, "loss": 2.0} for i in range(1, 20)]}, ["had stopped falling"], []),
+    ({"all_results": {}}, [], ["Preference"]),
+])  # fmt: skip
+def test_the_story_of_a_run(tmp_path, files, told, untold):
+    text = story(Run.read(make_run(tmp_path / "run", **files)))
+    assert [words for words in told if words not in text] == [] and not [words for words in untold if words in text], (
+        text
+    )
+    assert bool(text) == bool(told)
+
+
 def test_running_mean_keeps_lines_and_ends():
     line = [2.0 * i for i in range(30)]
     assert running_mean(line, 5) == pytest.approx(line)
@@ -215,7 +280,7 @@ def test_running_mean_keeps_lines_and_ends():
 
 def test_a_plot_is_the_same_each_time():
     plot = Plot("p", "Title", "Reading.", [Curve("", [(1, 2.0), (2, 3.0)], {"evaluation": [(1, 2.5)]})])
-    assert plot.svg() == plot.svg() and not plot.empty
+    assert draw(plot) == draw(plot) and not plot.empty
     assert Plot("p", "t", "r", [Curve("", [], {"evaluation": []})]).empty
 
 
