@@ -28,7 +28,7 @@ max_target_length="${max_target_length:-512}"          # longer pairs are droppe
 
 # ---- the objective
 loss="${loss:-orpo}"                                   # orpo needs no SFT before it; dpo, simpo and 25 others (--help) start from a tuned model
-orpo_beta="${orpo_beta:-0.1}"                          # weight of the odds-ratio term: higher separates harder and writes worse
+orpo_beta="${orpo_beta:-auto}"                         # weight of the odds-ratio term, higher separates harder; auto: 1 below 0.5 B, else 0.1
 nll_scope="${nll_scope:-auto}"                         # auto: sequence for orpo, as TRL and the authors' code; answer; answer_per_pair
 engine="${engine:-packed}"                             # packed: fast and light; trl: TRL's trainers, for comparison
 

@@ -80,6 +80,17 @@ def test_a_flag_that_this_run_ignores_is_an_error(words):
         parse_arguments(words)
 
 
+def test_the_weight_of_the_odds_ratio_is_that_of_the_model():
+    args = parse_arguments([])
+    assert args.beta == 0.1 and "starter model" in args.settle_beta(135_000_000) and args.beta == 1.0
+    args = parse_arguments(["--orpo_beta", "auto"])
+    assert "2403.07691" in args.settle_beta(7 * 10**9) and args.beta == 0.1
+    args = parse_arguments(["--orpo_beta", "0.3"])
+    assert args.settle_beta(135_000_000) == "given" and args.beta == 0.3
+    args = parse_arguments(["--loss", "simpo"])
+    assert args.settle_beta(135_000_000) == "the loss' default" and args.beta == 2
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

@@ -33,6 +33,7 @@ FACTS = {
     "arguments": {"model_name_or_path": "models/" + "m" * 90, "loss": "orpo", "engine": "packed"},
     "parameters": 139.4e6, "trainable": 4.88e6, "pairs_per_step": 8, "learning_rate": 1e-3, "beta": 0.1,
     "learning_rate_from": "starter model: 2e-4 learned little in a pass, 1e-3 much (benchmarks/LOG.md)",
+    "beta_from": "given",
 }  # fmt: skip
 
 

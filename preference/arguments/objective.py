@@ -36,9 +36,10 @@ class ObjectiveArguments:
         identity=True,
         peers=("pref_loss", "loss_type", "rl", "rlhf_type", "stage"),
     )
-    orpo_beta: float = flag(
-        0.1,
-        "weight of ORPO's odds-ratio term (lambda in the paper)",
+    orpo_beta: float | None = flag(
+        None,
+        "weight of ORPO's odds-ratio term, lambda in the paper (unset: 1 below 0.5 B parameters, else 0.1)",
+        auto=True,
         least=0,
         most=1000,
         unused=(NOT_ORPO,),

@@ -17,7 +17,7 @@ from preference.data.formats import choose
 from preference.data.inputs import parse_sets
 from preference.flags.declaration import ArgumentError, flags_of, quoted
 from preference.flags.words import Given, read_words
-from preference.losses.defaults import Recipe, recipe
+from preference.losses.defaults import Recipe, orpo_beta, recipe
 from preference.losses.specs import default_beta, default_nll_weight
 from preference.optimization.keywords import OptimizationError, keywords
 from preference.optimization.optimizers import check_optimizer, is_projected
@@ -43,6 +43,7 @@ class Arguments:
     objective: ObjectiveArguments
     run: RunArguments
     given: frozenset[str] = frozenset()
+    beta_from: str = ""  # where beta comes from, once the model is known
 
     def values(self) -> dict[str, Any]:
         """The value of every flag, by name."""
@@ -72,11 +73,26 @@ class Arguments:
 
     @property
     def beta(self) -> float:
-        """The strength of the preference term, whatever its flag is called."""
+        """The strength of the preference term, whatever its flag is called.
+
+        Of loss=orpo without --orpo_beta it is that of a large model until `settle_beta` knows the model's size.
+        """
         choice = self.objective
-        if choice.loss == "orpo":
-            return choice.orpo_beta
-        return choice.beta if choice.beta is not None else default_beta(choice.loss)
+        given = choice.orpo_beta if choice.loss == "orpo" else choice.beta
+        if given is not None:
+            return given
+        return orpo_beta(LARGE).value if choice.loss == "orpo" else default_beta(choice.loss)
+
+    def settle_beta(self, parameters: int) -> str:
+        """Set orpo_beta for a model of so many parameters where it is to be chosen; returns why it is what it is."""
+        choice = self.objective
+        if choice.loss != "orpo":
+            return "the loss' default" if choice.beta is None else "given"
+        if choice.orpo_beta is not None:
+            return "given"
+        found = orpo_beta(parameters)
+        choice.orpo_beta = found.value
+        return found.source
 
     @property
     def nll_weight(self) -> float:

@@ -1,6 +1,6 @@
-"""The learning rate for each loss, kind of training and size of model, each with its source.
+"""The learning rate for each loss, kind of training and size of model, and ORPO's beta by size; each with its source.
 
-Beta, gamma and what else a formula reads have their defaults with the loss (specs.py, objective.py).
+What else a formula reads, and the beta of other losses, have their defaults with the loss (specs.py, objective.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,26 @@ from dataclasses import dataclass
 from preference.losses.specs import LOSSES, parse_loss
 
 SMALL = 5e8  # parameters below which a model bears, and needs, a higher rate
+
+
+@dataclass(frozen=True)
+class Beta:
+    """A default of ORPO's weight, and where it comes from."""
+
+    value: float
+    source: str
+
+
+# small model? -> the weight of ORPO's odds ratio
+ORPO_BETAS = {
+    True: Beta(1.0, "starter model: 0.1 leaves a fifth of the pairs undecided, 1 none (benchmarks/LOG.md)"),
+    False: Beta(0.1, "ORPO's authors (arXiv 2403.07691): 0.05 to 0.1; TRL's default"),
+}
+
+
+def orpo_beta(parameters: float) -> Beta:
+    """The default for a model of so many parameters."""
+    return ORPO_BETAS[parameters < SMALL]
 
 
 @dataclass(frozen=True)

@@ -275,10 +275,11 @@ def dry_run(args: Arguments, setup: Setup, pairs: int, accumulation: int, world:
             lines += [f"engine={engine}: no estimate ({error})", ""]
             continue
         if not any(line.startswith("model:") for line in lines):
-            rate = args.learning_rate(plan.estimator.parameters)
+            rate, why = args.learning_rate(plan.estimator.parameters), args.settle_beta(plan.estimator.parameters)
             lines += [
                 f"model: {plan.estimator.parameters / 1e6:,.1f} M parameters, {plan.estimator.trainable / 1e6:,.2f} M "
                 f"of them trained, learning rate {rate.learning_rate:g} ({rate.source})",
+                f"beta {args.beta:g} ({why})",
                 f"optimizer steps: {plan.work.steps} of {pairs * accumulation} pairs on one device "
                 f"({pairs} per micro-batch x {accumulation}); on several, as many times more pairs a step",
                 f"this device, measured: {rates[0] / 1e12:.3g} TFLOP/s in {type_name(setup.half)} "

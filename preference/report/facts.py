@@ -32,6 +32,7 @@ def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any
     facts = {
         "arguments": args.values(),
         "beta": args.beta,
+        "beta_from": args.beta_from,
         "learning_rate": trainer.args.learning_rate,
         "learning_rate_from": args.learning_rate(parameters).source,
         "base_model": base_name(trainer.model, args),
@@ -99,7 +100,13 @@ def show_plan(facts: Mapping[str, Any], plan: Plan | None, terminal: Terminal) -
     if plan is None:
         return
     batch, kind = facts["pairs_per_step"], tr("of_singles" if plan.single else "of_pairs")
-    rate = tr("rate", rate=facts["learning_rate"], source=facts["learning_rate_from"], beta=facts["beta"])
+    rate = tr(
+        "rate",
+        rate=facts["learning_rate"],
+        source=facts["learning_rate_from"],
+        beta=facts["beta"],
+        beta_source=facts["beta_from"],
+    )
     terminal.rows(tr("training"), [
         tr("training_of", pairs=plan.pairs, kind=kind, batch=batch, loss=flags["loss"], engine=flags["engine"]),
         terminal.cut(rate, 1) if terminal.coloured else rate,

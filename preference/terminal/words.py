@@ -104,7 +104,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "{pairs:,} {kind}, {batch} per optimizer step, loss={loss}, engine={engine}",
         "{pairs:,} {kind}，每步 {batch}，loss={loss}，engine={engine}",
     ),
-    "rate": ("beta {beta:g}, learning rate {rate:g} ({source})", "beta {beta:g}，学习率 {rate:g}（{source}）"),
+    "rate": (
+        "beta {beta:g}, learning rate {rate:g} ({source}); beta: {beta_source}",
+        "beta {beta:g}，学习率 {rate:g}（{source}）；beta：{beta_source}",
+    ),
     "plan": ("plan", "计划"),
     "plan_steps": (
         "{steps:,} steps of {batch} {kind}, some {tokens:,.0f} tokens in all",

@@ -168,7 +168,9 @@ def load_trainer(
     choice = args.objective
     set_seed(args.run.seed)
     model = load_base(source, args, hardware, half_type(training), say)
-    training.learning_rate = args.learning_rate(count_parameters(model)[1]).learning_rate
+    parameters = count_parameters(model)[1]
+    training.learning_rate = args.learning_rate(parameters).learning_rate
+    args.beta_from = args.settle_beta(parameters)
     new_ids = add_rows(model, tokenizer, tokens_to_add(args.model.add_tokens))
     model = adapt(model, source, args, write=training.process_index == 0, say=say, new_ids=new_ids)
     check_room(model, tokenizer, conversation, train_set, eval_set)

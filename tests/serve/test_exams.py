@@ -10,7 +10,15 @@ import torch
 
 import evaluate_model
 from preference.serve.exam_files import ExamError, read_exam
-from preference.serve.exams import Score, encode_pair, letter_context, picks, text_context
+from preference.serve.exams import (
+    Score,
+    context_limit,
+    continuation_logps,
+    encode_pair,
+    letter_context,
+    picks,
+    text_context,
+)
 from tiny import tiny_model, tiny_tokenizer
 
 AS_THEY_COME = {
@@ -78,6 +86,34 @@ def test_picks_are_the_likeliest(tmp_path):
             "letter": int(np.argmax(letters)),
             "option": int(np.argmax(options)),
             "option per character": int(np.argmax(per_character)),
+        }
+
+
+def test_sums_and_picks_are_those_of_lm_eval(tmp_path):
+    """lm-eval's own requests on the same rows (0.4.13 runs beside these transformers)."""
+    library = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
+    from lm_eval.api.instance import Instance
+
+    (tmp_path / "mmlu.csv").write_text(
+        "Which is it?,a cold,rest,water and much rest,B\nWho? ,he,she and he,it,A\n怎么办？,水,茶,药,C\n"
+    )
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    theirs = library.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+
+    def sums(context: str, continuations) -> list[float]:
+        requests = [Instance("loglikelihood", {}, (context, f" {text}"), i) for i, text in enumerate(continuations)]
+        return [logp for logp, _ in theirs.loglikelihood(requests, disable_tqdm=True)]
+
+    for question in read_exam(tmp_path / "mmlu.csv").questions:
+        lengths = [len(option) for option in question.options]
+        for context, texts in ((letter_context(question), "ABC"), (text_context(question), question.options)):
+            pairs = [encode_pair(tokenizer, context, f" {text}") for text in texts]
+            ours = continuation_logps(model, pairs[0][0], [ids for _, ids in pairs], context_limit(model))
+            assert ours == pytest.approx(found := sums(context, texts), abs=1e-4)
+        assert picks(model, tokenizer, question) == {
+            "letter": int(np.argmax(sums(letter_context(question), "ABC"))),
+            "option": int(np.argmax(found)),
+            "option per character": int(np.argmax(np.array(found) / lengths)),
         }
 
 
