@@ -6,8 +6,9 @@
 Each engine trains in a process of its own, with the trainer that the product uses, on the same pairs in the same order,
 one optimizer step per batch; learning rate 0, so that every step does the same work on the same weights. The processes
 take turns step by step, so whatever else the machine does hits both alike; CPU seconds are told besides, which other
-load on the machine moves less. The first step warms up and gives the
-gradients that are compared; it is not timed. dtype bf16 is float32 weights under bfloat16 autocast.
+load on the machine moves less. --apart runs one after another, where a GPU cannot hold them together.
+The first step warms up and gives the gradients that are compared; it is not timed. dtype bf16 is float32 weights under
+bfloat16 autocast; on a GPU, frozen ones in bfloat16.
 
 Reads question/response_chosen/response_rejected or prompt/chosen/rejected rows, as training does. `--random` takes
 --model's config with random weights.
@@ -30,7 +31,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-ENGINES = ("trl", "packed", "rows")  # rows: the packed engine without sharing, as for models that it cannot share
+# rows: the packed engine without sharing, as for models that it cannot share; compiled: with torch_compile
+ENGINES = ("trl", "packed", "rows", "compiled")
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +51,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--random", action="store_true", help="random weights from --model's config")
     parser.add_argument("--max_tokens_per_micro_batch", type=int, default=0, help="of the packed engine")
+    parser.add_argument("--apart", action="store_true", help="one engine after another, not in turns")
     parser.add_argument("--json", help="write the result to this file")
     args = parser.parse_args(words)
     args.engines = [name.strip() for name in args.engines.split(",") if name.strip()]
@@ -89,10 +92,14 @@ def load_model(args: argparse.Namespace) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
+    cuda = torch.cuda.is_available()
+    half = cuda and args.peft and args.dtype == "bf16"  # as a run on a GPU holds frozen weights
+    dtype = torch.bfloat16 if half else torch.float32
     if args.random:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), dtype=torch.float32)
+        with torch.device("cuda" if cuda else "cpu"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     if args.peft:
         from peft import LoraConfig, get_peft_model
 
@@ -133,7 +140,11 @@ def make_trainer(engine: str, args: argparse.Namespace, callback: Any, folder: s
         return make_trl_trainer(load_model(args), training, **common)
     from preference.train.trainer import PairTrainer
 
-    options = dict(max_tokens_per_micro_batch=args.max_tokens_per_micro_batch, share_prompt=engine == "packed")
+    options = dict(
+        max_tokens_per_micro_batch=args.max_tokens_per_micro_batch,
+        share_prompt=engine != "rows",
+        torch_compile=engine == "compiled",
+    )
     return PairTrainer(load_model(args), training, **options, **common)
 
 
@@ -176,16 +187,21 @@ def work(engine: str, args: argparse.Namespace, pipe: Any, folder: str) -> None:
 
 
 def run(args: argparse.Namespace, folder: str) -> dict[str, dict[str, Any]]:
-    """Seconds and loss of every step, and peak bytes, of every engine, the engines taking turns."""
+    """Seconds and loss of every step, and peak bytes, of every engine."""
+    groups = [[engine] for engine in args.engines] if args.apart else [args.engines]
+    return {engine: values for group in groups for engine, values in take_turns(group, args, folder).items()}
+
+
+def take_turns(engines: list[str], args: argparse.Namespace, folder: str) -> dict[str, dict[str, Any]]:
     context = mp.get_context("spawn")
     pipes, processes = {}, {}
-    for engine in args.engines:
+    for engine in engines:
         pipes[engine], child = context.Pipe()
         processes[engine] = context.Process(target=work, args=(engine, args, child, folder), daemon=True)
         processes[engine].start()
         child.close()
-    found: dict[str, dict[str, Any]] = {engine: {"steps": []} for engine in args.engines}
-    waiting = list(args.engines)
+    found: dict[str, dict[str, Any]] = {engine: {"steps": []} for engine in engines}
+    waiting = list(engines)
     for engine in waiting:  # all are loaded before one is timed
         _expect(pipes[engine], engine, "ready")
     while waiting:

@@ -24,32 +24,34 @@ BOUND = 0.02  # of the gradient's norm, in bfloat16
 def gradient(model: Any, device: str) -> Any:
     """All gradients of a batch's log-probabilities in float64, and their sum."""
     import torch
-    from paper_gpu import pairs_of
 
     from preference.engine.forward import pair_logps
     from preference.engine.packing import pack_pairs
     from preference.engine.transfer import to_device
 
-    pairs = [{name: [token % 500 for token in ids] for name, ids in pair.items()} for pair in pairs_of("hh", 4)]
+    ids = torch.randint(3, 500, (4, 190), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [dict(prompt_ids=row[:100], chosen_ids=row[100:150], rejected_ids=row[150:]) for row in ids]
     with torch.autocast(device, torch.bfloat16):
         logps = pair_logps(model, to_device(pack_pairs(pairs), torch.device(device)))
     (logps.chosen_B - logps.rejected_B / 2).sum().backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     whole = [(g.full_tensor() if hasattr(g, "full_tensor") else g).double().flatten().cpu() for g in grads]
-    return torch.cat(whole), float(logps.chosen_B.sum())
+    return torch.cat(whole), float(logps.chosen_B.detach().sum())
 
 
-def shard(model: Any) -> None:
+def shard(model: Any, device: str) -> None:
     import torch
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from preference.engine.compiled import decoder_layers
     from preference.engine.forward import causal_lm
 
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+    mesh = init_device_mesh(device, (1,))
     for layer in decoder_layers(causal_lm(model)):
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def compare(config: Any, lora: bool, device: str) -> dict[str, float]:
@@ -67,7 +69,7 @@ def compare(config: Any, lora: bool, device: str) -> dict[str, float]:
                 torch.nn.init.normal_(parameter, std=0.05)
         prepare_model(model, device=device, autocast=torch.bfloat16)
         if sharded:
-            shard(model)
+            shard(model, device)
         found.append(gradient(model, device))
     (want, logp), (got, sharded_logp) = found
     return {"gradient": float((got - want).norm() / want.norm()), "logps": abs(sharded_logp - logp) / abs(logp)}
@@ -79,7 +81,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--json", help="write the differences to this file")
     args = parser.parse_args()
-    import paper_cuda  # noqa: F401  before torch; it changes nothing where torch has CUDA
     import torch
     from transformers import AutoConfig
 

@@ -4,7 +4,7 @@
 
 --model: qwen0.5b, qwen1.5b, llama8b, or a folder with a config.json. --load: the tokens of a pair (prompt, chosen,
 rejected) of HH-RLHF, Chinese medical pairs, UltraFeedback, summaries and long chats, as `LOADS` has them. --compile
-counts the kernels that torch.compile would make of each layer's pieces (engine/cuda/compiled.py).
+counts besides what torch_compile would make of a layer: the kernels of Inductor's code for it (paper_inductor.py).
 
 The run's own code is called, forward and backward under bf16 autocast, over fake CUDA tensors (paper_cuda.py): no
 weight is made, and any machine serves. What such tensors cannot show, reads of values inside C++, is counted in a real
@@ -17,7 +17,8 @@ and its passes over the logits.
 
 Prints a table; --json writes: layer_ops (operators a layer, forward and backward), head_ops, loss_ops (with the
 metrics), total_ops, flops, bytes (of all operators but products and attention), syncs, peak_gb (of what the step makes,
-beside weights), estimated_peak_gb (the same as the dry run tells it), mfu_h100, and the rest of the table.
+beside weights), estimated_peak_gb (the same as the dry run tells it), mfu_h100, and the rest of the table; with
+--compile compiled_layer_ops and their kinds.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from torch.utils.flop_counter import flop_registry  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config  # noqa: E402
 
 from preference.engine.forward import causal_lm, pair_logps  # noqa: E402
+from preference.engine.masks import PackedMask  # noqa: E402
 from preference.engine.packing import pack_pairs  # noqa: E402
 from preference.engine.probe import prepare_model  # noqa: E402
 from preference.losses import Objective, Totals, objective_share  # noqa: E402
@@ -239,7 +241,7 @@ def _mark_phases(model: nn.Module, meter: Meter) -> None:
     model.register_forward_hook(scored)
 
 
-def trace(config: Any, pairs: list[dict[str, Any]], lora: bool, objective: Objective, compiled: bool = False) -> Step:
+def trace(config: Any, pairs: list[dict[str, Any]], lora: bool, objective: Objective) -> Step:
     """Follow one micro-batch, forward and backward, with the metrics that are kept of it."""
     model = paper_model(config, lora)
     engine = prepare_model(model, device="cuda", autocast=torch.bfloat16)
@@ -281,6 +283,29 @@ def layer_ops(config: Any, pairs: list[dict[str, Any]], lora: bool, objective: O
     """Operators that one more layer adds, forward and backward."""
     counts = [len(trace(with_layers(config, n), pairs, lora, objective).operators) for n in (2, 4)]
     return (counts[1] - counts[0]) / 2
+
+
+def compiled_layer(config: Any, pairs: list[dict[str, Any]], lora: bool, objective: Objective) -> dict[str, int]:
+    """Kernels of a layer as `torch_compile` has it, by kind."""
+    from paper_inductor import kernels_of
+
+    model = paper_model(with_layers(config, 1), lora)
+    engine = prepare_model(model, device="cuda", autocast=torch.bfloat16, lighten=False)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        materialize(model, "cuda")
+        packed = pack_pairs(pairs, share_prompt=engine.share_prompt, prompt_logps=objective.needs_prompt)
+        batch = {k: torch.empty_like(v, device="cuda") if isinstance(v, Tensor) else v for k, v in packed.items()}
+        tokens, width = batch["input_ids"].numel(), config.hidden_size
+        size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+        dtype = torch.bfloat16 if lora else torch.float32
+        hidden = torch.empty(1, tokens, width, device="cuda", dtype=dtype, requires_grad=True)
+        cos, sin = (torch.empty(1, tokens, size, device="cuda", dtype=dtype) for _ in range(2))
+    layer = next(m for m in causal_lm(model).modules() if isinstance(m, nn.ModuleList))[0]
+    arguments = {
+        "attention_mask": PackedMask(batch), "position_embeddings": (cos, sin), "position_ids": batch["position_ids"]
+    }  # fmt: skip
+    return dict(kernels_of(layer.train(), hidden, arguments, mode))
 
 
 def host_reads(config: Any, objective: Objective) -> int:
@@ -347,12 +372,14 @@ def dry_run_peak(config: Any, load: str, pairs: int, lora: bool) -> float:
     return estimator.trace(np.array([LOADS[load]] * pairs), False).peak
 
 
-def report(model: str, load: str, pairs: int, peft: str, loss: str = "orpo") -> dict[str, Any]:
+def report(model: str, load: str, pairs: int, peft: str, loss: str = "orpo", compiled: bool = False) -> dict[str, Any]:
     config, lora, objective = configuration(model), peft == "lora", Objective(loss=loss)
     rows = pairs_of(load, pairs)
     step = trace(config, rows, lora, objective)
     useful = useful_flops(config, rows, step, lora)
     seconds = {name: step.seconds(card) for name, card in CARDS.items()}
+    by_kind = compiled_layer(config, rows, lora, objective) if compiled else {}
+    found = {f"compiled_{kind.lower()}": count for kind, count in by_kind.items()}
     usual = {name: usual_seconds(config, load, step, lora, useful, card) for name, card in CARDS.items()}
     return {
         "model": model, "load": load, "pairs": pairs, "peft": peft, "loss": loss,
@@ -369,6 +396,7 @@ def report(model: str, load: str, pairs: int, peft: str, loss: str = "orpo") -> 
         **{f"mfu_{name}": useful / seconds[name] / CARDS[name].peak for name in CARDS},
         **{f"ms_{name}": 1e3 * value for name, value in seconds.items()},
         **{f"ms_{name}_trl": 1e3 * value for name, value in usual.items()},
+        **({"compiled_layer_ops": sum(by_kind.values())} | found if compiled else {}),
     }  # fmt: skip
 
 
@@ -379,6 +407,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", required=True, type=int, help="pairs of the micro-batch")
     parser.add_argument("--peft", required=True, choices=["lora", "full"], help="rank 16 on all linear layers, or none")
     parser.add_argument("--loss", default="orpo", choices=["orpo", "dpo"])
+    parser.add_argument("--compile", action="store_true", help="count what torch_compile would make of a layer besides")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(words)
     if args.pairs < 1:
@@ -391,7 +420,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     logging.disable(logging.WARNING)
-    figures = report(args.model, args.load, args.pairs, args.peft, args.loss)
+    figures = report(args.model, args.load, args.pairs, args.peft, args.loss, args.compile)
     for name, value in figures.items():
         print(f"{name:<20}{value if isinstance(value, (str, int)) else f'{value:,.4g}'}")
     if args.json:

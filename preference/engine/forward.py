@@ -46,7 +46,11 @@ def logit_scale(config: Any) -> float:
 
 
 def _gathered(weight: Tensor) -> Tensor:
-    """A weight that FSDP2 has dealt out, whole. A frozen one travels in autocast's dtype, which the products take."""
+    """A weight that FSDP2 has dealt out, whole. A frozen one travels in autocast's dtype, which the products take.
+
+    A trained one does not: its gradient would come back in that dtype, rounded before it is summed over ranks, where
+    all others are summed in float32 (train/sharding.py).
+    """
     if not isinstance(weight, DTensor):
         return weight
     kind = weight.device.type

@@ -10,8 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from preference.engine.branches import by_chain
 from preference.engine.cuda.attention import WAYS, attend
+from preference.engine.forward import pair_logps
 from preference.engine.masks import EngineError, PackedMask, Scores
 from preference.engine.packing import pack_pairs
+from preference.engine.probe import prepare_model
+from preference.engine.sides import side_of
+from tiny import tiny_model
 
 PLAIN = Scores(8**-0.5)
 
@@ -90,6 +94,32 @@ def test_which_kernel_takes_a_call(monkeypatch, card, size, dtype, options, kern
     mask = PackedMask(batch, options.get("window"), options.get("chunk"))
     attend(*inputs, mask, Scores(0.1, options.get("cap"), dropout=options.get("dropout", 0.0)))
     assert calls == [kernel]
+
+
+@pytest.mark.parametrize(
+    "arch, options, kernel",
+    [
+        ("llama", {}, "varlen"),
+        ("qwen2", {}, "varlen"),
+        ("qwen3", {}, "varlen"),
+        ("mistral", {"sliding_window": 4}, "varlen"),
+        ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 16}, "flex"),  # capped scores
+        ("gpt_oss", {"head_dim": 16}, "flex"),  # sinks
+        ("gpt2", {}, "varlen"),
+    ],
+)
+def test_the_kernel_of_each_architecture_is_the_one_that_it_was_compared_with(
+    monkeypatch, arch, options, kernel
+) -> None:
+    """In bfloat16 on an H100: `prepare_model` measures the kernel that the step then calls."""
+    calls = use_card(monkeypatch)
+    monkeypatch.setattr("preference.engine.attention.side_of", lambda kind: side_of("cuda"))
+    model = tiny_model(arch, dtype=torch.bfloat16, **options)
+    assert prepare_model(model).share_prompt
+    assert set(calls) == {kernel}
+    calls.clear()
+    pair_logps(model, pack_pairs(related_pairs(3))).chosen_B.sum().backward()
+    assert set(calls) == {kernel}
 
 
 def test_a_kernel_that_was_asked_for_and_cannot_is_refused(monkeypatch) -> None:

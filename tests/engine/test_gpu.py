@@ -72,6 +72,29 @@ def test_a_step(arch: str, bf16: bool) -> None:
     assert relative(gradients(loss, model).cpu(), want_gradients) < (0.05 if bf16 else 1e-5)
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2"])
+def test_a_step_with_adapters_in_bfloat16(arch: str) -> None:
+    """Layers that run as one step, their adapters cast at once, against the same in double precision on the CPU."""
+    found = []
+    pairs = rows()
+    for device, dtype in (("cpu", torch.float64), (DEVICE, torch.float32)):
+        model = lora(double(arch, dtype=dtype))
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = (0.1 * torch.randn(parameter.shape)).to(dtype)
+        model = model.to(device)
+        half = torch.bfloat16 if dtype == torch.float32 else None
+        assert prepare_model(model, autocast=half).share_prompt
+        batch = {name: x.to(device) if torch.is_tensor(x) else x for name, x in pack_pairs(pairs).items()}
+        with torch.autocast(device, half, enabled=half is not None):
+            logps = pair_logps(model, batch)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found_here = torch.autograd.grad((logps.chosen_B - 0.5 * logps.rejected_B).sum(), trained)
+        found.append(torch.cat([gradient.flatten().double().cpu() for gradient in found_here]))
+    assert relative(found[1], found[0]) < 0.05
+
+
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("loss", ["orpo", "dpo"])
 def test_training_is_that_of_the_cpu(loss: str, adapter: bool, tmp_path) -> None:

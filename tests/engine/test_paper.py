@@ -72,3 +72,37 @@ def test_the_campaign_calls_wrong_what_is_wrong_and_not_what_is_slow(
         {"estimated_peak_gb": 8.9},
     ):
         assert len(faults(good | change)) == 1, change
+
+
+def test_the_campaigns_report_stops_at_a_wrong_number(
+    monkeypatch: pytest.MonkeyPatch, root: Path, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    import gpu_report
+
+    def run(name: str, *losses: float) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        history = [{"step": i, "loss": loss} for i, loss in enumerate(losses, 1)]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        return str(folder)
+
+    good, near, far, short = run("a", 2.0, 1.0), run("b", 2.0, 1.01), run("c", 2.0, 1.1), run("d", 2.0)
+    assert gpu_report.same(good, near, 0.02) == pytest.approx(0.01)
+    for other in (far, short, run("e", 2.0, float("nan"))):
+        with pytest.raises(SystemExit, match="WRONG"):
+            gpu_report.same(good, other, 0.02)
+    row = {"seconds_per_step": 1.0, "matmul_share": 0.5, "peak_memory_bytes": 1e9, "useful_tokens_per_second": 10.0}
+    result = {"engines": {"trl": row | {"losses": [2.0, 1.0]}, "packed": row | {"losses": [2.0, 1.001]}}}
+    for change, wrong in (
+        ({"grad_rel_err": 0.01}, False),
+        ({"grad_rel_err": 0.2}, True),
+        ({"engines": result["engines"] | {"packed": row | {"losses": [2.0, 1.2]}}}, True),
+    ):
+        (tmp_path / "engines.json").write_text(json.dumps(result | change))
+        if wrong:
+            with pytest.raises(SystemExit, match="WRONG"):
+                gpu_report.engines(str(tmp_path / "engines.json"))
+        else:
+            gpu_report.engines(str(tmp_path / "engines.json"))
+    assert "packed" in gpu_report.table(str(tmp_path)) and (tmp_path / "campaign.json").exists()
