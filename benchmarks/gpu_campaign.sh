@@ -141,7 +141,7 @@ for part in $parts; do
             engines llama8b-1024 "$shapes/llama8b" "$shapes/pairs-1024.jsonl" 8 2 1200 trl,packed --random --apart
             engines llama8b-4096 "$shapes/llama8b" "$shapes/pairs-4096.jsonl" 4 1 4200 trl,packed --random --apart
             if [ -d "$starter" ]; then
-                engines starter "$starter" data/train/english.jsonl 32 8 512 "$three"
+                engines starter "$starter" data/train/en.jsonl 32 8 512 "$three"
             else
                 echo "engines-starter: left out, $starter is not there"
             fi

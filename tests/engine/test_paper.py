@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,12 @@ def test_the_campaign_calls_wrong_what_is_wrong_and_not_what_is_slow(
         {"estimated_peak_gb": 8.9},
     ):
         assert len(faults(good | change)) == 1, change
+
+
+def test_every_file_that_the_campaign_names_is_there(root: Path) -> None:
+    script = (root / "benchmarks/gpu_campaign.sh").read_text()
+    named = set(re.findall(r"\b(?:data|benchmarks|tests)/[\w/.]+\.(?:py|jsonl)", script))
+    assert len(named) >= 6 and all((root / path).exists() for path in named)
 
 
 def test_the_campaigns_report_stops_at_a_wrong_number(
