@@ -102,7 +102,7 @@ def main() -> None:
     trainer = setup.load_trainer(
         args, source, hardware, training, tokenizer, conversation, train_set, eval_set, budget=budget
     )
-    facts = run_facts(args, trainer, conversation)
+    facts = run_facts(args, source, trainer, conversation)
     start = setup.find_start(args, trainer, conversation, restarted) if args.run.do_train else None
     for note in start.notes if start else ():
         say(note)
@@ -169,6 +169,7 @@ def find_model(args: Arguments) -> Any:
 
 def look_at_headers(args: Arguments, source: Any, tokenizer: Any, conversation: Any, *sets: Any) -> None:
     """The look that a run has at its model, from the headers of the weight files."""
+    from preference.models.adapters import check_on_paper
     from preference.models.look import look_on_paper
     from preference.models.vocabulary import add_rows, tokens_to_add
     from preference.train.setup import check_room
@@ -178,9 +179,13 @@ def look_at_headers(args: Arguments, source: Any, tokenizer: Any, conversation: 
     if model is None:
         say("the weights are not on this machine: whether they are whole is seen when the run starts")
         return
+    if source.adapter:
+        check_on_paper(model, source.adapter)
     add_rows(model, tokenizer, tokens_to_add(args.model.add_tokens))
     check_room(model, tokenizer, conversation, *sets)
     say(f"weights of {source.base}: every tensor is there, of the right shape")
+    if source.adapter:
+        say(f"adapter {source.adapter}: every tensor has its place there")
 
 
 def load_template(args: Arguments, tokenizer: Any) -> Any:

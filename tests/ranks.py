@@ -6,16 +6,34 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/models"), str(ROOT)]
+
+OVER_4_BITS = "over 4 bits"
+if __name__ == "__main__" and OVER_4_BITS in Path(sys.argv[1]).read_text():
+    sys.modules.pop("bitsandbytes", None)  # tests/conftest.py keeps it from programs that need none
 
 import torch.distributed as dist  # noqa: E402
 from training import lora, make_pairs, make_trainer, pairs_of, poison  # noqa: E402
 
-from preference.train.sharding import strategy_options  # noqa: E402
+from preference.arguments import parse_arguments  # noqa: E402
+from preference.models.hardware import Hardware  # noqa: E402
+from preference.models.loading import load_base  # noqa: E402
+from preference.models.sources import find_model  # noqa: E402
+from preference.train.sharding import join_deepspeed, strategy_options  # noqa: E402
 from preference.train.watchdog import TrainingError  # noqa: E402
 from tiny import tiny_model  # noqa: E402
+
+
+def four_bits(folder: Path) -> Any:
+    """The tiny model with its linear layers in 4 bits, alike on every rank."""
+    from handed_in import make_plain
+
+    folder = folder / f"whole-{os.environ.get('RANK', 0)}"
+    make_plain(folder)
+    return load_base(find_model(str(folder)), parse_arguments(["--qlora", "true"]), Hardware("cpu", "CPU", 0, False))
 
 
 def train_one(output: Path, run: dict) -> dict:
@@ -31,12 +49,15 @@ def train_one(output: Path, run: dict) -> dict:
         pairs = pairs_of(rows)
     evaluation = run.pop("eval_pairs", None)
     model = poison(tiny_model()) if run.pop("poisoned_row", None) is not None else tiny_model()
-    if run.pop("adapter", False):
+    if (adapter := run.pop("adapter", False)) == OVER_4_BITS:
+        model = lora(four_bits(output))
+    elif adapter:
         model = lora(model)
     evaluation = make_pairs(*evaluation) if evaluation else None
     before = run.pop("evaluate_before", False)
     if (strategy := run.pop("strategy", "ddp")) != "ddp":
         run |= strategy_options(strategy, int(os.environ["WORLD_SIZE"]))
+        join_deepspeed(strategy)
     trainer = make_trainer(run.pop("engine", "packed"), output, pairs, model=model, eval_pairs=evaluation, **run)
     if before:
         trainer.evaluate()

@@ -59,18 +59,48 @@ def load_adapter(model: Any, folder: str, *, trainable: bool = False, name: str 
         ) from error
     if names is not None:
         has = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-        over = sorted(n for n in names - has if not _of_vocabulary(lm, n))
-        faults = [
-            f"{len(found)} of its tensors {what} ({_some(found)})"
-            for what, found in (("have no place", over), ("are missing", sorted(has - names)))
-            if found
-        ]
-        if faults:
-            raise ModelError(
-                f"the adapter {folder} does not fit its base {lm.config.name_or_path}: {'; '.join(faults)}. If another "
-                "model lies there now, name the right one"
-            )
+        _refuse_misfit(lm, folder, {
+            "have no place": sorted(n for n in names - has if not _of_vocabulary(lm, n)),
+            "are missing": sorted(has - names),
+        })  # fmt: skip
     return model
+
+
+def _refuse_misfit(lm: PreTrainedModel, folder: str, faults: dict[str, list[str]]) -> None:
+    """Raises ModelError for tensors of an adapter that do not fit, by what is wrong with them."""
+    said = [f"{len(found)} of its tensors {what} ({_some(found)})" for what, found in faults.items() if found]
+    if said:
+        raise ModelError(
+            f"the adapter {folder} does not fit its base {lm.config.name_or_path}: {'; '.join(said)}. If another model "
+            "lies there now, name the right one"
+        )
+
+
+def check_on_paper(lm: PreTrainedModel, folder: str) -> None:
+    """Whether the adapter of `folder` fits a model on the meta device, by the header of its file; gives the model as
+    many rows as it was saved with.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    from peft import get_peft_model_state_dict
+
+    names = _tensor_names(folder)
+    if names is None:
+        return
+    _grow_vocabulary(lm, folder)
+    with reading(f"the adapter {folder}", "get it anew"), torch.device("meta"):
+        model = adapter_on_paper(lm, folder)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {name: list(weight.shape) for name, weight in state.items()}
+    found = {name: shape for name, (_, shape) in tensor_headers(Path(folder) / "adapter_model.safetensors").items()}
+    other = [n for n in shapes.keys() & found.keys() if shapes[n] != found[n]]
+    model.unload()
+    _refuse_misfit(lm, folder, {
+        "have no place": sorted(n for n in names - shapes.keys() if not _of_vocabulary(lm, n)),
+        "are missing": sorted(shapes.keys() - names),
+        "have another shape": [f"{n} is {found[n]}, not {shapes[n]}" for n in sorted(other)],
+    })  # fmt: skip
 
 
 def _tensor_names(folder: str) -> set[str] | None:
@@ -255,22 +285,25 @@ def load_stack(model: PreTrainedModel, folder: str, *, trainable: bool = False, 
     below = Path(folder) / FROZEN
     if (below / ADAPTER_CONFIG).is_file():
         model = load_adapter(model, str(below), name=FROZEN, **options)
-        _activate_both(model, trainable)
+        activate_both(model, trainable)
     base = model.get_base_model().name_or_path
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
     return model
 
 
-def freeze_below(model: PreTrainedModel, folder: str, args: ModelArguments, seed: int) -> Any:
+def freeze_below(
+    model: PreTrainedModel, folder: str, args: ModelArguments, seed: int, new_ids: Iterable[int] = ()
+) -> Any:
     """A new adapter over the one of `folder`, which stays as it is; both are added to the weights."""
-    new = add_adapter(model, args, seed)
+    new = add_adapter(model, args, seed, new_ids)
     new = load_adapter(new, folder, name=FROZEN)
-    _activate_both(new, trainable=True)
+    activate_both(new, trainable=True)
     return new
 
 
-def _activate_both(model: Any, trainable: bool) -> None:
+def activate_both(model: Any, trainable: bool) -> None:
+    """Switch a frozen adapter and the one over it on; the latter is trained, or neither is."""
     model.base_model.set_adapter(["default", FROZEN])
     for name, parameter in model.named_parameters():
         words = name.split(".")

@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from preference.models.look import ModelError
+from preference.models.folder import ModelError
 
 
 def begins_in_weights(kind: str) -> bool:

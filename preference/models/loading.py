@@ -123,12 +123,13 @@ def adapt(
     *,
     write: bool,
     say: Say,
-    new_ids: Sequence[int] = (),
+    grow: Callable[[PreTrainedModel], Sequence[int]] = lambda model: (),
 ) -> Any:
     """The model as it is trained, or scored: with the adapter that was handed in, a new one, both, or none.
 
     Args:
-        write: whether this process writes the files of the run. new_ids: tokens whose rows are trained besides.
+        write: whether this process writes the files of the run. grow: gives a model the rows of the tokens that are
+            added, and names those that are trained.
 
     Raises:
         ModelError: the adapter does not fit, or a flag says of it what it is not.
@@ -136,24 +137,27 @@ def adapt(
     if not args.run.do_train:
         return load_stack(model, source.adapter) if source.adapter else model
     if source.adapter is None:
+        new_ids = grow(model)
         if not args.model.use_peft:
             return model
         if found := routers(model) if args.model.target_modules in ("all", "all-linear") else ():
             say(f"no adapter on the {len(found)} layers that choose experts ({found[0]}, ...)")
         return add_adapter(model, args.model, args.run.seed, new_ids)
-    if args.model.add_tokens and args.model.use_peft:
-        raise ModelError(
-            f"add_tokens goes with a model, and {source.adapter} is an adapter: merge it first (export_model.py)"
-        )
     if not args.model.new_adapter and args.model.use_peft:
+        if args.model.add_tokens:
+            raise ModelError(
+                f"add_tokens gives an adapter rows that {source.adapter} has not, and training goes on with that as it "
+                "is: --new_adapter true merges it and starts one that has them; or drop add_tokens"
+            )
         check_continued(source.adapter, args)
         say(f"training resumes the adapter {source.adapter} over {source.base}, as it is")
         return load_stack(model, source.adapter, trainable=True)
     if is_quantized(model):
         say(f"the adapter {source.adapter} stays as it is below a new one: its base is quantised")
-        return freeze_below(model, source.adapter, args.model, args.run.seed)
+        return freeze_below(model, source.adapter, args.model, args.run.seed, grow(model))
     say(f"the adapter {source.adapter} is merged into {source.base}")
     merged = merge(model, source.adapter)
+    new_ids = grow(merged)
     if not args.model.use_peft:
         return merged.requires_grad_(True)
     folder = Path(args.run.output_dir).resolve() / MERGED

@@ -16,14 +16,15 @@ from preference.integrity import MANIFEST
 from preference.launch.agreement import versions
 from preference.models.hardware import detect, half_type, type_name
 from preference.models.parameters import count_parameters
+from preference.models.sources import ModelSource
 from preference.plan.speed import SpeedMeter, peak_memory
 from preference.screen import duration
 from preference.terminal.console import Terminal
 from preference.terminal.language import tr
 
 
-def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any]:
-    """What is about to be trained, in numbers.
+def run_facts(args: Arguments, source: ModelSource, trainer: Any, conversation: Any) -> dict[str, Any]:
+    """What is about to be trained, in numbers; `source` is what was handed in.
 
     The first rank writes them to run.json, unless that describes a model that this run has yet to replace.
     """
@@ -35,7 +36,8 @@ def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any
         "beta_from": args.beta_from,
         "learning_rate": trainer.args.learning_rate,
         "learning_rate_from": args.learning_rate(parameters).source,
-        "base_model": base_name(trainer.model, args),
+        "base_model": base_name(trainer.model, source, args),
+        "adapter": whole_path(source.adapter),
         "template": conversation.name,
         "hardware": str(detect(args.run.use_cpu)),
         "bf16": trainer.args.bf16,
@@ -52,9 +54,16 @@ def run_facts(args: Arguments, trainer: Any, conversation: Any) -> dict[str, Any
     return facts
 
 
-def base_name(model: Any, args: Arguments) -> str:
-    """What an adapter lies over, where there is one; else the model that was handed in."""
-    return model.get_base_model().name_or_path if hasattr(model, "peft_config") else args.model.model_name_or_path
+def base_name(model: Any, source: ModelSource, args: Arguments) -> str:
+    """What an adapter lies over, the one that is trained or the one that was handed in; else the model's name."""
+    if hasattr(model, "peft_config"):
+        return model.get_base_model().name_or_path
+    return whole_path(source.base) if source.adapter else args.model.model_name_or_path
+
+
+def whole_path(name: Any) -> Any:
+    """A folder from wherever it is read; another name, or none, as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 @dataclass(frozen=True)

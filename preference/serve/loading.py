@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.errors import PreferenceError
-from preference.models.adapters import load_stack
+from preference.models.adapters import load_adapter, load_stack
 from preference.models.folder import ModelError, read_config, read_generation_config, read_tokenizer, reading
 from preference.models.hardware import Hardware
 from preference.models.look import load_weights
@@ -25,6 +25,8 @@ from preference.models.sources import SourceError, adapter_config, written_base
 from preference.models.sources import resolve_base as base_of
 from preference.models.starter import resolve_model
 from preference.templates.resolve import resolve_template
+
+BEFORE = "before"  # the name of the adapter that a run was handed, beside the one that it made of it
 
 
 class LoadingError(PreferenceError, RuntimeError):
@@ -50,6 +52,12 @@ class Source:
     def arguments(self) -> Mapping[str, Any]:
         """The flags of the run."""
         return self.run.get("arguments", {})
+
+    @property
+    def adapter_before(self) -> str | None:
+        """The adapter that the run was handed and has trained further; None where it was merged into the base."""
+        merged = self.adapter and self.arguments.get("new_adapter")
+        return None if merged else self.run.get("adapter")
 
     def file(self, name: str) -> Path | None:
         """A file of the model's folder, or of its run's folder if the model is a checkpoint without it."""
@@ -79,7 +87,8 @@ def find_source(
         base = base or written_base(name, config)
         if not base:
             raise LoadingError(f"{name} is an adapter that does not say whose: name its model with --base_model")
-    base = base or run.get("arguments", {}).get("model_name_or_path")
+    handed_in = run.get("base_model") if run.get("adapter") else None  # what was tuned was an adapter over this
+    base = base or handed_in or run.get("arguments", {}).get("model_name_or_path")
     if not config and Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise LoadingError(f"{name} holds neither config.json nor adapter_config.json: has the run ended?")
     return Source(name, config is not None, base, run, run_folder, trust_remote_code)
@@ -124,6 +133,36 @@ def pick_dtype(name: str, hardware: Hardware) -> torch.dtype:
 def load_base_model(source: Source, dtype: torch.dtype, device: str, use_modelscope: bool = False) -> PreTrainedModel:
     """The model before tuning, for generation."""
     return _load(resolve_base(source, use_modelscope), source, dtype, device)
+
+
+def load_untuned_model(source: Source, dtype: torch.dtype, device: str, use_modelscope: bool = False) -> Any:
+    """The model that the run was handed: its base, with the adapter over it if there was one.
+
+    Raises:
+        LoadingError: it is not where the run says.
+    """
+    base = load_base_model(source, dtype, device, use_modelscope)
+    adapter = source.adapter_before
+    return _laid_over(base, adapter, torch_device=device).eval() if adapter else base
+
+
+def add_adapter_before(model: Any, source: Source) -> None:
+    """Give a tuned adapter's model the adapter that the run was handed, as BEFORE, not switched on.
+
+    Raises:
+        LoadingError: it is not where the run says, or does not fit.
+    """
+    assert source.adapter_before is not None
+    _laid_over(model, source.adapter_before, name=BEFORE)
+
+
+def _laid_over(model: Any, folder: str, **options: Any) -> Any:
+    if not Path(folder).is_dir():
+        raise LoadingError(f"the adapter that was tuned further is not at {folder} any more: put it there to compare")
+    try:
+        return load_adapter(model, folder, **options)
+    except ModelError as error:
+        raise LoadingError(str(error)) from error
 
 
 def load_tuned_model(source: Source, dtype: torch.dtype, device: str, use_modelscope: bool = False) -> Any:

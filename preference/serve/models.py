@@ -5,23 +5,28 @@ from __future__ import annotations
 import re
 import sys
 from argparse import Namespace
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from transformers.utils import logging
 
+from preference.models.adapters import FROZEN
 from preference.models.hardware import Hardware, detect
 from preference.models.limits import check_vocabulary, template_ids
 from preference.screen import shown
 from preference.serve.generation import Chat, Sampling, Within
 from preference.serve.judge import Judge, LocalJudge, ServerJudge
 from preference.serve.loading import (
+    BEFORE,
     Source,
+    add_adapter_before,
     find_source,
     generation_config,
-    load_base_model,
     load_template,
     load_tokenizer,
     load_tuned_model,
+    load_untuned_model,
     pick_dtype,
 )
 from preference.templates.resolve import stop_ids
@@ -63,6 +68,17 @@ def open_chat(
     return Chat(model, tokenizer, template, generation, sampling)
 
 
+@contextmanager
+def switched_to(model: Any, name: str) -> Iterator[None]:
+    """While open, `model` has this adapter on, and no other."""
+    lora, active = model.base_model, list(model.active_adapters)
+    lora.set_adapter(name)
+    try:
+        yield
+    finally:
+        lora.set_adapter(active)
+
+
 class Models:
     """The tuned model and, once it is asked for, its base: the same weights without the adapter, or a second model."""
 
@@ -87,11 +103,11 @@ class Models:
     def base(self) -> tuple[Chat, Within]:
         """The model before tuning: who answers, and what must be entered meanwhile."""
         if self.source.adapter:
-            return self.tuned, self.tuned.model.disable_adapter
+            return self.tuned, self._before
         if self._base is None:
             if self.source.base is not None:
                 note(f"loading the base model {self.source.base} ...")
-            model = load_base_model(self.source, self.dtype, self.device, self.modelscope)
+            model = load_untuned_model(self.source, self.dtype, self.device, self.modelscope)
             tuned = self.tuned  # the same prompts, stops and sampling, whatever the base says of itself
             self._base = Chat(model, tuned.tokenizer, self.template, tuned.origin, tuned.sampling)
         return self._base, nullcontext
@@ -100,3 +116,14 @@ class Models:
         """Draw the answers of all who speak here in this way from now on."""
         for chat in filter(None, (self.tuned, self._base)):
             chat.resample(sampling)
+
+    def _before(self) -> AbstractContextManager[Any]:
+        """The tuned model as the run was handed it: without its adapter, or with the one that it had then."""
+        model = self.tuned.model
+        if FROZEN in model.peft_config:
+            return switched_to(model, FROZEN)
+        if self.source.adapter_before is None:
+            return model.disable_adapter()
+        if BEFORE not in model.peft_config:
+            add_adapter_before(model, self.source)
+        return switched_to(model, BEFORE)

@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from preference.launch.signals import StoppedBySignal
-from preference.models.adapters import FROZEN
+from preference.models.adapters import FROZEN, activate_both
 from preference.models.names import strip_folders
 from preference.optimization.lora_plus import raise_rate_of_b
 from preference.optimization.schedules import make_schedule
@@ -44,6 +44,7 @@ class GuardedTrainer(Trainer):
     - _save_checkpoint, _get_output_dir: a checkpoint is written elsewhere, verified and renamed
       (train/checkpoints.py). An on_save callback comes after the folder has its name and cannot stop a bad one;
     - _load_optimizer_and_scheduler: a moving average of the weights resumes with them (train/moving.py);
+    - _load_from_checkpoint: the Trainer switches every adapter off but one;
     - _run_epoch: resumed from the last step's checkpoint, or from where it had stopped early, the Trainer would train a
       step too many;
     - _evaluate: an evaluation that a signal breaks off ends in a checkpoint (train/stopping.py);
@@ -123,6 +124,12 @@ class GuardedTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.average is not None and checkpoint is not None:
             self.average.load(Path(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if FROZEN in getattr(model, "peft_config", {}):
+            activate_both(model, trainable=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:

@@ -171,8 +171,10 @@ def load_trainer(
     parameters = count_parameters(model)[1]
     training.learning_rate = args.learning_rate(parameters).learning_rate
     args.beta_from = args.settle_beta(parameters)
-    new_ids = add_rows(model, tokenizer, tokens_to_add(args.model.add_tokens))
-    model = adapt(model, source, args, write=training.process_index == 0, say=say, new_ids=new_ids)
+    names = tokens_to_add(args.model.add_tokens)
+    model = adapt(
+        model, source, args, write=training.process_index == 0, say=say, grow=lambda m: add_rows(m, tokenizer, names)
+    )
     check_room(model, tokenizer, conversation, train_set, eval_set)
     common = dict(
         objective=objective_of(args), train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from handed_in import expected_logits, make_adapter, make_plain
 from peft import PeftModel
-from training import make_pairs, make_trainer
+from training import make_pairs, make_trainer, same_weights, weights_of
 from transformers import AutoModelForCausalLM
 
 from preference.arguments import parse_arguments
@@ -133,12 +133,17 @@ def test_over_4_bit_weights_it_stays_below_the_new_one(folders, tmp_path):
     assert torch.allclose(logits(new), logits(old), atol=1e-6)
     trained = {name for name, p in new.named_parameters() if p.requires_grad}
     assert trained and all(".default." in name for name in trained)
-    trainer = make_trainer("packed", tmp_path / "run", make_pairs(4), model=new, loss="dpo", max_steps=2)
+    options = {"loss": "dpo", "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer("packed", tmp_path / "run", make_pairs(4), model=new, **options)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / FROZEN / "adapter_config.json").is_file()
     (tmp_path / "saved/run.json").write_text(json.dumps({"base_model": str(folders["plain"])}))
+    again = loaded(folders["adapter"], "--qlora", "true", "--new_adapter", "true")
+    resumed = make_trainer("packed", tmp_path / "run", make_pairs(4), model=again, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    assert same_weights(weights_of(again), weights_of(new))
     again = loaded(tmp_path / "saved", "--qlora", "true", "--do_train", "false")
     assert torch.allclose(logits(again), logits(new), atol=1e-6) and not torch.allclose(
         logits(new), logits(old), atol=1e-4

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from preference.arguments import parse_arguments
 from preference.flags.declaration import ArgumentError
 from preference.models.adapters import add_adapter
+from preference.models.folder import ModelError
 from preference.models.hardware import Hardware
 from preference.models.loading import adapt, load_base
-from preference.models.look import ModelError
 from preference.models.sources import find_model
 from preference.serve.loading import find_source, load_tuned_model
 from preference.serve.merging import load_merged

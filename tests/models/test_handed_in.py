@@ -10,6 +10,7 @@ from handed_in import expected_logits, make_all
 
 from preference.arguments import parse_arguments
 from preference.errors import PreferenceError
+from preference.models.adapters import check_on_paper
 from preference.models.hardware import Hardware
 from preference.models.loading import adapt, load_base
 from preference.models.look import look_on_paper
@@ -37,8 +38,8 @@ REFUSED = {
     "adapter_over_adapter": r"an adapter itself: merge that first",
     "model_and_adapter": r"holds a whole model and an adapter: name both",
 }
-# From headers alone an adapter is not laid over its base, and 4-bit tensors not unpacked; without them it is said.
-UNSEEN_ON_PAPER = ("adapter_of_another", "bnb4_damaged", "lost_weights")
+# From headers alone 4-bit tensors are not unpacked; without them it is said.
+UNSEEN_ON_PAPER = ("bnb4_damaged", "lost_weights")
 IDS = torch.tensor([[1, 5, 9, 77, 300]])
 
 
@@ -57,6 +58,8 @@ def enter(entrance: str, folder: str):
     if entrance == "dry run":
         model = look_on_paper(source.base)
         assert model is None or all(weight.is_meta for weight in model.parameters())
+        if model is not None and source.adapter:
+            check_on_paper(model, source.adapter)
         return None
     args = parse_arguments([] if entrance == "train" else ["--do_train", "false"])
     return adapt(load_base(source, args, CPU), source, args, write=False, say=print)

@@ -52,7 +52,7 @@ def test_it_is_trained_saved_loaded_and_merged(kind, bases, tmp_path):
     model = load_base(source, args, CPU)
     rows = model.get_input_embeddings().weight.detach().clone()
     new = add_rows(model, tokenizer, tokens_to_add(args.model.add_tokens))
-    model = adapt(model, source, args, write=False, say=print, new_ids=new)
+    model = adapt(model, source, args, write=False, say=print, grow=lambda _: new)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert any(part in name for name in before)
     high = 500 if not new else max(new) + 1

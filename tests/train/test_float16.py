@@ -48,7 +48,7 @@ def test_frozen_weights_are_held_in_it_and_trained_ones_are_not(tmp_path):
     )
     tokenizer.add_tokens(["<a>"])
     base = load_base(source, args, T4, torch.float16)
-    model = adapt(base, source, args, write=False, say=print, new_ids=add_rows(base, tokenizer, ["<a>"]))
+    model = adapt(base, source, args, write=False, say=print, grow=lambda lm: add_rows(lm, tokenizer, ["<a>"]))
     types = {p.requires_grad: set() for p in model.parameters()}
     for p in model.parameters():
         types[p.requires_grad].add(p.dtype)
