@@ -292,11 +292,9 @@ def load_stack(model: PreTrainedModel, folder: str, *, trainable: bool = False, 
     return model
 
 
-def freeze_below(
-    model: PreTrainedModel, folder: str, args: ModelArguments, seed: int, new_ids: Iterable[int] = ()
-) -> Any:
+def freeze_below(model: PreTrainedModel, folder: str, args: ModelArguments, seed: int) -> Any:
     """A new adapter over the one of `folder`, which stays as it is; both are added to the weights."""
-    new = add_adapter(model, args, seed, new_ids)
+    new = add_adapter(model, args, seed)
     new = load_adapter(new, folder, name=FROZEN)
     activate_both(new, trainable=True)
     return new

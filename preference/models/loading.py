@@ -153,8 +153,13 @@ def adapt(
         say(f"training resumes the adapter {source.adapter} over {source.base}, as it is")
         return load_stack(model, source.adapter, trainable=True)
     if is_quantized(model):
+        if args.model.add_tokens:
+            raise ModelError(
+                f"add_tokens cannot be had over {source.adapter} while the weights below it are quantised: qlora=false "
+                "merges it and starts a new adapter that has them; or drop add_tokens"
+            )
         say(f"the adapter {source.adapter} stays as it is below a new one: its base is quantised")
-        return freeze_below(model, source.adapter, args.model, args.run.seed, grow(model))
+        return freeze_below(model, source.adapter, args.model, args.run.seed)
     say(f"the adapter {source.adapter} is merged into {source.base}")
     merged = merge(model, source.adapter)
     new_ids = grow(merged)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -22,8 +24,10 @@ from preference.models.hardware import Hardware
 from preference.models.loading import MERGED, adapt, load_base, untuned
 from preference.models.look import ModelError
 from preference.models.sources import find_model
-from preference.serve.loading import find_source, load_tuned_model
-from tiny import tiny_model
+from preference.models.vocabulary import add_rows
+from preference.serve.loading import LoadingError, find_source, load_tuned_model
+from preference.serve.models import Models
+from tiny import tiny_model, tiny_tokenizer
 
 CPU = Hardware("cpu", "CPU", 0, False)
 IDS = torch.tensor([[1, 5, 9, 77, 300]])
@@ -166,3 +170,76 @@ def test_a_tied_head_is_refused_before_it_trains():
     with pytest.raises(ModelError, match="lm_head is tied"):
         add_adapter(tied, parse_arguments(["--target_modules", "q_proj,lm_head"]).model, 0)
     add_adapter(tiny_model(), parse_arguments(["--target_modules", "q_proj,lm_head"]).model, 0)
+
+
+def chat_of(folder, **run):
+    """Who chats from a run's folder: run.json says `run`."""
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "run.json").write_text(json.dumps({"template": "qwen", "arguments": {}} | run))
+    words = {"model": str(folder), "base_model": None, "trust_remote_code": False, "use_cpu": True}
+    sampling = {"torch_dtype": "float32", "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 4, "seed": 0}
+    return Models(Namespace(**words, **sampling, template_name=None))
+
+
+def before_and_tuned(models):
+    chat, within = models.base()
+    with within() if callable(within) else within:
+        before = logits(chat.model)
+    return before, logits(models.tuned.model)
+
+
+@pytest.mark.parametrize("words", [(), ("--use_peft", "false"), ("--new_adapter", "true")])
+def test_before_tuning_is_what_was_handed_in(folders, tmp_path, words):
+    """The adapter's output, not the bare base's: resumed, taken into all weights, and merged for a new one."""
+    model = loaded(folders["adapter"], *words, "--output_dir", tmp_path / "run", write=True)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and ("lora_B" in name or "norm" in name):
+                weight.add_(0.1)
+    model.save_pretrained(tmp_path / "run")
+    flags = {words[0][2:]: words[1] == "true"} if words else {}
+    base = str(tmp_path / "run" / MERGED if "--new_adapter" in words else folders["plain"])
+    models = chat_of(tmp_path / "run", adapter=str(folders["adapter"]), base_model=base, arguments=flags)
+    for _ in range(2):
+        before, tuned = before_and_tuned(models)
+        assert torch.allclose(before, expected_logits("adapter", folders, IDS), atol=2e-6)
+        assert torch.allclose(tuned, logits(model), atol=1e-6) and not torch.allclose(before, tuned, atol=1e-2)
+
+
+def test_before_tuning_over_a_frozen_adapter_is_that_one(folders, tmp_path):
+    model = loaded(folders["adapter"], "--qlora", "true", "--new_adapter", "true")
+    for name, weight in model.named_parameters():
+        if "lora_B.default" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(tmp_path / "run")
+    models = chat_of(tmp_path / "run", adapter=str(folders["adapter"]), base_model=str(folders["plain"]))
+    before, tuned = before_and_tuned(models)
+    assert torch.allclose(before, expected_logits("adapter", folders, IDS), atol=2e-6)
+    assert not torch.allclose(before, tuned, atol=1e-2)
+
+
+def test_an_adapter_that_is_gone_is_named(folders, tmp_path):
+    loaded(folders["adapter"]).save_pretrained(tmp_path / "run")
+    gone = str(tmp_path / "gone")
+    models = chat_of(tmp_path / "run", adapter=gone, base_model=str(folders["plain"]))
+    with pytest.raises(LoadingError, match="tuned further is not at .*gone any more"):
+        before_and_tuned(models)
+
+
+def test_tokens_are_added_with_a_new_adapter(folders, tmp_path):
+    """After the merge; where there is none they are refused, with what to type."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<more {i}>" for i in range(512 - len(tokenizer))] + ["<a>"])
+    flags = ["--new_adapter", "true", "--add_tokens", "<a>"]
+    args, source = parse_arguments([*flags, "--output_dir", str(tmp_path / "run")]), find_model(str(folders["adapter"]))
+    grow = functools.partial(add_rows, tokenizer=tokenizer, names=["<a>"])
+    model = adapt(load_base(source, args, CPU), source, args, write=True, say=print, grow=grow)
+    with torch.no_grad():
+        found = model.eval()(torch.cat([IDS, torch.tensor([[512]])], 1)).logits
+    assert found.shape[-1] == 513
+    assert torch.allclose(found[:, :5, :512], expected_logits("adapter", folders, IDS), atol=2e-6)
+    assert any("trainable_tokens" in name for name, p in model.named_parameters() if p.requires_grad)
+    with pytest.raises(ModelError, match="--new_adapter true merges it and starts one that has them"):
+        loaded(folders["adapter"], "--add_tokens", "<a>")
+    with pytest.raises(ModelError, match="while the weights below it are quantised: qlora=false"):
+        loaded(folders["adapter"], *flags, "--qlora", "true")
