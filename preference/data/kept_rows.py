@@ -17,7 +17,7 @@ from preference.data.row import Row
 
 IN_MEMORY = 32 << 20  # bytes of rows, before they go to the disk
 _AT_ONCE = 1 << 18  # bytes that are read of the file in one go: rows are mostly wanted in their order
-_fields = attrgetter("question", "chosen", "rejected", "system", "history", "prompt", "file", "line", "extra", "label")
+_fields = attrgetter(*Row.__slots__)  # in the order in which a row is made
 
 
 class KeptRows(Sequence[Row]):

@@ -35,7 +35,7 @@ class TakeApart:
 
         Raises NotRecognised where a tenth of them or more differ from the others: then the user has to say.
         """
-        found = [rendering_of(pair) for pair in first]
+        found = [rendering_of(pair) for pair in first if pair.dialogue is None]
         rendered, share = [one for one in found if one], len(found) / 10
         self.rendered = len(rendered) > len(found) / 2
         if share <= min(len(rendered), len(found) - len(rendered)) > 0:
@@ -47,6 +47,8 @@ class TakeApart:
 
     def __call__(self, pair: Pair) -> Pair:
         """The pair itself, changed in place. Raises Drop for what cannot be taken apart or, if strict, for any."""
+        if pair.dialogue is not None:
+            return pair
         if self.choice != "keep":
             self._strip_stops(pair)
             if self.prompt_is_rendered is None:

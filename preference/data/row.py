@@ -7,6 +7,21 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Two conversations that a template writes as wholes, with what it is told of tools.
+
+    Attributes:
+        chosen, rejected: messages of {role, content, tool_calls}; the first `shared` of them are the same.
+        tools: definitions of {type: "function", function: {name, ...}}.
+    """
+
+    chosen: tuple[dict[str, Any], ...]
+    rejected: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...]
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One checked preference pair. Texts are stripped, answers are not empty and differ.
 
@@ -23,3 +38,4 @@ class Row:
     line: int = 0  # 1-based; the row number in a parquet or arrow table
     extra: dict[str, Any] = field(default_factory=dict, compare=False)  # scores and the like
     label: bool | None = None  # of a single answer: whether it is good
+    dialogue: Dialogue | None = None  # stands in for all other texts, which then only say what is in it

@@ -308,7 +308,8 @@ def check(pair: Pair, file: str, line: int, report: DataReport) -> Row:
     history = _check_history(pair.history)
     system = (pair.system or "").strip() or None
     _take_notes(pair, report)
-    return Row(question, chosen, rejected, system, history, pair.prompt, file, line, pair.extra, pair.label)
+    judged = (pair.extra, pair.label, pair.dialogue)
+    return Row(question, chosen, rejected, system, history, pair.prompt, file, line, *judged)
 
 
 def _is_empty(text: str) -> bool:

@@ -23,6 +23,9 @@ def single_answers(rows: Iterable[Row], report: DataReport) -> Iterator[Row]:
         if row.label is not None:
             yield row
             continue
+        if row.dialogue is not None:
+            report.drop("tool_calls", row.file, row.line, "a pair of whole conversations cannot be taken apart")
+            continue
         report.read(row.file)
         report.notes["pairs_taken_apart"] += 1
         yield from in_two(row)

@@ -12,6 +12,7 @@ from typing import Any
 
 from preference.data.formats import columns_read, read_row
 from preference.data.formats.base import PAIR_NUMBERS, Drop, Format, Options, Pair, RowDict
+from preference.data.formats.beyond_text import columns_beyond
 from preference.data.formats.named import answer_columns
 from preference.data.formats.names import CANDIDATES, QUESTIONS, is_metadata, key_of
 
@@ -79,6 +80,7 @@ def _taken(format: Format, row: RowDict, options: Options) -> frozenset[str]:
     candidates = {column for column, value in row.items() if _is_candidates(column, value)} if sides else set()
     known = [left_out for signature, left_out in _KNOWN if signature <= row.keys()]
     handled = {column for column in format.own if column in row}
+    handled |= {column for column, reason in columns_beyond(tuple(row)) if reason == "tool_calls"}
     return read.union(format.ignores, candidates - read, handled, PAIR_NUMBERS, *known)
 
 
@@ -92,6 +94,9 @@ def _texts(pairs: list[Pair]) -> Iterator[str]:
     for pair in pairs:
         for value in (pair.system, pair.history, pair.question, pair.prompt, pair.chosen, pair.rejected):
             yield from _leaves(value)
+        if pair.dialogue is not None:
+            yield from _leaves(pair.dialogue.chosen)
+            yield from _leaves(pair.dialogue.rejected)
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -26,6 +26,8 @@ ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # A dataset may have them: a number for each row, which the loss reads. `desirable` (1 or 0): the row has one answer,
 # in chosen_ids, good or bad; rejected_ids is an answer to another prompt, for KTO's estimate of the KL divergence
 PAIR_COLUMNS = ("pair_weight", "score_margin", "desirable")
+# Where answers hold turns that are not learned: how many tokens are, are not, are, ... (null: all are)
+RUN_COLUMNS = ("chosen_runs", "rejected_runs")
 OPEN_BINS = (
     64  # micro-batches that a pair is tried in before a new one is begun; bounds the planning of a large evaluation set
 )
@@ -42,6 +44,17 @@ def row_lengths(dataset: Any) -> np.ndarray:
         np.stack([pc.list_value_length(batch[name]).to_numpy() for name in ID_COLUMNS], axis=1) for batch in batches
     ]
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros((0, 3), dtype=np.int64)
+
+
+def learned_lengths(dataset: Any) -> np.ndarray:
+    """Tokens of chosen and rejected that are learned, of every row, [n, 2]."""
+    lengths = row_lengths(dataset)[:, 1:]
+    for side, name in enumerate(RUN_COLUMNS):
+        if name in dataset.column_names:
+            runs = dataset[name]
+            where = [i for i, found in enumerate(runs) if found]
+            lengths[where, side] = [sum(runs[i][::2]) for i in where]
+    return lengths
 
 
 def shared_prefix(dataset: Any) -> int:
@@ -171,11 +184,22 @@ def cut_batch(costs: np.ndarray, cut: Cut) -> list[list[list[int]]]:
     return ranks
 
 
-def plan_step(rows: np.ndarray, lengths: np.ndarray, objective: Objective, cut: Cut, rank: int) -> Step:
-    """The share of `rank` of the global batch `rows` (numbers of dataset rows, lengths [n, 3] of the whole dataset)."""
+def plan_step(
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    objective: Objective,
+    cut: Cut,
+    rank: int,
+    learned: np.ndarray | None = None,
+) -> Step:
+    """The share of `rank` of the global batch `rows` (numbers of dataset rows, lengths [n, 3] of the whole dataset).
+
+    learned: [n], the tokens of chosen that are learned, where not all are.
+    """
     batch = lengths[rows]
     costs = cut.cost(batch)
-    totals = Totals.of(objective, batch[:, :2].tolist())
+    chosen = batch[:, 1] if learned is None else learned[rows]
+    totals = Totals.of(objective, zip(batch[:, 0].tolist(), chosen.tolist(), strict=True))
     # An empty micro-batch is run on the shortest pair with weight 0: collectives in the model need all ranks to take
     # part.
     spare = int(rows[int(costs.argmin())])
@@ -190,6 +214,7 @@ class TrainingPlan(Sampler[list[Step]]):
 
     Args:
         lengths: [n, 3] of the dataset.
+        learned: [n], tokens of the chosen answers that are learned, where not all are.
         global_batch: pairs of an optimizer step over all ranks. The last step of an epoch takes what is left, unless
             `drop_last`.
         epoch: called when an epoch starts; the order of the pairs depends on it. Asking, rather than being told, is
@@ -208,7 +233,9 @@ class TrainingPlan(Sampler[list[Step]]):
         epoch: Callable[[], int],
         shuffle: bool = True,
         drop_last: bool = False,
+        learned: np.ndarray | None = None,
     ) -> None:
+        self.learned = learned
         self.lengths, self.objective, self.cut, self.rank = lengths, objective, cut, rank
         self.global_batch, self.seed, self.epoch = global_batch, seed, epoch
         self.shuffle, self.drop_last = shuffle, drop_last
@@ -234,15 +261,18 @@ class TrainingPlan(Sampler[list[Step]]):
         order = self.order(self.epoch())
         for i in range(len(self)):
             rows = order[i * self.global_batch : (i + 1) * self.global_batch]
-            yield [plan_step(rows, self.lengths, self.objective, self.cut, self.rank)]
+            yield [plan_step(rows, self.lengths, self.objective, self.cut, self.rank, self.learned)]
 
 
 class EvaluationPlan(Sampler[list[Step]]):
     """The whole dataset as one global batch, handed out one micro-batch at a time, equally many to each rank."""
 
-    def __init__(self, lengths: np.ndarray, objective: Objective, cut: Cut, *, rank: int) -> None:
+    def __init__(
+        self, lengths: np.ndarray, objective: Objective, cut: Cut, *, rank: int, learned: np.ndarray | None = None
+    ) -> None:
         _report_long_rows(lengths, cut)
-        self.step = plan_step(np.arange(len(lengths)), lengths, objective, cut, rank) if len(lengths) else None
+        rows = np.arange(len(lengths))
+        self.step = plan_step(rows, lengths, objective, cut, rank, learned) if len(lengths) else None
 
     def __len__(self) -> int:
         return len(self.step.micro_batches) if self.step else 0
@@ -331,7 +361,7 @@ def plan_loader(pairs: Any, plan: Sampler[list[Step]], collate: PackSteps, **opt
     It has a random generator of its own, so that starting an epoch does not move the global one (dropout after a
     resume).
     """
-    columns = [name for name in PAIR_COLUMNS if name in pairs.column_names]
+    columns = [name for name in (*PAIR_COLUMNS, *RUN_COLUMNS) if name in pairs.column_names]
     return DataLoader(
         StepDataset(pairs.select_columns([*ID_COLUMNS, "source", *columns])),
         batch_sampler=plan,

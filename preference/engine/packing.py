@@ -126,9 +126,26 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+def learned_at(pair: Pair, side: str) -> np.ndarray | None:
+    """Which tokens of the answer `side` are learned, bool; None where all are (`{side}_runs`, engine/batching.py)."""
+    runs = pair.get(f"{side}_runs")
+    if not runs:
+        return None
+    found: np.ndarray = np.repeat(np.arange(len(runs)) % 2 == 0, runs)
+    if len(found) != len(pair[f"{side}_ids"]) or not found.any():
+        raise PackingError(f"{pair.get('source') or 'a pair'}: {side}_runs {runs} do not fit the answer")
+    return found
+
+
 def _targets(pairs: Sequence[Pair], at: list[np.ndarray], lengths_B3: np.ndarray, prompt_logps: bool) -> dict[str, Any]:
     """What to score; `at` says where the prompt, chosen and rejected tokens of each pair in turn are predicted."""
     parts = [part for pair in pairs for part in (pair["prompt_ids"][1:], pair["chosen_ids"], pair["rejected_ids"])]
+    for number, pair in enumerate(pairs):
+        for place, side in enumerate(("chosen", "rejected"), 1):
+            if (learned := learned_at(pair, side)) is not None:
+                i = 3 * number + place
+                parts[i], at[i] = np.asarray(parts[i])[learned], at[i][learned]
+                lengths_B3[number, place] = len(parts[i])
     if not prompt_logps:
         parts, at = ([part for i, part in enumerate(x) if i % 3] for x in (parts, at))
     ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
@@ -214,7 +231,7 @@ def pack_pairs(pairs: Sequence[Pair], *, share_prompt: bool = True, prompt_logps
         turn); target_ids [U], the tokens to score, each once; target_at [U], where in the flattened input_ids each of
         them is predicted; score_at [T], which of those each pair's tokens are, prompt, chosen and rejected of each
         pair in turn; scored [B, 3], how many of each kind; lengths [B, 3], prompt_len (p-1), chosen and rejected
-        tokens; weight [B].
+        tokens, of answers those that are learned; weight [B].
 
         The packed row has besides: segments and position_offsets, the tokens of each segment and the position of its
         first; branches, triples (first segment, segment behind the last, the segments before it that it sees); and

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from preference.data.text_stats import script_of
+from preference.engine.batching import learned_lengths
 from preference.report.change import paired_changes
 from preference.tokens.datasets import sets_of
 
@@ -176,8 +177,8 @@ class Evaluation:
         return [value for rows in self.sets.values() for value in rows[name]]
 
     def lengths(self) -> np.ndarray:
-        """[N, 2]: tokens of the chosen and rejected answers."""
-        return np.array([[len(ids) for ids in self.column(f"{side}_ids")] for side in ("chosen", "rejected")]).T
+        """[N, 2]: tokens of the chosen and rejected answers that are learned."""
+        return np.concatenate([learned_lengths(rows) for rows in self.sets.values()])
 
     def analysis(self) -> dict[str, Any]:
         """`analyse` over all pairs, by set, source file, script and length; {} where single pairs have no figures."""

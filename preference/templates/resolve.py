@@ -8,7 +8,7 @@ nothing is sliced at its length. What cannot be found is refused, with the reaso
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
@@ -126,10 +126,27 @@ def _messages(
     return messages if reply is None else [*messages, {"role": "assistant", "content": reply}]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], prompt: bool = False) -> str:
+def render_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] = (),
+    prompt: bool = False,
+) -> str:
+    """Any messages by the tokenizer's own chat template. Raises ConversationError where it refuses them."""
+    try:
+        return _render(tokenizer, [dict(message) for message in messages], prompt, tools)
+    except _REFUSALS as error:
+        raise ConversationError(f"the tokenizer's chat template refuses this conversation: {error}") from error
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], prompt: bool = False, tools: Sequence[Any] = ()
+) -> str:
     try:
         with limited_work():
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            return tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+            )
     except ENDLESS as error:
         raise ConversationError(
             f"the tokenizer's chat template cannot be run ({type(error).__name__}: {error or 'too much memory'}): mend "

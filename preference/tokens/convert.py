@@ -101,6 +101,11 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def triple_line(row: Row) -> str:
+    if row.dialogue is not None:
+        whole = row.dialogue
+        tools = {"tools": list(whole.tools)} if whole.tools else {}
+        sides = {"chosen": list(whole.chosen), "rejected": list(whole.rejected)}
+        return json.dumps(sides | tools, ensure_ascii=False) + "\n"
     if row.label is not None:
         context = {"prompt": row.prompt} if row.prompt is not None else _context(row)
         return json.dumps(context | {"response": row.chosen, "label": row.label}, ensure_ascii=False) + "\n"

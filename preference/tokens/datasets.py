@@ -6,7 +6,8 @@ Columns: `prompt`, `chosen`, `rejected` (text), `prompt_ids`, `chosen_ids`, `rej
 in the stop token), `source` ("file:line"). Rows of single answers have `desirable` besides (1 or 0); their answer is
 `chosen`, and `rejected` is an answer to another prompt (tokens/mismatched.py). Every engine reads exactly these ids.
 Prompts are encoded as a whole and without added special tokens, answers as a continuation that depends neither on the
-other answer nor on the prompt's content.
+other answer nor on the prompt's content. Where answers hold turns that are not learned, `chosen_runs` and
+`rejected_runs` say which tokens are: so many that are learned, so many that are not, and so on; null where all are.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.splitting import split_by_prompt
 from preference.tokens import cache
-from preference.tokens.pairs import SCHEMA, PairBatcher, pair_number
+from preference.tokens.pairs import RUNS, SCHEMA, PairBatcher, pair_number
 from preference.tokens.rendering import Renderer, render
 
 __all__ = ["build_dataset", "render", "split_by_prompt"]
@@ -106,7 +107,11 @@ def _with_numbers(table: Any) -> Any:
     at, pairs = table.column_names.index("desirable"), table.column("desirable").null_count
     if 0 < pairs < table.num_rows:
         raise ValueError(f"{pairs} of {table.num_rows} rows are pairs, the others single answers: data/singles.py")
-    return table.remove_column(at) if pairs else table
+    table = table.remove_column(at) if pairs else table
+    if all(table.column(name).null_count == table.num_rows for name in RUNS):
+        for name in RUNS:
+            table = table.remove_column(table.column_names.index(name))
+    return table
 
 
 def _prepare(rows: Iterable[Row], batcher: PairBatcher, write: Write) -> dict[str, Any]:
@@ -177,7 +182,8 @@ def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
     for row in rows:
         texts = (row.question, row.chosen, row.rejected, row.system, row.history, row.prompt, row.file, row.line)
         more = (row.label, *(pair_number(row, name) for name in PAIR_NUMBERS))
-        digest.update(marshal.dumps((*texts, *more), 2))  # version 2 has no references: equal rows, equal bytes
+        whole = row.dialogue and (row.dialogue.chosen, row.dialogue.rejected, row.dialogue.tools, row.dialogue.shared)
+        digest.update(marshal.dumps((*texts, *more, whole), 2))  # version 2 has no references: equal rows, equal bytes
     return digest.hexdigest()
 
 

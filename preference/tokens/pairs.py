@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
 from preference.data.formats.base import PAIR_NUMBERS
-from preference.data.row import Row
+from preference.data.row import Dialogue, Row
 from preference.templates.conversation import ConversationError
+from preference.templates.wholes import Part
 from preference.tokens.encoding import Encoder, Ids, flatten, free_sentinel
 from preference.tokens.mismatched import mismatch
 from preference.tokens.rendering import Renderer
 from preference.tokens.statistics import TokenStats
 
 SIDES = ("prompt", "chosen", "rejected")
+RUNS = ("chosen_runs", "rejected_runs")
 _IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     [(side, pa.string()) for side in SIDES]
     + [(f"{side}_ids", _IDS) for side in SIDES]
     + [("source", pa.string())]
     + [(name, pa.float32()) for name in (*PAIR_NUMBERS, "desirable")]  # null where a row has none
+    # tokens that are learned, that are not, that are, ...: null where all of an answer are
+    + [(name, _IDS) for name in RUNS]
 )
 
 
@@ -36,6 +41,8 @@ class _Batch:
     look_alikes: dict[int, list[str]] = field(default_factory=dict)
     marked: dict[int, tuple[str, dict[str, str]]] = field(default_factory=dict)  # row -> sentinel, marked texts
     ids: dict[str, list[Ids]] = field(default_factory=dict)
+    parts: dict[int, dict[str, list[Part]]] = field(default_factory=dict)  # of rows of whole conversations
+    runs: dict[str, dict[int, list[int]]] = field(default_factory=lambda: {side: {} for side in SIDES})
 
 
 def pair_number(row: Row, name: str) -> float | None:
@@ -72,6 +79,9 @@ class PairBatcher:
         batch = _Batch()
         for row in rows:
             try:
+                if row.dialogue is not None:
+                    self._render_whole(row, batch)
+                    continue
                 texts = self.renderer.render(row)
                 rendered = self.renderer.is_rendered(row)
                 marked = self._marked(row, rendered, texts)
@@ -88,6 +98,17 @@ class PairBatcher:
             batch.rows.append(row)
             batch.rendered.append(rendered)
         return batch
+
+    def _render_whole(self, row: Row, batch: _Batch) -> None:
+        """Raises ConversationError for a conversation that the template cannot write, or that spells control tokens."""
+        found = [token for text in _leaves(row.dialogue) for token in self.encoder.control.found_in(text)]
+        if found:
+            raise ConversationError(f"{found[0]} stands as text in a conversation of several answers or with tools")
+        parts = batch.parts[len(batch.rows)] = self.renderer.parts(row)
+        for side in SIDES:
+            batch.texts[side].append("".join(text for text, _ in parts[side]))
+        batch.rows.append(row)
+        batch.rendered.append(False)
 
     def _marked(self, row: Row, rendered: bool, texts: dict[str, str]) -> tuple[str, dict[str, str], list[str]] | None:
         """(sentinel, texts rendered from marked strings, look-alikes) of a row with look-alikes, None for others."""
@@ -136,6 +157,24 @@ class PairBatcher:
             for side in SIDES:
                 for i, row_ids in zip(where, again[side], strict=True):
                     ids[side][i] = row_ids
+        for i, parts in batch.parts.items():
+            for side in ("chosen", "rejected"):
+                self._encode_parts(batch, i, side, parts[side])
+
+    def _encode_parts(self, batch: _Batch, i: int, side: str, parts: Sequence[Part]) -> None:
+        """Each part as the continuation of what stands before it, as a model that is served meets it."""
+        ids: Ids = list(batch.ids["prompt"][i])
+        start, runs = len(ids), []
+        for text, learned in parts:
+            (found,) = self.encoder.encode_answers([text], [ids])
+            ids += found
+            if len(runs) % 2 != (not learned):  # two parts of one kind
+                runs[-1] += len(found)
+            else:
+                runs.append(len(found))
+        batch.ids[side][i] = ids[start:]
+        if len(runs) > 1:  # else all of it is learned
+            batch.runs[side][i] = runs
 
     def _filter(self, batch: _Batch, stats: TokenStats) -> pa.RecordBatch:
         """Drops or cuts what does not fit, and lays out the rest as Arrow."""
@@ -150,7 +189,7 @@ class PairBatcher:
                 stats.drop("empty_prompt", row, "the prompt has no token")
                 continue
             if prompt + answer > limit:
-                if not self.truncate:
+                if not self.truncate or row.dialogue is not None:
                     sizes = f"prompt {prompt} + longer answer {answer} = {prompt + answer}"
                     stats.drop("too_long", row, f"{sizes} tokens > {limit}")
                     continue
@@ -169,6 +208,7 @@ class PairBatcher:
         columns += [pa.array([pair_number(batch.rows[i], name) for i in kept], pa.float32()) for name in PAIR_NUMBERS]
         labels = (batch.rows[i].label for i in kept)
         columns.append(pa.array([None if label is None else float(label) for label in labels], pa.float32()))
+        columns += [pa.array([batch.runs[name.split("_")[0]].get(i) for i in kept], _IDS) for name in RUNS]
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
     def _cut(self, batch: _Batch, i: int, stats: TokenStats) -> None:
@@ -189,6 +229,19 @@ class PairBatcher:
         batch.ids[side][i] = ids
         batch.texts[side][i] = decode(self.tokenizer, ids)
         stats.cut[side] += 1
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Every text inside of a dialogue, names of arguments included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Dialogue):
+        yield from _leaves([value.chosen, value.rejected, value.tools])
+    elif isinstance(value, Mapping):
+        yield from _leaves([*value, *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
 
 
 def decode(tokenizer: Any, ids: Ids) -> str:

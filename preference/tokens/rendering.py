@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from preference.templates.conversation import ConversationError
+from preference.templates.wholes import Part, parts_of
 
 if TYPE_CHECKING:
     from preference.data.row import Row
@@ -58,6 +59,19 @@ class Renderer:
         """The three texts; a single answer has no rejected one beside it."""
         texts = self._render(row)
         return texts if row.label is None else texts | {"rejected": ""}
+
+    def parts(self, row: Row) -> dict[str, list[Part]]:
+        """Of a row of whole conversations: the prompt, and the parts of both answers, learned or not.
+
+        Raises ConversationError where the template cannot write them, and where text of the row spells a control token.
+        """
+        whole = row.dialogue
+        assert whole is not None  # the caller has seen to it
+        prompt, chosen = parts_of(self.conv, whole.chosen, whole.shared, whole.tools)
+        other, rejected = parts_of(self.conv, whole.rejected, whole.shared, whole.tools)
+        if prompt != other:
+            raise ConversationError("the template writes the shared turns in two ways")
+        return {"prompt": [(prompt, False)], "chosen": chosen, "rejected": rejected}
 
     def _render(self, row: Row) -> dict[str, str]:
         if row.prompt is None:

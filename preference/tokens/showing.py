@@ -41,7 +41,8 @@ def describe_pair(row: Mapping[str, Any], tokenizer: Any, max_chars: int = MAX_C
     lines = [_head(row), "prompt", _shortened(_readable(decode(tokenizer, row["prompt_ids"])), max_chars)]
     for side, name in _answers(row).items():
         ids = [int(i) for i in row[f"{side}_ids"]]
-        lines += [tr("learned_between", side=name), f"⟦{_shortened(_readable(decode(tokenizer, ids)), max_chars)}⟧"]
+        learned = "⟧…⟦".join(_shortened(_readable(decode(tokenizer, part)), max_chars) for part in _learned(row, side))
+        lines += [tr("learned_between", side=name), f"⟦{learned}⟧"]
         tokens = list(readable_tokens(tokenizer, ids))
         named = [f"{text!r}={'+'.join(map(str, group))}" for text, group in tokens]
         ends = [*named[:3], "…", *named[-2:]] if len(named) > 5 else named
@@ -65,6 +66,15 @@ def readable_tokens(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[str, l
 def _head(row: Mapping[str, Any], key: str = "pair_head") -> str:
     key = "single_head" if "desirable" in row else key
     return tr(key, source=row["source"], **{side: len(row[f"{side}_ids"]) for side in SIDES})
+
+
+def _learned(row: Mapping[str, Any], side: str) -> Iterator[list[int]]:
+    """The ids of an answer that are learned, in their parts."""
+    start = 0
+    for place, run in enumerate(row.get(f"{side}_runs") or [len(row[f"{side}_ids"])]):
+        if place % 2 == 0:
+            yield [int(i) for i in row[f"{side}_ids"][start : start + run]]
+        start += run
 
 
 def _answers(row: Mapping[str, Any]) -> dict[str, str]:

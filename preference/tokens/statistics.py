@@ -124,10 +124,11 @@ class TokenStats:
         return warnings
 
     def _nothing_left(self) -> str:
-        if not self.rows:
+        if not self.rows and not self._drops:
             return "there are no rows to tokenize"
         reasons = Counter(reason for reason, *_ in self._drops).most_common()
-        dropped = f"no pair is left of {self.rows}: " + ", ".join(f"{count} {reason}" for reason, count in reasons)
+        rows = max(self.rows, len(self._drops))
+        dropped = f"no pair is left of {rows}: " + ", ".join(f"{count} {reason}" for reason, count in reasons)
         lengths = np.array(self._all, dtype=np.int64).reshape(-1, 3)
         if not len(lengths):
             return f"{dropped}; {self._drops[0][-1]}"

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from preference.engine.batching import ID_COLUMNS
+from preference.engine.batching import ID_COLUMNS, RUN_COLUMNS
 from preference.integrity import read_checked, write_checked
 from preference.train.watchdog import TrainingError
 
@@ -97,10 +98,12 @@ def weights_fingerprint(model: nn.Module) -> str:
 def data_fingerprint(dataset: Any) -> str:
     """Identity of the token ids of a dataset's rows in their order, and so of its template, tokenizer and lengths."""
     digest = hashlib.sha256()
-    for batch in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
-        for name in ID_COLUMNS:
+    names = [*ID_COLUMNS, *(name for name in RUN_COLUMNS if name in dataset.column_names)]
+    for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        for name in names:
             for chunk in batch[name].chunks:
-                digest.update(np.asarray([len(ids) for ids in chunk], dtype=np.int64).tobytes())
+                lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False)
+                digest.update(lengths.astype(np.int64).tobytes())
                 digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
     return digest.hexdigest()
 

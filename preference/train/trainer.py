@@ -25,10 +25,12 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from preference.engine.batching import (
+    RUN_COLUMNS,
     Cut,
     EvaluationPlan,
     PackSteps,
     TrainingPlan,
+    learned_lengths,
     plan_loader,
     row_lengths,
     shared_prefix,
@@ -218,6 +220,7 @@ class PairTrainer(GuardedTrainer):
             epoch=lambda: self.state.global_step // len(plan),
             shuffle=args.train_sampling_strategy == "random",
             drop_last=args.dataloader_drop_last,
+            learned=learned_of(self.train_dataset),
         )
         reference = self._reference_of(self.train_dataset)
         self.train_loader = self._loader(self.train_dataset, plan, reference, args.dataloader_persistent_workers)
@@ -236,7 +239,8 @@ class PairTrainer(GuardedTrainer):
 
     def _eval_loader(self, dataset: Dataset, reference: np.ndarray | None) -> DataLoader:
         cut = self._cut(dataset, self.args.per_device_eval_batch_size)
-        plan = EvaluationPlan(row_lengths(dataset), self.objective, cut, rank=self.args.process_index)
+        learned = learned_of(dataset)
+        plan = EvaluationPlan(row_lengths(dataset), self.objective, cut, rank=self.args.process_index, learned=learned)
         return self._loader(dataset, plan, reference)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
@@ -433,6 +437,11 @@ class PairTrainer(GuardedTrainer):
         if self.args.include_num_input_tokens_seen != "no":
             tokens = torch.tensor(inputs["num_tokens"], device=self.args.device)
             self.state.num_input_tokens_seen += int(self.accelerator.reduce(tokens, "sum").item())
+
+
+def learned_of(dataset: Dataset) -> np.ndarray | None:
+    """Tokens of the chosen answers that are learned, [n]; None where all of them are."""
+    return learned_lengths(dataset)[:, 0] if set(RUN_COLUMNS) & set(dataset.column_names) else None
 
 
 def _run_of(args: TrainingArguments) -> dict[str, Any]:

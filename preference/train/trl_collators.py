@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from preference.engine.packing import learned_at
+
 
 def _pad(sequences: Sequence[Sequence[int]], value: int) -> Tensor:
     width = max(len(ids) for ids in sequences)
@@ -39,12 +41,18 @@ class DpoCollator:
     pad_id: int
 
     def __call__(self, pairs: list[Mapping[str, Any]]) -> dict[str, Any]:
-        answers = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+        sides = [(pair, side) for side in ("chosen", "rejected") for pair in pairs]
+        answers = [(pair["prompt_ids"], pair[f"{side}_ids"]) for pair, side in sides]
+        learned = [learned_at(pair, side) for pair, side in sides]
+        masks = [[1] * len(answer) if mask is None else mask.astype(int).tolist()
+                 for mask, (_, answer) in zip(learned, answers, strict=True)]  # fmt: skip
         return {
             "source": [str(pair.get("source", "")) for pair in pairs],
             "input_ids": _pad([prompt + answer for prompt, answer in answers], self.pad_id),
             "attention_mask": _pad([[1] * (len(prompt) + len(answer)) for prompt, answer in answers], 0),
-            "completion_mask": _pad([[0] * len(prompt) + [1] * len(answer) for prompt, answer in answers], 0),
+            "completion_mask": _pad(
+                [[0] * len(prompt) + mask for mask, (prompt, _) in zip(masks, answers, strict=True)], 0
+            ),
         }
 
 

@@ -34,7 +34,7 @@ from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars,
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from preference.engine.batching import ID_COLUMNS, row_lengths
+from preference.engine.batching import ID_COLUMNS, RUN_COLUMNS, row_lengths
 from preference.errors import PreferenceError
 from preference.losses import Objective, log1mexp
 from preference.losses.answers import wins
@@ -210,6 +210,11 @@ def _check_rows(dataset: Dataset, what: str, max_length: int | None) -> None:
 
 def _check_kind(dataset: Dataset, what: str, objective: Objective) -> None:
     single = "desirable" in dataset.column_names
+    if objective.loss != "dpo" and set(RUN_COLUMNS) & set(dataset.column_names):
+        raise TrlError(
+            f"some answers of the {what} rows hold turns that are not learned, which TRL's trainer for "
+            f"loss={objective.loss} would learn: engine=packed"
+        )
     if single and objective.loss != "kto":
         raise TrlError(f"the {what} rows have one answer each, and loss={objective.loss} compares two: loss=kto")
     if not single and objective.loss == "kto":

@@ -46,6 +46,7 @@ from preference.data.formats.dialogue_text import DIALOGUE_TEXT
 from preference.data.formats.refused import REFUSED, flag_columns, set_aside
 from preference.data.formats.scores import gap_of_any, score_columns
 from preference.data.formats.triple import TRIPLE
+from preference.data.formats.whole_rows import pairs_of, tools_beside
 
 __all__ = ["FORMATS", "Ask", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "check_encoding",
            "choose", "get_format", "parse_columns", "parse_labels", "parse_names", "read_row", "recognise"]  # fmt: skip
@@ -141,15 +142,19 @@ def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | 
     """The pairs of one row, with all that stands beside the question. May raise Drop for the row as a whole."""
     columns = tuple(row)
     plan = _PLANS.get((format.name, columns)) or _plan(format, columns)
-    if plan.checked and (beyond := carried_beyond_text(row) or set_aside(row, format)):
-        raise Drop(*beyond)
+    tools = None
+    if plan.checked:
+        beyond = carried_beyond_text(row)
+        tools = tools_beside(row) if beyond and beyond[0] == "tool_calls" else None
+        if set_apart := (beyond if tools is None else None) or set_aside(row, format):
+            raise Drop(*set_apart)
     beside = [(column, kind) for column, kind in plan.beside if row[column]] if plan.beside else []
     if beside:
         read = columns_read(format, row, options)
         beside = [(column, kind) for column, kind in beside if column not in read]
     scored = plan.scored or (options.min_score_gap is not None and not format.scored)
     numbers = {name: _number(name, row[name]) for name in plan.numbers if row[name] is not None}
-    for pair in format.pairs(row, options):
+    for pair in pairs_of(format, row, options, tools):
         if not isinstance(pair, Pair):
             yield pair
             continue
@@ -157,7 +162,7 @@ def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | 
             yield Drop("images", f"{mark} stands in the question for what is no text")
             continue
         try:
-            if beside:
+            if beside and pair.dialogue is None:
                 complete(pair, row, beside)
             if scored:
                 pair.extra = {**pair.extra, **gap_of_any(row, options)}

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from preference.data.row import Dialogue
+
 RowDict = Mapping[str, Any]
 
 
@@ -48,6 +50,7 @@ class Pair:
     prompt: Any = None  # the string prompt of {prompt, chosen, rejected}: training uses it as it stands
     extra: dict[str, Any] = field(default_factory=dict)
     label: bool | None = None  # a single answer, in `chosen`: whether it is good
+    dialogue: Dialogue | None = None  # of answers that only a template can write as wholes
 
 
 @dataclass(frozen=True)
