@@ -31,7 +31,8 @@ def parts_of(
             others follow it.
     """
     texts = _named(conv, messages, tools) if isinstance(conv, Conversation) else _own(conv, messages, tools)
-    prompt, written, parts = "", "", []
+    prompt = written = ""
+    parts: list[Part] = []
     for i, before, through in texts:
         if i < shared:
             continue

@@ -21,6 +21,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
     for row in rows:
         texts = (row.question, row.chosen, row.rejected, row.system, row.history, row.prompt, row.file, row.line)
         more = (row.label, *(pair_number(row, name) for name in PAIR_NUMBERS))
-        whole = row.dialogue and (row.dialogue.chosen, row.dialogue.rejected, row.dialogue.tools, row.dialogue.shared)
+        whole = None if row.dialogue is None else json.dumps(asdict(row.dialogue))
         digest.update(marshal.dumps((*texts, *more, whole), 2))  # version 2 has no references: equal rows, equal bytes
     return digest.hexdigest()
 

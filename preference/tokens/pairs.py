@@ -164,7 +164,8 @@ class PairBatcher:
     def _encode_parts(self, batch: _Batch, i: int, side: str, parts: Sequence[Part]) -> None:
         """Each part as the continuation of what stands before it, as a model that is served meets it."""
         ids: Ids = list(batch.ids["prompt"][i])
-        start, runs = len(ids), []
+        start = len(ids)
+        runs: list[int] = []
         for text, learned in parts:
             (found,) = self.encoder.encode_answers([text], [ids])
             ids += found

@@ -51,7 +51,9 @@ def _read(path: Path, data_check: str) -> tuple[list, DataReport, str]:
     return rows, report, report.summary()
 
 
-def _wrong(chosen: str, rejected: str) -> bool:
+def _wrong(chosen: str | list, rejected: str | list) -> bool:
+    if isinstance(chosen, list):  # whole conversations, of which the last turns are compared
+        chosen, rejected = (str(side[-1]["content"]) for side in (chosen, rejected))
     return "bad" in chosen.split() or "good" in rejected.split()
 
 

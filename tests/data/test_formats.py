@@ -24,7 +24,7 @@ def test_implicit_prompt_ends_with_a_word(tmp_path):
 
 
 def test_every_recognised_format_has_an_example_here():
-    named_only = {name for name, format in FORMATS.items() if format.only_when_named or not format.detected}
+    named_only = {name for name, f in FORMATS.items() if f.only_when_named or f.single or not f.detected}
     assert set(FORMATS) - named_only == {name for name, _ in ROWS} | {"summarize"}
 
 
@@ -77,7 +77,7 @@ DROPPED = [
     ("empty_prompt", {"prompt": [s("Be kind.")], "chosen": [a(GOOD)], "rejected": [a(BAD)]}),
     ("unknown_role", {"prompt": [{"role": "narrator", "content": "x"}], "chosen": [a(GOOD)], "rejected": [a(BAD)]}),
     ("tool_calls", {"conversations": [h(USER), {"from": "function_call", "value": "{}"}], **PAIR}),
-    ("tool_calls", {"conversations": [h(USER)], "tools": '[{"name": "f"}]', "chosen": GOOD, "rejected": BAD}),
+    ("tool_calls", {"conversations": [h(USER)], "tools": '[{"title": "f"}]', "chosen": GOOD, "rejected": BAD}),
     ("tool_calls", {"prompt": [u()], "chosen": [{"role": "assistant", "content": None, "tool_calls": [{}]}],
                     "rejected": [a(BAD)]}),
     ("tool_calls", {"input": {"messages": [u()], "tools": [{}]}, "preferred_output": [a(GOOD)],

@@ -24,7 +24,7 @@ SAMPLES = {
     "medicalgpt/dpo_zh_500.conversations.jsonl": ("sharegpt", 500, 500, {}),
     "medicalgpt/dpo_zh_500.triples.jsonl": ("triple", 500, 500, {}),
     "medicalgpt/medical_reward_test.json": ("triple", 100, 100, {}),
-    "medicalgpt/toolcall_dpo_zh_demo.jsonl": ("sharegpt", 11, 0, {"tool_calls": 11}),
+    "medicalgpt/toolcall_dpo_zh_demo.jsonl": ("sharegpt", 11, 11, {}),
     "ms_swift/docs_dpo_orpo_examples.jsonl": ("ms-swift", 2, 2, {}),
     "not_preference/beavertails_demo.json": ("", 1, 0, {"not_preference": 1}),
     "not_preference/kto_en_demo.json": ("", 1, 0, {"not_preference": 1}),

@@ -46,6 +46,7 @@ from preference.data.formats.dialogue_text import DIALOGUE_TEXT
 from preference.data.formats.refused import REFUSED, flag_columns, set_aside
 from preference.data.formats.scores import gap_of_any, score_columns
 from preference.data.formats.triple import TRIPLE
+from preference.data.formats.whole import with_tools
 from preference.data.formats.whole_rows import pairs_of, tools_beside
 
 __all__ = ["FORMATS", "Ask", "Drop", "Format", "NotRecognised", "Options", "Pair", "Recognised", "check_encoding",
@@ -162,8 +163,10 @@ def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | 
             yield Drop("images", f"{mark} stands in the question for what is no text")
             continue
         try:
-            if beside and pair.dialogue is None:
-                complete(pair, row, beside)
+            if beside:
+                _complete(pair, row, beside)
+            if tools:
+                pair = with_tools(pair, tools)
             if scored:
                 pair.extra = {**pair.extra, **gap_of_any(row, options)}
         except Drop as drop:
@@ -172,6 +175,14 @@ def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | 
         if numbers:
             pair.extra = {**pair.extra, **numbers}
         yield pair
+
+
+def _complete(pair: Pair, row: RowDict, beside: list[tuple[str, str]]) -> None:
+    """What stands beside the question into the pair. Raises Drop where that is a whole conversation."""
+    if pair.dialogue is None:
+        complete(pair, row, beside)
+    elif other := next((column for column, kind in beside if kind != "system"), None):  # a system text is in it
+        raise Drop("unread_columns", f"{other} beside answers of several turns: --ignore_columns {other} drops it")
 
 
 def _number(name: str, value: Any) -> float:

@@ -7,6 +7,7 @@ of the assistant: from there on the assistant's turns are learned, and the user'
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -109,13 +110,28 @@ def pair_of_wholes(chosen: list[dict], rejected: list[dict], system: Any = None,
     for side in (chosen, rejected):
         if side[-1]["role"] != "assistant":
             raise Drop("irregular_turns", f"the answer ends in a {side[-1]['role']} turn")
-        if any(turn["role"] == "system" for turn in side[1:]):
-            raise Drop("irregular_turns", "a system turn in the middle of the dialogue")
+        _check_order(side, shared)
     said = chosen[0]["content"] if chosen[0]["role"] == "system" else None
     texts = ["\n\n".join(map(shown, side[shared:])) for side in (chosen, rejected)]
     pair = Pair(asked[-1], texts[0], texts[1], said)
     pair.dialogue = Dialogue(tuple(chosen), tuple(rejected), tools, shared)
     return pair
+
+
+def _check_order(turns: list[dict], shared: int) -> None:
+    """Raises Drop unless the user begins, nobody but tools speaks twice in a row, and results follow calls."""
+    if turns[shared - 1]["role"] not in ("user", "tool"):
+        raise Drop("irregular_turns", "the last turn before the answer is not the user's")
+    turns = turns[turns[0]["role"] == "system" :]
+    if turns[0]["role"] != "user":
+        raise Drop("irregular_turns", "the dialogue does not begin with the user")
+    for before, turn in itertools.pairwise(turns):
+        if turn["role"] == "system":
+            raise Drop("irregular_turns", "a system turn in the middle of the dialogue")
+        if turn["role"] == before["role"] != "tool":
+            raise Drop("same_role_turns", f"two {turn['role']} turns in a row")
+        if turn["role"] == "tool" and before["role"] != "tool" and not before.get("tool_calls"):
+            raise Drop("tool_calls", "a tool's result behind a turn that calls no tool")
 
 
 def with_tools(pair: Pair, tools: tuple[Any, ...]) -> Pair:
