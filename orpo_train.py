@@ -51,6 +51,7 @@ def main() -> None:
     from preference.report.progress import attach_progress
     from preference.report.results import write_results
     from preference.report.trackers import begin_reporting, trackers
+    from preference.report.watch import serve
     from preference.terminal.console import terminal
     from preference.terminal.language import tr
     from preference.tokens.datasets import sets_of
@@ -77,6 +78,8 @@ def main() -> None:
         if not args.run.dry_run:
             setup.claim_output(args, RANK)
             log_errors_in(output_dir)
+        if RANK == 0 and args.run.watch:
+            terminal.rows(tr("live"), [tr("watching", url=serve([output_dir]).url)])
         if RANK == 0 and not args.run.dry_run:
             begin_reporting(training.report_to, output_dir, training.run_name, os.environ)
         source = find_model(args)

@@ -56,6 +56,7 @@ resume_anyway="${resume_anyway:-false}"                # true: also where settin
 bf16="${bf16:-auto}"                                   # auto: where the hardware multiplies bfloat16
 fp16="${fp16:-auto}"                                   # auto: on GPUs that have no bfloat16 (V100, T4, RTX 20)
 gradient_checkpointing="${gradient_checkpointing:-false}"  # true: long rows on a small GPU; a third slower
+watch="${watch:-false}"                                # true: the run live at http://127.0.0.1, in a browser of this machine
 report_to="${report_to:-none}"                         # tensorboard, wandb, swanlab, trackio: nothing leaves this machine unless asked
 seed="${seed:-42}"
 do_train="${do_train:-true}"                           # false: only score the model on the evaluation files

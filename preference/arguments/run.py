@@ -360,6 +360,12 @@ class RunArguments:
         choices=("auto", "en", "zh"),
         local=True,
     )
+    watch: bool = flag(
+        False,
+        "show the run live in a browser of this machine: curves, answers, alerts, time left; the run says where",
+        unused=(Unused(lambda a: a.run.dry_run, "dry_run=true trains nothing"),),
+        peers=("live",),
+    )
     window_title: bool = flag(False, "say in the title of the terminal's window how far the run is", topic="screen")
     seed: int = flag(
         42,

@@ -1,5 +1,12 @@
-"""`python -m preference.report OUTPUT_DIR`: see page.py."""
+"""`python -m preference.report DIR` writes a report (page.py), `... watch DIR` shows it live (watch.py)."""
 
-from preference.report.page import main
+import sys
 
-main()
+if sys.argv[1:2] == ["watch"]:
+    from preference.report import watch
+
+    watch.main(sys.argv[2:])
+else:
+    from preference.report.page import main
+
+    main()

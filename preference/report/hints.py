@@ -53,6 +53,8 @@ def _trends(train: Sequence[Mapping[str, Any]], max_steps: int) -> Iterator[tupl
     if nll and nll[1] > nll[0] * 1.05:
         yield _hint("nll_rises", first=nll[0], last=nll[1])
     late = train[-1].get("step", 0) >= max(50, 0.3 * max_steps)
+    if late and accuracy and accuracy[1] < 0.45:
+        yield _hint("below_chance", accuracy=accuracy[1])
     if late and accuracy and 0.45 <= accuracy[1] <= 0.55 and accuracy[1] - accuracy[0] < 0.05:
         yield _hint("at_chance", accuracy=accuracy[1])
 

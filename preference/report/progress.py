@@ -102,9 +102,8 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = self.file.begin(lambda record: 0 < record.get("step", 0) <= state.global_step)
-        if self.meter.peak:
-            facts = {"event": "train_begin", "step": state.global_step, "peak_tflops": self.meter.peak / 1e12}
-            self.file.append(facts)
+        facts = {"event": "train_begin", "step": state.global_step, "max_steps": state.max_steps}
+        self.file.append(facts | ({"peak_tflops": self.meter.peak / 1e12} if self.meter.peak else {}))
         before = max((record.get("seconds") or 0.0 for record in kept), default=0.0)
         self.meter.start(state.global_step, state.total_flos, before)
         self.first_step, self.began = state.global_step, time.perf_counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from preference.files import evaluation_sets, read_lines
+from preference.files import LOGS, evaluation_sets, log_file, read_lines
 
 # file, what the page lacks without it
 INPUTS = {
@@ -48,7 +48,7 @@ class Run:
         if not run.folder.is_dir():
             raise NotADirectoryError(f"{folder} is not a run's folder")
         for name, purpose in INPUTS.items():
-            path = run.folder / name
+            path = log_file(run.folder, name) if name in LOGS else run.folder / name
             try:
                 if path.suffix == ".jsonl":
                     content = read_lines(path) or None

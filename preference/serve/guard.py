@@ -1,22 +1,15 @@
-"""What stands before a page that is for this machine alone: who may call it, with how much, and what a browser may do.
-
-A page in another tab can make its host name point to 127.0.0.1 (DNS rebinding) and then talk to a server here. It can
-choose neither the Host nor the Origin header that its browser sends, so both must name this machine.
-"""
+"""What stands before a page for this machine alone: who may call it, with how much, and what a browser may do."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
 
-THIS_MACHINE = {"127.0.0.1", "localhost", "::1"}
+from preference.report import local
+
 MAX_BODY = 1 << 20  # bytes of a request: a question and its conversation, never a file
 HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
+    *((name.encode(), value.encode()) for name, value in local.HEADERS),
     (b"content-security-policy", b"frame-ancestors 'none'"),
 )
 
@@ -25,21 +18,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-def host_of(value: str) -> str | None:
-    """The host name in a Host header ("localhost:7860") or an Origin ("http://localhost:7860"); None: unreadable."""
-    try:
-        return urlsplit(value if "//" in value else f"//{value}").hostname
-    except ValueError:
-        return None
-
-
 def fault(scope: Message) -> tuple[int, str] | None:
     """(HTTP status, reason) of a request that is refused by its headers."""
     headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-    if host_of(headers.get(b"host", "")) not in THIS_MACHINE:
-        return 403, "this page is for its own machine: open it as http://127.0.0.1"
-    if b"origin" in headers and host_of(headers[b"origin"]) not in THIS_MACHINE:
-        return 403, "a page from elsewhere may not talk to this one"
+    if reason := local.stranger(headers.get(b"host", ""), headers.get(b"origin")):
+        return 403, reason
     length = headers.get(b"content-length", "0")
     if not length.isdecimal() or int(length) > MAX_BODY:
         return 413, f"a request may have {MAX_BODY} bytes"

@@ -153,6 +153,12 @@ WORDS: dict[str, tuple[str, str]] = {
         "准确率仍为 {accuracy:.0%}，即随机水平：learning_rate 过低，或数据对之间没有可学的差别（标注有噪声或颠倒）。"
         "请读几对数据，并查看 data_report.json",
     ),
+    "hint_below_chance": (
+        "accuracy is {accuracy:.0%}, below chance, well into the run: are chosen and rejected the right way round? "
+        "Else a higher learning_rate, or more steps",
+        "训练已久而准确率为 {accuracy:.0%}，低于随机水平：chosen 与 rejected 是否颠倒？"
+        "否则请提高 learning_rate 或增加步数",
+    ),
     "hint_eval_rises": (
         "the evaluation loss is up from its best ({best:.4g} at step {step}): the model "
         "begins to overfit the training pairs. Fewer epochs, or the checkpoint of that step, serve better",
@@ -266,6 +272,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "next_export": ("take it elsewhere", "导出到别处"),
     "saved": ("saved in {folder}", "已保存到 {folder}"),
     "saved_report": ("saved in {folder}; read {report}", "已保存到 {folder}；请看 {report}"),
+    "live": ("live", "实时"),
+    "watching": ("watch it at {url}", "实时查看：{url}"),
     # ---- errors
     "error_logged": (
         "{error} (its traceback, versions and command: {path})",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+from on_terminal import on_terminal
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orpo_train
@@ -91,11 +95,35 @@ def test_a_run_leaves_a_model_that_chats_as_it_was_trained(run, tmp_path):
 
 
 def test_a_run_ends_with_its_report(run):
-    out, said = run(html_report="true")
+    """And was shown live, where one still sees that it is finished."""
+    out, said = run(html_report="true", watch="true")
     assert f"read {out / 'report.html'}" in said
+    [url] = re.findall(r"live: watch it at (http://127\.0\.0\.1:\d+)", said)
+    with urllib.request.urlopen(f"{url}/state", timeout=20) as answer:
+        [told] = json.load(answer)["runs"]
+    assert (told["status"], told["step"], told["max_steps"]) == ("finished", 2, 2) and told["report"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "preference accuracy" in page and ROWS[0]["question"] in page and "<svg" in page
     assert {path.name for path in out.iterdir()} >= {"evaluation.json", "worst_pairs.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("columns, lang", [(80, "en"), (200, "zh")])
+def test_a_run_on_a_terminal(run, monkeypatch, columns, lang):
+    """A page, a table and what to type next, with no bar but its own and none left in the end."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    with on_terminal(columns) as screen:
+        out, said = run(html_report="true", logging_steps=1, lang=lang)
+    lines = screen.lines()
+    assert all(Text(line).cell_len <= columns for line in lines), lines
+    head = next(n for n, line in enumerate(lines) if " loss " in line and " NLL " in line)
+    assert 8 <= head <= 25 and said == "" and "Loading weights" not in screen.raw
+    rows = [line.split()[0] for line in lines[head:] if re.match(r" +\d+/2 ", line)]
+    assert rows == ["1/2", "2/2"] and not any("\u2501" in line for line in lines) and "\u2501" in screen.raw
+    text = "\n".join(lines)
+    assert ("接下来" in text and "偏好准确率" in text) if lang == "zh" else "next" in lines[-3]
+    assert f"chat.py {out}" in text.replace("\n           ", " ") or columns == 80
 
 
 @pytest.mark.parametrize("loss", ["orpo", "dpo"])
