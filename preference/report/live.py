@@ -49,7 +49,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
     train = [record for record in records if "loss" in record]
     began = next((record for record in records[::-1] if record.get("event") == "train_begin"), {})
     steps = began.get("max_steps") or run.get("trainer_state.json").get("max_steps") or 0
-    step = int(train[-1].get("step", 0)) if train else 0
+    step = max((int(record.get("step") or 0) for record in records), default=0)
     data = run.get("data_report.json")
     return {
         "name": run.title,

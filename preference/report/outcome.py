@@ -72,6 +72,7 @@ def show_next(output_dir: Path, report: Path | None, terminal: Terminal, trained
         for what, command in typed.items():
             terminal.say(f"  {tr(what)}: {command}")
         return
-    terminal.show(Text(saved, "bold"))
-    terminal.rows(tr("next"), [Text.assemble((f"{command}", "bold green"), (f"   {tr(what)}", "dim"))
-                               for what, command in typed.items()])  # fmt: skip
+    terminal.say(saved, "bold")
+    terminal.say(tr("next"), "bold cyan")
+    for what, command in typed.items():
+        terminal.typed(command, tr(what))

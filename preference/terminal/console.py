@@ -109,7 +109,7 @@ class Terminal:
             return
         if self.coloured:
             style = style or ("yellow" if text.startswith(("warning:", "note:")) else "")
-            self.console.print(Text(shown(text), style=style), soft_wrap=True)
+            self.console.print(Text(shown(text), style=style))
         else:
             print(shown(text), file=self.stream, flush=True)
 
@@ -118,6 +118,15 @@ class Terminal:
         assert self.coloured
         if not self.silent:
             self.console.print(*things)
+
+    def typed(self, command: str, what: str) -> None:
+        """A command to copy: never broken into lines of its own, and what it does behind it where there is room."""
+        line = Text.assemble("  ", (shown(command), "bold green"))
+        note = Text(f"   {what}", "dim")
+        if line.cell_len + note.cell_len < self.width:
+            line.append_text(note)
+        if not self.silent:
+            self.console.print(line, soft_wrap=True)
 
     def rows(self, label: str, texts: Sequence[str | Text], style: str = "") -> None:
         """A labelled block: a line a text. On a terminal the label stands once at the left, and long texts hang."""
