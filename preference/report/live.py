@@ -47,7 +47,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
         run.files.pop("all_results.json", None)  # of the run before, in the same folder
     arguments, records = run.get("run.json").get("arguments", {}), run.get("metrics.jsonl", [])
     train = [record for record in records if "loss" in record]
-    began = next((record for record in records[::-1] if record.get("event") == "train_begin"), {})
+    began: dict[str, Any] = next((record for record in records[::-1] if record.get("event") == "train_begin"), {})
     steps = began.get("max_steps") or run.get("trainer_state.json").get("max_steps") or 0
     step = max((int(record.get("step") or 0) for record in records), default=0)
     data = run.get("data_report.json")
