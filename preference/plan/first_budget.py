@@ -11,13 +11,11 @@ from accelerate.utils import gather_object
 
 from preference.arguments import Arguments
 from preference.engine.batching import Cut, row_lengths, shared_prefix
-from preference.engine.masks import EngineError
 from preference.losses import Objective
 from preference.models.hardware import Hardware, half_type
 from preference.models.sources import ModelSource
 from preference.plan.dry_run import Setup
 from preference.plan.estimate import Estimator, changed
-from preference.plan.tracing import TraceError
 from preference.train.budget import GIB, MOST, ROOM, Budget, CudaMeter
 from preference.train.setup import checkpointing_options
 
@@ -72,8 +70,9 @@ def first_budget(args: Arguments, setup: Setup, world: int, room: float) -> Firs
             room,
             world,
         )
-    except (EngineError, TraceError) as error:
-        return FirstBudget(note=f"note: micro-batches go by pairs, as the step could not be followed on paper: {error}")
+    except Exception as error:  # whatever a model's own code raises at weights without values
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return FirstBudget(note=f"note: micro-batches go by pairs, as the step was not followed on paper: {reason}")
 
 
 def fit_to_memory(

@@ -109,7 +109,10 @@ def test_booleans_mean_the_same_everywhere(launcher, word):
         ({"max_steps": "auto"}, "max_steps takes a whole number, -1 or at least 1; got 'auto'"),
         ({"max_steps": "10 steps"}, "max_steps takes a whole number, -1 or at least 1; got '10 steps'"),
         ({"do_train": "maybe"}, "do_train takes true or false; got 'maybe'"),
-        ({"num_train_epochs": "--max_steps=3"}, "num_train_epochs takes a number, above 0 and at most 100000; got '--max_steps=3'"),
+        (
+            {"num_train_epochs": "--max_steps=3"},
+            "num_train_epochs takes a number, above 0 and at most 100000; got '--max_steps=3'",
+        ),
         ({"dry_run": "on", "do_train": "no"}, "--dry_run has no effect in this run"),
         ({"qlora": "true", "use_peft": "false"}, "4-bit weights cannot be trained themselves"),
     ],

@@ -146,6 +146,9 @@ def test_where_a_run_starts(monkeypatch) -> None:
     pairs = lengths[:1].repeat(tokens // least, axis=0)
     need = estimator.memory(estimator.trace(pairs, True), True).peak
     assert ROOM * room - 5e7 < need <= ROOM * room
+    monkeypatch.setattr("preference.plan.first_budget.fitting_tokens", lambda *args: [][0])
+    by_pairs = first_budget(args, setup, 1, room)
+    assert by_pairs.budget is None and by_pairs.note.startswith("note: micro-batches go by pairs, as the step was not")
     for fits, given, want in (
         ([700], {}, (700, False)),
         ([0, 650], {}, (650, True)),
