@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,6 +35,23 @@ QUIET = ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # bars of librari
 NO_PINGS = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 
+class LaunchError(PreferenceError, RuntimeError):
+    """Processes that were not started as asked; str() says the command to type."""
+
+
+def refuse_lone_process(environ: Mapping[str, str]) -> None:
+    """accelerate launch without --multi_gpu starts one process where several were asked for, and says nothing.
+
+    Raises:
+        LaunchError: this is such a process.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_PORT" in environ and "WORLD_SIZE" not in environ:
+        raise LaunchError(
+            "accelerate launch was asked for several processes and started one: add --multi_gpu (on a CPU too), or "
+            "type torchrun --standalone --nproc_per_node N orpo_train.py"
+        )
+
+
 def run_script(main: Callable[[], None], name: str) -> None:
     """Run a training script's `main` as one process of a run, and end it with the exit code that its end deserves.
 
@@ -46,6 +63,7 @@ def run_script(main: Callable[[], None], name: str) -> None:
         os.environ.setdefault(variable, "1")
     begin_screen()
     try:
+        refuse_lone_process(os.environ)
         main()
         if WORLD_SIZE > 1:
             end_process()
