@@ -83,7 +83,7 @@ def _packed_forward(self: PreTrainedModel, packed: Mapping[str, Any], kwargs: di
     side_of(packed["input_ids"].device.type).begin(self)
     if "segments" in packed:
         keep_tree_in_recomputation(self)
-        tree = Tree(packed)
+        tree = Tree.of(packed)
         if has_own_attention(self):
             inputs |= row_inputs(backbone, tree, packed["position_ids"])
         else:

@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
+from architectures import build
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.activations import ACT2FN
 
+from preference.engine.cpu.gated_norm import _GatedNorm, save_memory_in_gated_norms
 from preference.engine.cpu.norm import _RMSNorm, save_memory_in_norms
 from preference.engine.layers.gated import _Gated, save_memory_in_gated_layers
 from preference.engine.layers.linear import cast_once, save_memory_in_linear_layers
@@ -210,18 +213,39 @@ def test_a_feed_forward_layer_with_a_part_more_is_left_alone() -> None:
 def test_the_norm_has_its_formulas_gradient() -> None:
     torch.manual_seed(0)
     x, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (5,)))
-    want = weight * x * (x.square().mean(-1, keepdim=True) + 0.1).rsqrt()
-    assert torch.allclose(_RMSNorm.apply(x, weight, 0.1), want)
-    assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 0.1), (x, weight))
+    for offset in (0.0, 1.0):
+        want = (weight + offset) * x * (x.square().mean(-1, keepdim=True) + 0.1).rsqrt()
+        assert torch.allclose(_RMSNorm.apply(x, weight, 0.1, offset), want)
+        assert torch.autograd.gradcheck(lambda x, w, offset=offset: _RMSNorm.apply(x, w, 0.1, offset), (x, weight))
 
 
-@pytest.mark.parametrize("arch, found", [("llama", 5), ("qwen3", 9), ("gemma2", 0), ("gpt2", 0)])
+@pytest.mark.parametrize("arch, found", [("llama", 5), ("qwen3", 9), ("gemma2", 9), ("gpt2", 0)])
 def test_norms_that_do_something_else_are_left_alone(arch: str, found: int, monkeypatch) -> None:
     usual, light = tiny_model(arch), tiny_model(arch)
     made = calls(monkeypatch, _RMSNorm)
     assert save_memory_in_norms(light) == found
     made.clear()
     assert relative(outputs(light), outputs(usual)) < 1e-5 and len(made) == found
+
+
+def test_a_norm_with_a_gate_has_its_formulas_gradient() -> None:
+    torch.manual_seed(0)
+    x, gate, weight = (torch.randn(*n, dtype=torch.float64, requires_grad=True) for n in ((7, 5), (7, 5), (5,)))
+    for name in ("silu", "sigmoid"):
+        act = ACT2FN[name]
+        want = weight * x * (x.square().mean(-1, keepdim=True) + 0.1).rsqrt() * act(gate)
+        assert torch.allclose(_GatedNorm.apply(x, gate, weight, 0.1, act), want)
+        assert torch.autograd.gradcheck(lambda *args, act=act: _GatedNorm.apply(*args, 0.1, act), (x, gate, weight))
+
+
+@pytest.mark.parametrize("arch, found", [("qwen3_5_text", 1), ("kimi_linear", 1), ("mamba2", 0)])
+def test_norms_with_another_gate_are_left_alone(arch: str, found: int, monkeypatch) -> None:
+    """Mamba 2's norm has its gate in front."""
+    usual, light = build(arch), build(arch)
+    made = calls(monkeypatch, _GatedNorm)
+    assert save_memory_in_gated_norms(light) >= found
+    made.clear()
+    assert relative(outputs(light), outputs(usual)) < 1e-5 and len(made) >= found
 
 
 def test_the_engine_uses_all_of_them(monkeypatch) -> None:

@@ -155,14 +155,7 @@ def test_however_a_batch_is_cut(tmp_path) -> None:
 
 
 def tree_of(*parents: int, sizes: list[int]) -> Tree:
-    branches = []
-    for segment, parent in enumerate(parents):
-        above, path = parent, []
-        while above >= 0:
-            path, above = [above, *path], parents[above]
-        branches.append((segment, segment + 1, tuple(path)))
-    begins = [sum(sizes[i] for i in path) for _, _, path in branches]
-    return Tree({"segments": sizes, "branches": branches, "position_offsets": begins})
+    return Tree(sizes, parents)
 
 
 def test_runs_of_a_level_are_rows_padded_to_twice_their_length_at_most() -> None:

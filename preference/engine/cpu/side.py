@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from preference.engine.branches import by_chain
 from preference.engine.cpu import memory
 from preference.engine.cpu.attention import segment_attention
+from preference.engine.cpu.gated_norm import save_memory_in_gated_norms
 from preference.engine.cpu.norm import save_memory_in_norms
 from preference.engine.exp_rows import exp_rows
 from preference.engine.layers.gated import save_memory_in_gated_layers
@@ -39,6 +40,7 @@ def lighten(model: nn.Module) -> None:
         save_memory_in_gated_layers(model)
         save_memory_in_linear_layers(model)
         save_memory_in_norms(model)
+        save_memory_in_gated_norms(model)
         join_adapters(model)
 
 

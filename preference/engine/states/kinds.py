@@ -16,7 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
+from preference.engine.states.convolution import convolution as row_convolution
+from preference.engine.states.delta import gated_delta_rule
 from preference.engine.states.tree import CHUNK, Tree, current, over, over_runs, with_zeros
 
 STEP = 2.0**-10  # time step of a token that writes a state of Mamba; small, so that it hardly decays meanwhile
@@ -37,6 +40,9 @@ def convolution(
     **_: Any,
 ) -> Tensor:
     """A causal depthwise convolution, [1, C, N] by [C, taps]: each run behind its path's last taps - 1 tokens."""
+    if hidden_states.device.type == "cpu":
+        act = None if activation is None else ACT2FN[activation]
+        return row_convolution(tree, hidden_states.transpose(1, 2), weight, bias, act).transpose(1, 2)
     order, places = tree.tails(weight.shape[-1], hidden_states.device)
     x_MC = with_zeros(hidden_states[0].t()).index_select(0, order)
     out = plain(x_MC.t()[None], weight, bias, activation=activation)
@@ -59,6 +65,9 @@ def delta_rule(
     query, key [1, N, heads, K], value [1, N, heads, V], log decay g [1, N, heads] or [1, N, heads, K], beta
     [1, N, heads]. Where all are zero, the state stays as it is.
     """
+
+    if g.ndim == 3 and value.device.type == "cpu":
+        return gated_delta_rule(tree, query, key, value, g, beta, use_qk_l2norm_in_kernel), None
 
     def run(rows: list[Tensor], initial: Tensor | None, goes_on: bool) -> tuple[Tensor, Tensor | None]:
         q, k, v, decay, rate = rows

@@ -29,14 +29,14 @@ class Group:
         rows, width: R runs of at most L tokens.
         at: where each token of the rows stands in the packed row, [R * L]; N where a run is over.
         parents: which of the final states of the level above each run starts from, [R]; None at the root.
-        goes_on: whether the final states of these runs are asked for.
+        goes_on: how many of these runs others start from; they come first.
     """
 
     rows: int
     width: int
     at: Tensor
     parents: Tensor | None
-    goes_on: bool
+    goes_on: int
 
     def take(self, x: Tensor) -> Tensor:
         """[N + 1, ...], the last one zeros, -> [R, L, ...]."""
@@ -67,20 +67,41 @@ class Tree:
     """The runs of a packed row by levels.
 
     Args:
-        layout: a packed batch; of it runs, begins and chains are read.
+        sizes: tokens of each run, in the row's order; parents: the run that each begins behind, -1 for none.
 
     Attributes:
         length, longest: tokens of the row, and of its longest sequence.
     """
 
-    def __init__(self, layout: Mapping[str, Any]) -> None:
-        self.sizes: list[int] = layout["segments"]
-        self.length = sum(self.sizes)
-        self.starts = [0, *accumulate(self.sizes)]
-        self.parents = _parents(layout["branches"], len(self.sizes))
-        self.begins: list[int] = layout["position_offsets"]
+    def __init__(self, sizes: Sequence[int], parents: Sequence[int]) -> None:
+        self.sizes, self.parents = sizes, parents
+        self.length = sum(sizes)
+        self.starts = [0, *accumulate(sizes)]
+        self.begins: list[int] = []  # the position in its sequence at which each run begins
+        for parent in parents:  # parents stand before their children
+            self.begins.append(0 if parent < 0 else self.begins[parent] + sizes[parent])
         self.longest = max(begin + size for begin, size in zip(self.begins, self.sizes, strict=True))
         self._made: dict[Any, Any] = {}
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> Tree:
+        """The tree of a packed batch (engine/packing.py)."""
+        return cls(batch["segments"], _parents(batch["branches"], len(batch["segments"])))
+
+    def cut(self, most: int) -> Tree:
+        """The same row in runs of at most `most` tokens."""
+        return self.once(("cut", most), lambda: self._cut(most))
+
+    def _cut(self, most: int) -> Tree:
+        sizes: list[int] = []
+        parents: list[int] = []
+        last = []  # the last piece of each run
+        for size, parent in zip(self.sizes, self.parents, strict=True):
+            pieces = -(-size // most)
+            parents += [-1 if parent < 0 else last[parent], *range(len(sizes), len(sizes) + pieces - 1)]
+            sizes += [size // pieces + (piece < size % pieces) for piece in range(pieces)]
+            last.append(len(sizes) - 1)
+        return Tree(sizes, parents)
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """What `make` gives, made at the first call: all layers share it."""
@@ -98,10 +119,12 @@ class Tree:
         filled, states = 0, {-1: 0}  # tokens of all rows so far; of the level above, the place of each run's state
         runs = [run for run, parent in enumerate(self.parents) if parent < 0]
         while runs:
-            level, ended = [], {}
-            children = [run for run, parent in enumerate(self.parents) if parent in set(runs)]
+            level, ended, above = [], {}, set(runs)
+            children = [run for run, parent in enumerate(self.parents) if parent in above]
+            read = {self.parents[run] for run in children}
             for group in _alike(runs, self.sizes):
                 width = self.sizes[group[0]]
+                group = [run for run in group if run in read] + [run for run in group if run not in read]
                 at = torch.full((len(group), width), self.length)
                 for row, run in enumerate(group):
                     tokens = torch.arange(self.starts[run], self.starts[run + 1])
@@ -109,11 +132,10 @@ class Tree:
                     places[tokens] = filled + row * width + torch.arange(len(tokens))
                 filled += at.numel()
                 parents = torch.tensor([states[self.parents[run]] for run in group]) if levels else None
-                goes_on = any(self.parents[run] in group for run in children)
-                if goes_on:
-                    ended |= {run: len(ended) + row for row, run in enumerate(group)}
+                more = sum(run in read for run in group)
+                ended |= {run: len(ended) + row for row, run in enumerate(group[:more])}
                 at, parents = at.flatten().to(device), None if parents is None else parents.to(device)
-                level.append(Group(len(group), width, at, parents, goes_on))
+                level.append(Group(len(group), width, at, parents, more))
             levels.append(level)
             runs, states = children, ended
         return levels, places.to(device)
@@ -198,10 +220,10 @@ def over_runs(tree: Tree, tokens: Sequence[Tensor], run: Run) -> Tensor:
         ended = []
         for group in level:
             initial = None if group.parents is None else states.index_select(0, group.parents)
-            out, final = run([group.take(x) for x in padded], initial, group.goes_on)
+            out, final = run([group.take(x) for x in padded], initial, group.goes_on > 0)
             outputs.append(out.flatten(0, 1))
             if group.goes_on:
-                ended.append(final)
+                ended.append(final[: group.goes_on])
         states = torch.cat(ended) if ended else None
     return torch.cat(outputs).index_select(0, places)[None]
 
