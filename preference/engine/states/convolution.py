@@ -83,7 +83,9 @@ class _Convolution(torch.autograd.Function):
         for rows in _blocks(x_MC, taps):
             wide, d_y = _behind(x_MC, rows, taps, dtype), d_y_MC[rows].to(dtype)
             d_y = d_y if act is None else _through(act, _sum(wide, weight, bias), d_y)
-            for part, w in zip(_shifted(d_x_MC[rows.start - taps + 1 : rows.stop], taps), weight.unbind(1), strict=True):
+            for part, w in zip(
+                _shifted(d_x_MC[rows.start - taps + 1 : rows.stop], taps), weight.unbind(1), strict=True
+            ):
                 part.addcmul_(d_y, w)
             if d_weight is not None:
                 for part, d_w in zip(_shifted(wide, taps), d_weight.unbind(1), strict=True):

@@ -172,7 +172,7 @@ class _Chunks:
             of_written = (written * d_written).sum(-1, dtype=wide)
             d_total[:, :more] -= of_written
             d_total[:, :more, -1] += of_written.sum(-1)
-            if state is not None:
+            if state is not None and d_state is not None:
                 d_total[:, :more, -1] += (d_ended * state[:, :more]).sum((2, 3)) * self.end[:, :more, 0, 0]
                 d_state[:, :more].addcmul_(d_ended, self.end[:, :more])
         d_qk[:, :, 1::2] += d_k
@@ -206,15 +206,15 @@ class _DeltaRule(torch.autograd.Function):
             row = _Row.of(query, key, value, g, beta, normed, low)
             out = value.new_empty(len(value) + 1, *value.shape[1:])
             for level in levels:
-                ended = []
+                above, ended = states[-1], []
                 for group in level:
                     chunks = _Chunks(row, group)
                     inverses.append(chunks.inverse())
-                    state = None if group.parents is None else states[-1].index_select(1, group.parents)
+                    state = None if above is None else above.index_select(1, group.parents)
                     part, final = chunks.forward(inverses[-1], state)
                     chunks.put(out, part)
                     ended += [] if final is None else [final]
-                states[-1] = None if states[-1] is None else states[-1].to(low)
+                states[-1] = None if above is None else above.to(low)
                 states.append(torch.cat(ended, dim=1) if ended else None)
         ctx.save_for_backward(query, key, value, g, beta, *states[1:-1], *inverses)
         ctx.levels, ctx.normed, ctx.low = levels, normed, low
@@ -232,7 +232,9 @@ class _DeltaRule(torch.autograd.Function):
             begin = 0
             for group, inverse in zip(level, inverses[-len(level) :], strict=True):
                 held = None if state is None else state.index_select(1, group.parents)
-                d_mine = d_ended[:, begin : begin + group.goes_on] if group.goes_on else None
+                d_mine = None
+                if d_ended is not None and group.goes_on:
+                    d_mine = d_ended[:, begin : begin + group.goes_on]
                 begin += group.goes_on
                 chunks = _Chunks(row, group)
                 d_state = chunks.backward(inverse, held, chunks.take(d_out).contiguous(), d_mine, to)

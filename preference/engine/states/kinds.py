@@ -10,6 +10,7 @@ Every function takes the tree, the function that it replaces, and that one's arg
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,11 @@ from preference.engine.states.delta import gated_delta_rule
 from preference.engine.states.tree import CHUNK, Tree, current, over, over_runs, with_zeros
 
 STEP = 2.0**-10  # time step of a token that writes a state of Mamba; small, so that it hardly decays meanwhile
+
+
+def in_torch(package: str, x: Tensor) -> bool:
+    """Whether x is run in torch's operators: no kernel of `package` is there for it."""
+    return x.device.type == "cpu" or importlib.util.find_spec(package) is None
 
 
 def _chunk(width: int, most: int) -> int:
@@ -40,7 +46,7 @@ def convolution(
     **_: Any,
 ) -> Tensor:
     """A causal depthwise convolution, [1, C, N] by [C, taps]: each run behind its path's last taps - 1 tokens."""
-    if hidden_states.device.type == "cpu":
+    if in_torch("causal_conv1d", hidden_states):
         act = None if activation is None else ACT2FN[activation]
         return row_convolution(tree, hidden_states.transpose(1, 2), weight, bias, act).transpose(1, 2)
     order, places = tree.tails(weight.shape[-1], hidden_states.device)
@@ -66,7 +72,7 @@ def delta_rule(
     [1, N, heads]. Where all are zero, the state stays as it is.
     """
 
-    if g.ndim == 3 and value.device.type == "cpu":
+    if g.ndim == 3 and in_torch("fla", value):
         return gated_delta_rule(tree, query, key, value, g, beta, use_qk_l2norm_in_kernel), None
 
     def run(rows: list[Tensor], initial: Tensor | None, goes_on: bool) -> tuple[Tensor, Tensor | None]:

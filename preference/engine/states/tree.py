@@ -95,7 +95,7 @@ class Tree:
     def _cut(self, most: int) -> Tree:
         sizes: list[int] = []
         parents: list[int] = []
-        last = []  # the last piece of each run
+        last: list[int] = []  # the last piece of each run
         for size, parent in zip(self.sizes, self.parents, strict=True):
             pieces = -(-size // most)
             parents += [-1 if parent < 0 else last[parent], *range(len(sizes), len(sizes) + pieces - 1)]
@@ -222,7 +222,7 @@ def over_runs(tree: Tree, tokens: Sequence[Tensor], run: Run) -> Tensor:
             initial = None if group.parents is None else states.index_select(0, group.parents)
             out, final = run([group.take(x) for x in padded], initial, group.goes_on > 0)
             outputs.append(out.flatten(0, 1))
-            if group.goes_on:
+            if group.goes_on and final is not None:
                 ended.append(final[: group.goes_on])
         states = torch.cat(ended) if ended else None
     return torch.cat(outputs).index_select(0, places)[None]
