@@ -55,6 +55,8 @@ def too_long(size: int, line: int) -> Fault:
 
 
 def as_record(line: int, value: Any) -> Record | Fault:
+    if type(value) is dict:  # nearly all
+        return Record(line, value)
     if isinstance(value, str) and value.lstrip()[:1] == "{":  # JSON that was written into a string once more
         with contextlib.suppress(ValueError, RecursionError):
             value = _DECODER.decode(value)
@@ -89,7 +91,7 @@ def json_lines(stream: BinaryIO) -> Iterator[Record | Fault]:
     for line, raw in read_lines(stream):
         if isinstance(raw, Fault):
             yield raw
-        elif raw.strip() and raw.strip() != BOM:
+        elif (held := raw.strip()) and held != BOM:
             yield parse_line(line, raw)
 
 

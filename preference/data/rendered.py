@@ -15,7 +15,15 @@ from typing import Any
 from preference.data.formats.base import Drop, NotRecognised, Pair
 from preference.data.formats.messages import ROLES, context_of, pair_of_dialogues
 from preference.data.formats.notations import LEADING_REPLY_LABEL
-from preference.data.formats.rendering import LABEL, Rendering, looks_rendered, parse, without_stops
+from preference.data.formats.rendering import (
+    LABEL,
+    MAY_BE_STOP,
+    Rendering,
+    is_plain,
+    looks_rendered,
+    parse,
+    without_stops,
+)
 
 
 @dataclass
@@ -50,7 +58,8 @@ class TakeApart:
         if pair.dialogue is not None:
             return pair
         if self.choice != "keep":
-            self._strip_stops(pair)
+            if _last(pair.chosen) in MAY_BE_STOP or _last(pair.rejected) in MAY_BE_STOP:
+                self._strip_stops(pair)
             if self.prompt_is_rendered is None:
                 self._split(pair)
         if pair.prompt is not None:
@@ -67,7 +76,10 @@ class TakeApart:
                 self._note(f"stop_text_off_{side}")
 
     def _split(self, pair: Pair) -> None:
-        found = rendering_of(pair)
+        plain = is_plain(pair.chosen) and is_plain(pair.question if pair.prompt is None else pair.prompt)
+        found = None if plain else rendering_of(pair)
+        if plain and not self.rendered:
+            return  # nearly all
         if self.choice is None and self.rendered is not None and (found is not None) != self.rendered:
             is_so = (
                 "is rendered, as the first rows of the file are not"
@@ -95,6 +107,10 @@ class TakeApart:
     def _note(self, name: str) -> None:
         if self.notes is not None:
             self.notes[name] += 1
+
+
+def _last(text: Any) -> str:
+    return text[-1:] if isinstance(text, str) else ""
 
 
 def rendering_of(pair: Pair) -> Rendering | None:

@@ -33,6 +33,8 @@ _CONTROL = re.compile(
 
 def normalised(text: str) -> str:
     """Text in the form in which two writings of it count as the same: case folded, white space collapsed."""
+    if text.isascii() and text.isprintable() and "  " not in text:  # nearly all English: the same, in half the time
+        return text.casefold().strip()
     return " ".join(text.casefold().split())
 
 

@@ -154,7 +154,7 @@ def read_row(format: Format, row: RowDict, options: Options) -> Iterator[Pair | 
         read = columns_read(format, row, options)
         beside = [(column, kind) for column, kind in beside if column not in read]
     scored = plan.scored or (options.min_score_gap is not None and not format.scored)
-    numbers = {name: _number(name, row[name]) for name in plan.numbers if row[name] is not None}
+    numbers = plan.numbers and {name: _number(name, row[name]) for name in plan.numbers if row[name] is not None}
     for pair in pairs_of(format, row, options, tools):
         if not isinstance(pair, Pair):
             yield pair

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from preference.data.formats.messages import Turn
 from preference.data.formats.notations import (
@@ -35,6 +35,11 @@ _CONTROL_AT_AN_END = re.compile(r"\s*(?:<[|｜]?[A-Za-z_]\w*[|｜]>|\[/?[A-Z_]{3
 _CONTROL_BEHIND = re.compile(r"(?:<[|｜]?[A-Za-z_]\w*[|｜]>|\[/[A-Z_]{3,}\])\w*:?\s*\Z")
 
 
+_SPACE = frozenset(map(chr, filter(lambda c: chr(c).isspace(), range(0x3001))))
+_MAY_BEGIN, _MAY_END = (_SPACE.union(letters, {""}) for letters in (HEAD_LETTERS, TAIL_LETTERS))
+MAY_BE_STOP = _SPACE.union(STOP_LETTERS, {""})  # the last character of answers that may end in a stop text
+
+
 class Rendering(NamedTuple):
     """What a template wrote: its notation's name, and the turns. An opened reply is a last assistant turn of ""."""
 
@@ -50,8 +55,18 @@ class Rendering(NamedTuple):
         return self.turns[-1].role == "assistant" and not self.opened
 
 
+def is_plain(text: Any) -> bool:
+    """Whether two characters and the lack of a label tell that a text is no rendering, as for nearly all."""
+    if type(text) is not str or text[:1] in _MAY_BEGIN or text[-1:] in _MAY_END:
+        return False
+    label = text[:LABEL]
+    return ":" not in label and "：" not in label
+
+
 def parse(text: str) -> Rendering | None:
     """The turns of a text that a known template has written; None for any other text. Linear in its length."""
+    if is_plain(text):
+        return None
     head, tail = text[:EDGE].lstrip(), text[-EDGE:].rstrip()
     begins = head[:1] in HEAD_LETTERS and head.startswith(HEADS)
     ends = tail[-1:] in TAIL_LETTERS
