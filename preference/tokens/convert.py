@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from preference.data.formats import FORMATS, Format, Options, choose
+from preference.data.inputs import Input, parse_inputs, take_wanted
+from preference.data.kept_rows import KeptRows
 from preference.data.packed import Position
 from preference.data.report import DataError, DataReport
 from preference.data.row import Row
@@ -39,7 +41,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=names, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("input", nargs="+", metavar="INPUT", help="file, folder or hub:owner/name[:config[:split]]")
+    add(
+        "input",
+        nargs="+",
+        metavar="INPUT",
+        help="file, folder or hub:owner/name[:config[:split]]; "
+        "a.jsonl:5000 and b/:0.3 take so many of its rows, or such a share, drawn with the seed",
+    )
     add("--output", required=True, metavar="OUT.jsonl", help="where the triples go (.gz: compressed)")
     add("--format", default="auto", help="read every INPUT as this format instead of recognising it")
     add("--columns", metavar="question=A,chosen=B,rejected=C", help="names of the columns (also system=, history=)")
@@ -69,7 +77,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--pairs", default="best-worst", choices=["best-worst", "all", "best-random"], help="pairs of a ranked list")
     add("--max-per-prompt", type=int, default=0, metavar="N", help="keep at most N pairs of one prompt")
     add("--dedup", action="store_true", help="drop pairs that repeat an earlier one (case and white space aside)")
-    add("--seed", type=int, default=0, help="of --pairs best-random")
+    add("--seed", type=int, default=0, help="of --pairs best-random and of caps")
     add("--report", metavar="R.json", help="counts, reasons and places as JSON")
     add("--tokenizer", metavar="FOLDER", help="report lengths in tokens of this tokenizer too")
     return parser.parse_args(argv)
@@ -144,19 +152,32 @@ class Progress:
         print(shown(text), file=sys.stderr)
 
 
+def _parsed(path: str) -> list[Input]:
+    return [Input(path)] if path.startswith(HUB) else parse_inputs(path)
+
+
+def inputs_of(paths: list[str], output: Path, report: DataReport) -> list[tuple[Input, list[str]]]:
+    """Each input with its sources, without the file that is written. Raises ValueError, DataError."""
+    inputs = [one for path in paths for one in _parsed(path)]
+    found: list[tuple[Input, list[str]]] = []
+    seen: set[str] = set()
+    for one in inputs:
+        own = [source for source in find_sources([one.path], "convert", report) if source not in seen]
+        seen.update(own)
+        found.append((one, [s for s in own if s.startswith(HUB) or Path(s).resolve() != output]))
+    return found
+
+
 def convert(
     paths: list[str], output: Path, options: Options, repeats: Repeats, report: DataReport, tokenizer: str | None = None
 ) -> int:
     """Write the triples of `paths` to `output` and return how many were written.
 
-    A file appears whole or not at all; a pipe or device is written to as it is.
+    A file appears whole or not at all; a pipe or device is written to as it is. Where a path has a cap or a share
+    (a.jsonl:5000, b/:0.3), all its rows are read before the first is written; they lie on the disk meanwhile.
     """
-    own = output.resolve()
-    sources = [
-        source
-        for source in find_sources(paths, "convert", report)
-        if source.startswith(HUB) or Path(source).resolve() != own
-    ]
+    found = inputs_of(paths, output.resolve(), report)
+    sources = [source for _, read in found for source in read]
     progress = Progress(sources)
 
     def say_format(source: str, format: Format, why: str) -> None:
@@ -168,6 +189,8 @@ def convert(
     unfinished = output if special else output.with_name(output.name + ".part")
     output.parent.mkdir(parents=True, exist_ok=True)
     rows = iter_rows(sources, report, options, repeats=repeats, on_file=say_format, on_record=progress)
+    if any(one.cap is not None or one.share is not None for one, _ in found):
+        rows = iter(take_wanted(KeptRows(rows, output.parent), found, options.seed, report))
     rows = single_answers(rows, report) if options.unpaired else rows
     try:
         with _open(unfinished, output) as file:
@@ -211,8 +234,9 @@ def main(argv: list[str] | None = None) -> int:
     report = DataReport(max_listed=EXAMPLES)
     try:
         options = options_of(args)
-        if args.seed and args.pairs != "best-random":
-            report.warn("--seed has no effect without --pairs best-random")
+        capped = any(one.cap is not None or one.share is not None for path in args.input for one in _parsed(path))
+        if args.seed and args.pairs != "best-random" and not capped:
+            report.warn("--seed has no effect without --pairs best-random, a cap or a share")
         if args.report:  # before the work, which a report that cannot be written must not cost
             Path(args.report).parent.mkdir(parents=True, exist_ok=True)
         repeats = Repeats(args.dedup, args.max_per_prompt)

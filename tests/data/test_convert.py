@@ -311,3 +311,20 @@ def test_real_hh(tmp_path, capsys):
     assert content["examples"]["empty_answer"][0]["line"] == 87
     assert "not meant for supervised training" in content["warnings"][0]
     assert len(read(tmp_path / "o.jsonl")[0]) == 2299
+
+
+def test_caps_and_shares_take_rows_by_the_seed(capsys, tmp_path):
+    """`a.jsonl:3,b.jsonl:0.5`: so many rows of a file, or such a share; alike whenever it is done again."""
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(*(triple(i) | {"question": f"{name} {i}"} for i in range(10))))
+    both = f"{tmp_path}/a.jsonl:3,{tmp_path}/b.jsonl:0.5"
+
+    def taken(*options):
+        out = tmp_path / "out" / "o.jsonl"
+        assert script.main([both, "--output", str(out), *options]) == 0
+        return [json.loads(line)["question"] for line in out.read_text().splitlines()]
+
+    first = taken()
+    assert [question[0] for question in first] == ["a"] * 3 + ["b"] * 5 and first == taken() != taken("--seed", "7")
+    said = capsys.readouterr().out
+    assert "12 not_sampled" in said and "no effect" not in said and "20 read, 8 kept" in said
