@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """Make the screenshots of a run's report that the documentation shows.
 
-    python docs/screenshots.py outputs/orpo
+    python docs/screenshots.py outputs/orpo              docs/report-light.png, -dark.png and -phone.png
+    python docs/screenshots.py outputs/a outputs/b       docs/watch-light.png, -dark.png and -phone.png besides
+    python docs/screenshots.py --live outputs/orpo       those alone
 
-writes docs/report-light.png, docs/report-dark.png and docs/report-phone.png. It needs Chromium (or Chrome) and Pillow,
+The report is the first run's; the live view shows all of them over each other. It needs Chromium and Pillow,
 which matplotlib brings along. tests/report/test_report_browser.py looks at pages through the same functions.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import html
 import io
 import os
@@ -83,21 +86,48 @@ def screenshot(page: Path, size: tuple[int, int], dark: bool = False, scale: int
     return buffer.getvalue()
 
 
+def live_pictures(folders: list[Path]) -> dict[str, bytes]:
+    """PNGs of the live view of these runs, by the end of their names."""
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:0] = [str(root), str(root / "tests")]
+    from browser import Browser
+
+    from preference.report.watch import serve
+
+    server, pictures = serve(folders, port=0), {}
+    with tempfile.TemporaryDirectory() as profile, Browser(server.url, Path(profile)) as page:
+        page.wait("document.querySelectorAll('#curves figure').length > 0")
+        for name, size, dark in (("light", (1200, 1600), False), ("dark", (1200, 1600), True), ("phone", PHONE, False)):
+            scale = 2 if size == PHONE else 1
+            metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": scale, "mobile": size == PHONE}
+            page.call("Emulation.setDeviceMetricsOverride", **metrics)
+            scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+            page.call("Emulation.setEmulatedMedia", features=[scheme])
+            pictures[f"watch-{name}"] = base64.b64decode(page.call("Page.captureScreenshot", format="png")["data"])
+    server.stop()
+    return pictures
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the screenshots of a run's report.")
-    parser.add_argument("output_dir", type=Path, help="a run's folder with its report.html")
+    parser = argparse.ArgumentParser(description="Make the screenshots of a run's report and of the live view.")
+    parser.add_argument("output_dir", type=Path, nargs="+", help="folders of runs, the first with its report.html")
+    parser.add_argument("--live", action="store_true", help="the live view alone")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent, help="folder of the pictures (%(default)s)")
     options = parser.parse_args()
-    page = options.output_dir / "report.html"
-    if not page.is_file():
-        sys.exit(f"{page} is not there; python -m preference.report.page {options.output_dir} makes it")
-    pictures = {
-        "light": screenshot(page, (1200, 1600)),
-        "dark": screenshot(page, (1200, 1600), dark=True),
-        "phone": screenshot(page, PHONE, scale=2, frame=True),
-    }
+    page = options.output_dir[0] / "report.html"
+    pictures: dict[str, bytes] = {}
+    if not options.live:
+        if not page.is_file():
+            sys.exit(f"{page} is not there; python -m preference.report.page {options.output_dir[0]} makes it")
+        pictures = {
+            "report-light": screenshot(page, (1200, 1600)),
+            "report-dark": screenshot(page, (1200, 1600), dark=True),
+            "report-phone": screenshot(page, PHONE, scale=2, frame=True),
+        }
+    if options.live or len(options.output_dir) > 1:
+        pictures |= live_pictures(options.output_dir)
     for name, picture in pictures.items():
-        path = options.to / f"report-{name}.png"
+        path = options.to / f"{name}.png"
         path.write_bytes(picture)
         print(f"wrote {path}, {len(picture) // 1024} KiB")
 

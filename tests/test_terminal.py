@@ -242,3 +242,13 @@ def test_an_error_is_a_box_of_five_lines(sentence: str, columns: int, monkeypatc
     else:
         assert len(lines) == height
     assert ("\x1b[1;36m--max_steps 7" in screen.raw) == ("--max_steps" in sentence)
+
+
+def test_a_picture_of_a_terminal_shows_what_stood_there_in_the_end(capfd: pytest.CaptureFixture) -> None:
+    from docs.terminal_picture import final_lines, run
+
+    said = r"printf 'one\n\033[31mbar\033[0m\r\033[2K\033[32mtwo\033[0m\nbar\n\033[1A\033[2Kthree\n'; tty >&2; exit 3"
+    status, written = run(["sh", "-c", said], 80)
+    lines = [Text.from_ansi(line).plain for line in final_lines(written)]
+    assert status == 3 and lines[:3] == ["one", "two", "three"] and lines[3].startswith("/dev/pts/")
+    assert "\x1b[32mtwo" in final_lines(written)[1] and "\x1b" in capfd.readouterr().out  # seen while it ran
