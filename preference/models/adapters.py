@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from preference.arguments import Arguments, ModelArguments
+from preference.arguments import FLAGS, Arguments, ModelArguments
 from preference.models.beginnings import begin, begins_in_weights, doubled
 from preference.models.folder import ModelError, first_line, reading
 from preference.models.look import _some, tensor_headers
@@ -45,6 +45,8 @@ def load_adapter(model: Any, folder: str, *, trainable: bool = False, name: str 
     from peft import PeftModel, get_peft_model_state_dict
 
     lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    if trainable:
+        refuse_prompts(folder)
     names = _tensor_names(folder)
     _grow_vocabulary(lm, folder)
     try:
@@ -76,6 +78,20 @@ def _refuse_misfit(lm: PreTrainedModel, folder: str, faults: dict[str, list[str]
         )
 
 
+def refuse_prompts(folder: str) -> None:
+    """Raises ModelError for an adapter that is tokens before the prompt, and no change of weights."""
+    from peft import PeftConfig
+
+    with reading(f"the adapter {folder}", "get it anew"):
+        config = PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning:
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        raise ModelError(
+            f"the adapter {folder} is of the kind {kind}: tokens before the prompt, and no change of weights, so it is "
+            "neither trained nor merged nor exported here. chat.py answers with it; to train, name its base"
+        )
+
+
 def check_on_paper(lm: PreTrainedModel, folder: str) -> None:
     """Whether the adapter of `folder` fits a model on the meta device, by the header of its file; gives the model as
     many rows as it was saved with.
@@ -85,6 +101,7 @@ def check_on_paper(lm: PreTrainedModel, folder: str) -> None:
     """
     from peft import get_peft_model_state_dict
 
+    refuse_prompts(folder)
     names = _tensor_names(folder)
     if names is None:
         return
@@ -144,7 +161,7 @@ def check_continued(adapter: str, args: Arguments) -> None:
     """
     config = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     for flag, field in FIELDS.items():
-        if flag not in args.given:
+        if flag not in args.given and getattr(args.model, flag) == FLAGS[flag].default:  # run_orpo.sh hands over all
             continue
         if field is None:
             raise ModelError(
@@ -317,9 +334,8 @@ def merge(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     Raises:
         ModelError: the adapter does not fit, or is of a kind that is no change of weights.
     """
+    refuse_prompts(folder)
     adapted = load_stack(model, folder)
-    if not hasattr(adapted, "merge_and_unload"):
-        raise ModelError(f"the adapter {folder} is of a kind that cannot be merged: new_adapter=false resumes it")
     try:
         return adapted.merge_and_unload(safe_merge=True)  # refuses weights that are not finite
     except (ValueError, NotImplementedError) as error:

@@ -51,6 +51,8 @@ def load_weights(
     stored = _stored(source, config, quantization)
     if stored is None:
         _check_types(source)
+    elif stored.method == "bitsandbytes" and quantization is None:
+        _check_packed(source)
     check_scale(source, config, trust_remote_code)
     wanted = quantization if stored is None else stored.loading
     try:
@@ -172,6 +174,8 @@ def look_on_paper(
         return None
     config = read_config(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     stored = _stored(source, config, None)
+    if stored is not None and stored.method == "bitsandbytes":
+        _check_packed(source)
     if stored is not None and not stored.dense:  # its layers are made where weights are
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -213,6 +217,17 @@ def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
     if not whole:
         raise ModelError(f"{file} is cut off or damaged, its size is not what its header says: get it anew")
     return found
+
+
+def _check_packed(source: str) -> None:
+    """A local checkpoint whose config says that bitsandbytes has packed its weights holds what unpacks them."""
+    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    names = [name for file in files for name in tensor_headers(file)]
+    if names and not any(name.endswith(".SCB") or ".quant_state." in name for name in names):
+        raise ModelError(
+            f"{source}: config.json says that bitsandbytes has quantised its weights, and they are whole: take "
+            "quantization_config out of config.json, and qlora=true quantises them; or get the folder anew"
+        )
 
 
 def _check_types(source: str) -> None:

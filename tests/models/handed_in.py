@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -97,6 +97,12 @@ def make_all(out: Path) -> dict[str, Path]:
     stored = json.loads((out / "bnb4/config.json").read_text())["quantization_config"]
     found["bnb4_damaged"] = variant(out / "bnb4_damaged", plain, damaged, quantization_config=stored)
 
+    eight = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    found["bnb8_whole"] = variant(out / "bnb8_whole", plain, quantization_config=eight)
+
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(plain), prompts).save_pretrained(out / "prompt_tuning")
+    found["prompt_tuning"] = out / "prompt_tuning"
     found["adapter_lost"] = out / "adapter_lost"
     shutil.copytree(found["adapter"], found["adapter_lost"])
     (found["adapter_lost"] / "adapter_model.safetensors").unlink()
@@ -133,7 +139,7 @@ def dequantized(four_bit: Any) -> Any:
 def expected_logits(kind: str, folders: dict[str, Path], ids: torch.Tensor) -> torch.Tensor:
     """What transformers and peft themselves compute with a kind that is used."""
     folder = folders[kind]
-    if kind == "adapter":
+    if kind in ("adapter", "prompt_tuning"):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["plain"]), folder)
     elif kind == "fp8":
         model = AutoModelForCausalLM.from_pretrained(folders["plain"])

@@ -62,6 +62,9 @@ def loss_gradients(model):
 
 def test_flags_that_contradict_the_adapter_are_refused(folders):
     loaded(folders["adapter"], "--lora_rank", 4, "--lora_alpha", 8, "--target_modules", "all")
+    loaded(folders["adapter"], "--defaults", "--lora_rank=16")
+    with pytest.raises(ModelError, match="--lora_rank 8 contradicts the adapter"):
+        loaded(folders["adapter"], "--defaults", "--lora_rank=8")  # as run_orpo.sh hands over what is set from outside
     for words in (("--lora_rank", 8), ("--lora_alpha", 16), ("--use_dora", "true"), ("--target_modules", "q_proj")):
         with pytest.raises(ModelError, match=f"{words[0]} .* contradicts the adapter .* --new_adapter true"):
             loaded(folders["adapter"], *words)

@@ -21,7 +21,10 @@ from preference.serve.merging import load_merged
 CPU = Hardware("cpu", "CPU", 0, False)
 ENTRANCES = ("train", "evaluate", "dry run", "chat", "export")
 USED = {"plain": ENTRANCES, "adapter": ENTRANCES, "fp8": ENTRANCES, "bnb4": ("train", "evaluate", "dry run", "chat")}
+USED["prompt_tuning"] = ("evaluate", "chat")
 REFUSED = {
+    "bnb8_whole": r"says that bitsandbytes has quantised its weights, and they are whole: take quantization_config out",
+    "prompt_tuning": r"is of the kind PROMPT_TUNING: tokens before the prompt, .* nor merged nor exported",
     "missing": r"2 tensors are missing \(lm_head.weight, model.layers.1.mlp.down_proj.weight\) and would be random",
     "more_layers": r"describes \(model_type llama, 3 layers\): 9 tensors are missing \(model.layers.2.",
     "fewer_layers": r"9 tensors have no place in LlamaForCausalLM \(model.layers.1.",
