@@ -60,6 +60,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="auto = as the base has it")
     add("--max_shard_size", default="5GB", help="largest safetensors file")
     add("--gguf", choices=SUPPORTED_GGUF, help="also write GGUF: 4.5 bits a weight (q4_0) to 16 (f16)")
+    add("--gguf_adapter", action="store_true", help="also write the LoRA adapter as GGUF, for llama-server --lora")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload the folder, as a private repository")
     add("--hub", choices=["huggingface", "modelscope"], default="huggingface", help="where --push_to_hub goes")
     add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
@@ -154,6 +155,8 @@ def write(
     from preference.templates.resolve import chat_template_to_save, stop_ids
 
     questions = probes(template, tokenizer)
+    if args.gguf_adapter:
+        write_adapter(args, source, config, folder)
     say(f"loading {source.name}" + (f" and its base {source.base}" if source.adapter else "") + " ...")
     model, exact, merged = load_merged(source, questions, modelscope)
     if merged:
@@ -212,6 +215,16 @@ def write_gguf_files(
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     say("\n".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")))
     return file
+
+
+def write_adapter(args: argparse.Namespace, source: Source, config: Any, folder: Path) -> None:
+    from preference.serve.gguf_adapter import write_gguf_adapter
+
+    if not source.adapter:
+        raise ExportError(f"{source.name} is a whole model: --gguf_adapter is for adapters, --gguf writes it")
+    file = f"{Path(args.output).resolve().name}-adapter.gguf"
+    count = write_gguf_adapter(folder / file, source.name, config)
+    say(f"{file}: the adapter of {count} matrices, over a GGUF file of {source.base}")
 
 
 def copy_licence(origin: str | None, folder: Path) -> None:

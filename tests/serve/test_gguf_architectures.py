@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +12,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from exported import export
 from gguf import GGMLQuantizationType as Q
+from peft import PeftModel
 from test_gguf import gguf_of
 from test_llama_cpp import Llama, llama  # noqa: F401  a fixture
+from transformers import AutoModelForCausalLM
+from tuned import make_base, make_run
 
 from conversation import get_conv_template
 from preference.serve import gguf_types
+from preference.serve.gguf_adapter import write_gguf_adapter
 from preference.serve.gguf_tokenizer import GGUFError
 from preference.serve.gguf_types import TYPES, rounded, type_of
 from tiny import tiny_model, tiny_tokenizer
@@ -194,3 +200,47 @@ def test_a_window_over_all_layers_ends_the_context(tmp_path: Path) -> None:
     model = tiny_model("mistral", sliding_window=64, max_position_embeddings=512)
     reader = gguf.GGUFReader(gguf_of(model, tmp_path))
     assert reader.fields["llama.context_length"].contents() == 64
+
+
+@needs_llama
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_over_a_base_computes_as_it_does_here(
+    rslora: bool,
+    tmp_path: Path,
+    llama: Llama,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = make_base(tmp_path / "base")
+    run = make_run(tmp_path / "run", base, use_rslora=rslora)
+    export(monkeypatch, run, "--output", tmp_path / "out", "--gguf_adapter", "--dtype", "float32")
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        file = gguf_of(plain, tmp_path)
+        tuned = PeftModel.from_pretrained(plain, run).eval()
+        ids = tiny_tokenizer().encode(
+            "What should I do about a mild fever? Rest, drink water", add_special_tokens=False
+        )
+        logps = tuned(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        untuned = plain.eval()
+    places = [p for p in range(4, len(ids) + 1) if is_text(tiny_tokenizer(), logps[p - 1])][-1:]
+    assert places
+    call = llama(file, tmp_path / "out" / "out-adapter.gguf")
+    found = next_logps(call, ids[: places[0]])
+    assert kl(logps[places[0] - 1][None], found[None]) < 1e-4
+    with tuned.disable_adapter(), torch.no_grad():
+        without = untuned(torch.tensor([ids])).logits[0, places[0] - 1].float().log_softmax(-1)
+    assert kl(without[None], found[None]) > 1e-2  # the adapter is what makes the difference
+
+
+def test_adapters_that_llama_cpp_has_no_words_for_are_refused(tmp_path: Path) -> None:
+    config = tiny_model().config
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
+    for change, message in (
+        ({"use_dora": True}, "DoRA"),
+        ({"alpha_pattern": {"q_proj": 4}}, "single matrices"),
+        ({"modules_to_save": ["lm_head"]}, "trained whole"),
+        ({"peft_type": "IA3"}, "IA3"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(plain | change))
+        with pytest.raises(GGUFError, match=message):
+            write_gguf_adapter(tmp_path / "a.gguf", str(tmp_path), config)

@@ -29,7 +29,11 @@ server = None
 for line in sys.stdin:
     server = None  # one at a time
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.port = line.strip(), 1024, 1, 0
+    model, _, adapter = line.strip().partition("+")
+    params.model.path, params.n_ctx, params.n_parallel, params.port = model, 1024, 1, 0
+    if adapter:
+        lora = xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)
+        params.lora_adapters = [lora]
     params.cpuparams.n_threads, params.use_jinja, params.warmup, params.verbosity = 1, True, False, -1
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
@@ -46,9 +50,9 @@ class Llama:
         command = [sys.executable, "-c", SERVER]
         self.process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True)
 
-    def __call__(self, file: Path) -> Callable[..., Any]:
+    def __call__(self, file: Path, adapter: Path | None = None) -> Callable[..., Any]:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{file}\n")
+        self.process.stdin.write(f"{file}{f'+{adapter}' if adapter else ''}\n")
         self.process.stdin.flush()
         address = next((line.strip() for line in self.process.stdout if line.startswith("http")), None)
         assert address, f"llama.cpp did not load {file}"
