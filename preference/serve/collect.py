@@ -48,8 +48,8 @@ class Collector:
         Raises:
             CollectError: the answer is empty, was called otherwise before, or is to be learned though it was cut.
         """
-        _check(answer, cut and good)
         asked = _row(turn)
+        _check(turn, answer, cut and good)
         known = self.labels.setdefault(json.dumps(asked), {})
         if answer in known:
             if known[answer] == good:
@@ -71,8 +71,8 @@ class Collector:
         Raises:
             CollectError: one is empty, both are the same, or the better one was cut.
         """
-        _check(chosen, cut)
-        _check(rejected, False)
+        _check(turn, chosen, cut)
+        _check(turn, rejected, False)
         if chosen == rejected:
             raise CollectError("the two answers are the same: /regen draws another one")
         new = self._write(_row(turn), chosen, rejected)
@@ -91,7 +91,9 @@ def _row(turn: Turn) -> dict[str, Any]:
     return {"system": turn.system or "", "history": [list(pair) for pair in turn.history], "question": turn.question}
 
 
-def _check(answer: str, cut: bool) -> None:
+def _check(turn: Turn, answer: str, cut: bool) -> None:
+    if "\0" in answer or any("\0" in text for pair in turn.history for text in pair):
+        raise CollectError("a NUL character is in it, and no reader of data takes such a row: /reset or /regen")
     if not answer:
         raise CollectError("an empty answer teaches nothing: /regen draws another one")
     if cut:

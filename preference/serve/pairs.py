@@ -126,10 +126,10 @@ def draw(chat: Chat, turns: Sequence[Turn], plan: Plan, journal: Journal, say: S
 
 
 def distinct(answers: Sequence[Drawn]) -> list[Drawn]:
-    """Each text once, empty ones never."""
+    """Each text once; empty ones never, and none with a NUL character, which no reader of data takes."""
     found: dict[str, Drawn] = {}
     for answer in answers:
-        if answer.text:
+        if answer.text and "\0" not in answer.text:
             found.setdefault(answer.text, answer)
     return list(found.values())
 

@@ -159,6 +159,8 @@ def test_what_is_collected_is_what_training_reads(tmp_path: Path) -> None:
 
 
 def test_what_teaches_nothing_or_wrongly_is_not_collected(tmp_path: Path) -> None:
+    with pytest.raises(CollectError, match="NUL"):
+        Collector(tmp_path).better(Turn("Hi."), "yes", "n\0")
     models = Told("same", "same", "", "cut off")
     terminal = terminal_of(models, tmp_path)
     for line in ("Hi.", "/regen"):

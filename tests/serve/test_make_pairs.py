@@ -134,7 +134,7 @@ def test_the_best_without_a_fault_over_the_worst() -> None:
 
 
 def test_texts_count_once() -> None:
-    assert [a.text for a in distinct(answers(("a", ()), ("", ()), ("b", ()), ("a", ())))] == ["a", "b"]
+    assert [a.text for a in distinct(answers(("a", ()), ("", ()), ("b", ()), ("a", ()), ("c\0", ())))] == ["a", "b"]
 
 
 LOOP = "I like this juice very much. " * 9

@@ -16,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
 from tiny import tiny_model, tiny_tokenizer
 
@@ -28,7 +29,7 @@ SMALL = {
     "template_name": "qwen", "max_train_samples": "16", "max_eval_samples": "8", "max_steps": "2",
     "per_device_train_batch_size": "2", "gradient_accumulation_steps": "2", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
-QUESTIONS = ("Name a juice.", "How do I boil an egg?", "What is a noun?", "感冒怎么办？")
+QUESTIONS = ("Name a juice.", "How do I boil an egg?", "What is a noun?", "感冒怎么办？", "Hi.", "And you?")
 TALK = [line for text in QUESTIONS for line in (text, "/regen", "/better 2", "/good")]
 TALK = ["/both Name a drink.", "/better 2", *TALK, "/save {}"]
 
@@ -53,7 +54,10 @@ def written(command: str) -> str:
 def test_the_newcomers_hour(tmp_path: Path) -> None:
     run, again, merged = (tmp_path / name for name in ("run", "again", "merged"))
     model = str(tmp_path / "model")
-    tiny_model(max_position_embeddings=4096).save_pretrained(model)  # all tokens about as likely: answers do end
+    tiny = tiny_model(max_position_embeddings=4096)
+    with torch.no_grad():
+        tiny.lm_head.weight[2] *= 40  # the stop token is likely now and then, so that answers end
+    tiny.save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     settings = SMALL | {"model_name_or_path": model, "cache_dir": str(tmp_path / "cache")}
     small = "--sample_answers 2 --use_cpu true"
