@@ -92,6 +92,7 @@ VARIANTS = [
     for adapter in (False, True)
     for tokens in ({}, {"max_tokens_per_micro_batch": 80})
 ]
+VARIANTS += [{"loss": "kto", "adapter": True}, {"loss": "aot", "adapter": False}]  # they know their whole batch
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,8 @@ def on_one_rank(tmp_path_factory):
 def test_on_one_rank_and_on_more(on_one_rank, tmp_path, world):
     """8 pairs a step as 1 x 4, 2 x 2 and 4 x 1 micro-batches, cut by pairs or by tokens; 3 pairs are left for the last.
 
-    Full and LoRA, ORPO and DPO, DDP and (by pairs) FSDP2; an evaluation before and one after.
+    Full and LoRA, ORPO, DPO, and two that depend on their whole batch, DDP and (by pairs) FSDP2; an evaluation before
+    and one after.
     """
     accumulation = {"gradient_accumulation_steps": 4 // world}
     ddp = [BASE | variant | accumulation for variant in VARIANTS]
