@@ -3,9 +3,10 @@
 
     python benchmarks/study.py PLAN RESULTS [flags of every run]
 
-PLAN has a line for each run: its name, then its flags of orpo_train.py; # begins a comment. A run whose name and flags
-are in RESULTS already is not repeated, so that a study that was stopped resumes. A run is trained and evaluated on its
-held-out pairs, with --before also before it is trained (`--do_train false` makes the base a run of its own);
+PLAN (benchmarks/studies has some, each with its command) has a line for each run: its name, then its flags of
+orpo_train.py; # begins a comment. A run whose name and flags are in RESULTS already is not repeated, so that a study
+that was stopped resumes. A run is trained and evaluated on its held-out pairs, with --before also before it is trained
+(`--do_train false` makes the base a run of its own);
 --answers N writes answers to N held-out questions.
 
 Each run is a fork of this process, which has imported everything once.
