@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from preference.launch.process import stay_private
-from preference.launch.tool import run_tool
+from preference.launch.tool import check_output, run_tool
 
 
 def main() -> None:
@@ -36,6 +36,7 @@ def chat(args: argparse.Namespace) -> None:
     from preference.serve.page import require_page, serve
     from preference.serve.terminal import Terminal
 
+    check_output("--output", args.output, [args.prompts, args.model, args.base_model])
     prompts = read_prompts(args.prompts) if args.prompts else []  # before the model: a mistake shows at once
     if args.web:
         require_page(args.port)
@@ -84,15 +85,14 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"two models answer side by side: {'--both' if args.both else '--prompts'} takes one")
     if args.output and not args.prompts:
         parser.error("--output goes with --prompts")
-    if args.output and Path(args.output).exists() and Path(args.output).samefile(args.prompts):
-        parser.error("--output would overwrite the file of --prompts")
     if args.temperature is None:
         args.temperature = 0.0 if args.prompts else 0.7
     for name, good, wanted in (
-        ("temperature", args.temperature >= 0, "at least 0"),
+        ("temperature", 0 <= args.temperature <= 1000, "at least 0 and at most 1000"),
         ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
         ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
         ("batch_size", args.batch_size >= 1, "at least 1"),
+        ("seed", 0 <= args.seed < 2**32, "from 0 to 4294967295"),
         ("port", 1 <= args.port <= 65535, "from 1 to 65535"),
     ):
         if not good:

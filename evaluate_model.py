@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from preference.launch.process import stay_private
-from preference.launch.tool import run_tool
+from preference.launch.tool import check_output, run_tool
 from preference.screen import shown
 
 
@@ -47,6 +47,9 @@ def evaluate(args: argparse.Namespace) -> None:
     from preference.serve.instructions import read_tasks, score
 
     # before the model: a mistake shows at once
+    read = [*args.mcq, *args.instructions, args.win_rate, args.model, args.base_model]
+    check_output("--output", args.output, read)
+    check_output("--judgements", args.judgements, read)
     exams = [read_exam(path) for path in args.mcq]
     tasks = {Path(path).name: read_tasks(path) for path in args.instructions}
     rows = read_prompts(args.win_rate) if args.win_rate else []

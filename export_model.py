@@ -74,6 +74,7 @@ def export(args: argparse.Namespace) -> None:
     """Make the folder: built beside its place and moved there whole, so that a failed export leaves nothing behind."""
     from transformers.utils import logging
 
+    from preference.serve.card import check_described
     from preference.serve.loading import find_source, load_template, load_tokenizer, resolve_base
     from preference.serve.placing import move_into_place, workspace
 
@@ -91,6 +92,7 @@ def export(args: argparse.Namespace) -> None:
     for warning in warnings:
         say(f"warning: {warning}")
 
+    check_described(source)
     folder = workspace(output)
     try:
         write(args, source, config, tokenizer, template, folder, modelscope)

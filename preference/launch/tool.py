@@ -5,10 +5,38 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from preference.errors import PreferenceError, of_the_system
 from preference.screen import shown
+
+
+class ToolError(PreferenceError, ValueError):
+    """A file that a script may not write to; the message names the flag and says what to do."""
+
+
+def check_output(flag: str, output: str | None, inputs: Iterable[str | None]) -> None:
+    """Before the work: whether `output` can be written, and is nothing that the script reads.
+
+    Args:
+        inputs: files and folders that are read; names that are no paths (hub ids) do no harm.
+
+    Raises:
+        ToolError: it cannot, or is.
+    """
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ToolError(f"{flag} {output} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise ToolError(f"{flag} {output} cannot be written: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ToolError(f"{flag} {output} cannot be written (permission denied): name a file in a folder of yours")
+    for name in filter(None, inputs):
+        if path.exists() and Path(name).exists() and path.resolve().is_relative_to(Path(name).resolve()):
+            raise ToolError(f"{flag} {output} would overwrite what is read ({name}): name another file")
 
 
 def run_tool(main: Callable[[], None], name: str) -> None:

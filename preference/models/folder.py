@@ -26,6 +26,7 @@ MOST = (
     (re.compile(r"vocab_size$|vocabulary"), 1 << 24),
     (re.compile(r"hidden_size|intermediate|n_embd|d_model|n_inner|ffn|dim$|rank$|width$|state_size$"), 1 << 20),
 )
+SWITCHES = ("output_hidden_states", "output_attentions", "use_cache", "tie_word_embeddings")  # else read in a forward
 MOST_EXPERTS = 200_000  # in all layers together
 LARGEST_RANK = 1 << 16  # of an adapter
 ANEW = "get the folder anew, weights and config.json of one model"
@@ -66,7 +67,11 @@ def read_config(source: str, *, cache_dir: str | None = None, trust_remote_code:
     """
     with reading(f"{CONFIG} of {source}", ANEW):
         _check_file(Path(source) / CONFIG)
-        check_sizes(source, PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0])
+        content = PreTrainedConfig.get_config_dict(source, cache_dir=cache_dir)[0]
+        check_sizes(source, content)
+        for name in SWITCHES:
+            if not isinstance(content.get(name) or False, bool):
+                raise ValueError(f"{name} must be true or false")
         return AutoConfig.from_pretrained(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
 
 
@@ -103,7 +108,18 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     file = folder / "generation_config.json"
     with reading(str(file), "get it anew, or delete it to have the model's own settings"):
         _check_file(file)
-        return GenerationConfig.from_pretrained(folder)
+        generation = GenerationConfig.from_pretrained(folder)
+    check_ids(generation, str(file))
+    return generation
+
+
+def check_ids(generation: Any, where: str) -> None:
+    """Refuse stop and pad tokens that are no ids. Raises ModelError."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(generation, name, None)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if token is not None and (type(token) is not int or not -1 <= token < 1 << 32):
+                raise ModelError(f"{where}: {name} is {token!r}, and an id is a whole number: {ANEW}")
 
 
 def _check_file(file: Path) -> None:

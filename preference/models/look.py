@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from preference.errors import PreferenceError
-from preference.models.folder import ANEW, ModelError, first_line, read_config, reading
+from preference.models.folder import ANEW, ModelError, check_ids, first_line, read_config, reading
 from preference.models.quantized import QuantizationError, Stored, as_stored
 
 SHOWN = 4  # names of tensors in a message
@@ -76,6 +76,7 @@ def load_weights(
     if stored is not None and stored.dense:
         model.to(dtype)  # dequantised while it was loaded: of one type, as other weights are
     check_finite(source, model)
+    check_ids(model.generation_config, f"generation settings of {source}")
     _keep_unpacked(model)
     return model
 

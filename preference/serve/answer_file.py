@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from preference.errors import PreferenceError
 from preference.serve.generation import Turn
 from preference.serve.models import Models, note
 from preference.templates.conversation import checked_history
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class PromptsError(PreferenceError, ValueError):
@@ -39,10 +42,14 @@ def read_prompts(path: str, flag: str = "--prompts") -> list[dict[str, Any]]:
 def _row(where: str, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptsError(f"{where}: not JSON ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get("question", row.get("prompt")), str):
         raise PromptsError(f'{where}: a row needs "question" or "prompt", a text')
+    if not isinstance(row.get("system") or "", str) or not isinstance(row.get("history") or [], list):
+        raise PromptsError(f'{where}: "system" is a text and "history" a list of [user, assistant]')
+    if _SURROGATE.search(line) or _SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+        raise PromptsError(f"{where}: it holds half of a surrogate pair, which is no character")
     return row
 
 

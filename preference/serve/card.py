@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from preference.models.folder import reading
 from preference.models.starter import ROOT, STARTER_MODEL
 from preference.serve.loading import Source
 from preference.serve.merging import Difference
@@ -19,9 +20,7 @@ def export_card(
     source: Source, dtype: str, merged: Difference | None, rounded: Difference | None, files: Sequence[str], output: str
 ) -> str:
     """README.md of the exported folder. `files` are those besides the checkpoint (GGUF)."""
-    path = source.file("README.md") if source.run else None  # without a run it is the base model's or PEFT's blank form
-    text = path.read_text(encoding="utf-8") if path else ""
-    front, body = _split(text)
+    front, body = _split(_card(source))
     head = _front_matter(source, front)
     if not body:
         body = f"# {Path(output).name}\n\nA copy of {Path(source.name).name} for serving.\n"
@@ -35,6 +34,18 @@ def export_card(
             *_copy(source, dtype, merged, rounded, files),
         ]
     )
+
+
+def check_described(source: Source) -> None:
+    """Before the work: whether what a run says of itself can be read. Raises ModelError."""
+    for name, read in (("README.md", _card), ("data_report.json", _data), ("all_results.json", _results)):
+        with reading(f"{name} of {source.name}", "delete it to export without it, or get it anew"):
+            read(source)
+
+
+def _card(source: Source) -> str:
+    path = source.file("README.md") if source.run else None  # without a run it is the base model's or PEFT's blank form
+    return path.read_text(encoding="utf-8") if path else ""
 
 
 def _split(text: str) -> tuple[str, str]:

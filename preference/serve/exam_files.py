@@ -53,7 +53,7 @@ def read_exam(path: str | Path) -> Exam:
     exam = Exam(path.name, [], Counter())
     try:
         rows = list(_rows(path))
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError, csv.Error) as error:
         raise ExamError(f"{path}: {error}") from None
     for line, row in rows:
         found = _question(row, f"{path}:{line}")
@@ -115,7 +115,9 @@ def _options(row: Mapping[str, Any]) -> dict[str, str]:
     """Letter -> text."""
     found = _first(row, OPTION_KEYS)
     if isinstance(found, Mapping) and {"label", "text"} <= found.keys():  # ARC
-        return dict(zip(map(str, found["label"]), map(str, found["text"]), strict=False))
+        if isinstance(found["label"], list) and isinstance(found["text"], list):
+            return dict(zip(map(str, found["label"]), map(str, found["text"]), strict=False))
+        return {}
     if isinstance(found, Mapping):
         return {str(key): str(value).strip() for key, value in found.items() if value not in (None, "")}
     if isinstance(found, str):  # CMExam: a line each, its letter in front
@@ -125,7 +127,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, str]:
         values = [value.get("value", "") if isinstance(value, Mapping) else value for value in found]
         return dict(zip(LETTERS, map(str, values), strict=False))
     if "opa" in row:  # MedMCQA
-        return {letter: str(row[f"op{letter.lower()}"]) for letter in "ABCD"}
+        return {letter: str(row[name]) for letter in "ABCD" if (name := f"op{letter.lower()}") in row}
     return {letter: str(row[letter]).strip() for letter in LETTERS if row.get(letter) not in (None, "")}
 
 
@@ -136,4 +138,4 @@ def _right(answer: Any, letters: list[str]) -> int | None:
     text = str(answer).strip()
     if text in letters:
         return letters.index(text)
-    return int(text) if text.isdigit() and int(text) < len(letters) else None
+    return int(text) if text.isdecimal() and len(text) < 3 and int(text) < len(letters) else None

@@ -141,7 +141,7 @@ def checked_history(history: Iterable[Sequence[str]] | None) -> list[tuple[str, 
     """The history as pairs of text. Raises ConversationError for anything else, such as roles that do not alternate."""
     pairs = list(history or ())
     for i, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ConversationError(f"history[{i}] must be [user, assistant], two texts, so that roles alternate")
     return [(user, assistant) for user, assistant in pairs]
 

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from preference.data.formats import FORMATS, Format, Options, choose
 from preference.data.inputs import Input, parse_inputs, take_wanted
@@ -28,6 +28,8 @@ from preference.data.row import Row
 from preference.data.rows import Repeats, iter_rows
 from preference.data.singles import single_answers
 from preference.data.sources import HUB, find_sources
+from preference.data.written import is_own_file
+from preference.errors import of_the_system
 from preference.screen import shown
 from preference.tokens.lengths import TokenLengths
 
@@ -91,6 +93,7 @@ def options_of(args: argparse.Namespace) -> Options:
     for name in ("output", "report"):
         if getattr(args, name) and Path(getattr(args, name)).is_dir():
             raise ValueError(f"--{name} must name a file, {getattr(args, name)} is a folder")
+    _check_not_read(args)
     return choose(
         format=args.format,
         columns=args.columns,
@@ -106,6 +109,33 @@ def options_of(args: argparse.Namespace) -> Options:
         unpaired=args.unpaired,
         prompt_is_rendered={"true": True, "false": False}.get(args.prompt_is_rendered),
     )
+
+
+def _check_not_read(args: argparse.Namespace) -> None:
+    """--output may replace what an earlier conversion left in an INPUT folder, and nothing else that is read."""
+    output, report = Path(args.output).resolve(), Path(args.report).resolve() if args.report else None
+    if report == output:
+        raise ValueError(f"--report and --output name the same file, {args.output}")
+    for path in (Path(name).resolve() for name in args.input if Path(name).exists()):
+        if report and report.is_file() and report.is_relative_to(path) and not is_own_file(report, set()):
+            raise ValueError(f"--report {args.report} would overwrite what is read: name another file")
+        if output.is_file() and output != path and output.is_relative_to(path) and not _written_here(output):
+            raise ValueError(
+                f"--output {args.output} lies in INPUT {path} and was not written by a conversion: name another file"
+            )
+
+
+def _written_here(path: Path) -> bool:
+    """Whether the first line of a file is one of `triple_line`."""
+    try:
+        with _open(path, path, "rt") as file:
+            row = json.loads(file.readline())
+    except (OSError, ValueError, EOFError, RecursionError):
+        return False
+    context, answers = (["prompt"], ["system", "history", "question"]), (["chosen", "rejected"], ["response", "label"])
+    made = [[*context[0], *answers[0]], [*context[1], "response_chosen", "response_rejected"]]
+    made += [[*which, *answers[1]] for which in context]
+    return isinstance(row, dict) and list(row) in made
 
 
 def triple_line(row: Row) -> str:
@@ -208,10 +238,10 @@ def convert(
     return written
 
 
-def _open(path: Path, named: Path) -> IO[str]:
+def _open(path: Path, named: Path, mode: Literal["wt", "rt"] = "wt") -> IO[str]:
     if named.suffix == ".gz":
-        return gzip.open(path, "wt", encoding="utf-8", newline="\n")
-    return open(path, "w", encoding="utf-8", newline="\n")
+        return gzip.open(path, mode, encoding="utf-8", newline="\n")
+    return open(path, mode, encoding="utf-8", newline="\n")
 
 
 def report_dict(report: DataReport, written: int) -> dict:
@@ -244,7 +274,8 @@ def main(argv: list[str] | None = None) -> int:
         content = report_dict(report, written)
         save_report(content, args.report)
     except (ValueError, OSError) as error:
-        print(shown(f"error: {error}"), file=sys.stderr)
+        said = of_the_system(error, "--output") or error
+        print(shown(f"error: {said}"), file=sys.stderr)
         if isinstance(error, DataError) and not report.rows_read:
             report.warn(str(error))
             save_report(report_dict(report, 0), args.report)

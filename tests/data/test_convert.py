@@ -144,6 +144,11 @@ def test_output_inside_the_input_folder_is_not_read(tmp_path, capsys):
     for _ in range(2):
         assert script.main([str(tmp_path), "--output", str(tmp_path / "z.jsonl")]) == 0
     assert len((tmp_path / "z.jsonl").read_text().splitlines()) == 1
+    own = write(tmp_path, lines({**triple(1), "note": "the user's"}), "rows.jsonl").read_bytes()
+    for words in (["--output", "rows.jsonl"], ["--output", "z.jsonl", "--report", "rows.jsonl"]):
+        paths = [str(tmp_path / word) if not word.startswith("--") else word for word in words]
+        assert script.main([str(tmp_path), *paths]) == 2 and "name another file" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_bytes() == own
 
 
 def test_output_that_is_no_file_is_written_to_not_replaced(tmp_path, capsys):

@@ -122,6 +122,9 @@ DAMAGES = [
     ("run/generation_config.json", text(b"\xff garbage"), "chat", "generation_config.json cannot be read"),
     ("run/generation_config.json", text(b"[]"), "export", "generation_config.json cannot be read"),
     ("run/chat_template.jinja", text(b"\xff\xfe\xff"), "chat", "tokenizer of .* cannot be read"),
+    ("run/generation_config.json", changed(eos_token_id=1e9), "export", "eos_token_id is 1000000000.0"),
+    ("run/all_results.json", text(b"\xb7"), "export", "all_results.json of .* cannot be read: .*delete it"),
+    ("base/config.json", changed(output_hidden_states="x"), "evaluate", "output_hidden_states must be true or false"),
     ("run/run.json", text(b'{"arguments": []}'), "evaluate", "run.json is not what a run writes"),
 ]  # fmt: skip
 
@@ -133,6 +136,39 @@ def test_a_damaged_folder_is_one_sentence(folders, tmp_path, call, file, damage,
     damage(model / name)
     sentence = call(script, model)
     assert re.search(words, sentence) and str(tmp_path) in sentence, sentence
+
+
+def test_no_output_is_an_input(folders, tmp_path, call, monkeypatch):
+    """Of any script; a folder that is not there, or is not one's own, is said before the model is loaded."""
+    prompts = tmp_path / "rows.jsonl"
+    for output, words in (
+        (prompts, "would overwrite what is read"),
+        (folders["run"] / "run.json", "would overwrite what is read"),
+        (tmp_path, "is a folder: name a file"),
+        (tmp_path / "none" / "x.jsonl", "there is no folder"),
+    ):
+        for script, main, more in (
+            ("chat", chat.main, ["--prompts", prompts]),
+            ("e", evaluate_model.main, ["--mcq", prompts]),
+        ):
+            monkeypatch.setattr(sys, "argv", [script, *map(str, [folders["run"], *more, "--output", output])])
+            with pytest.raises(SystemExit, match=words):
+                main()
+    assert json.loads(prompts.read_text()) == PAIR
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"question": "a", "system": 3}, {"question": "a", "history": [1]}, {"question": "a", "history": "b"},
+     {"question": "\ud800"}, {"prompt": {}}, {"history": []}, [1]],
+    ids=str,
+)  # fmt: skip
+def test_rows_of_prompts_that_are_none(folders, tmp_path, call, row):
+    """chat.py names the row; deep nesting is a row like any other."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert re.search(r"rows.jsonl(:1|, prompt 1)", call("chat", folders["run"]))
+    (tmp_path / "rows.jsonl").write_text('{"question": ' + "[" * 100_000)
+    assert "rows.jsonl:1: not JSON" in call("chat", folders["run"])
 
 
 @pytest.mark.parametrize(
