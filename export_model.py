@@ -149,6 +149,7 @@ def write(
 ) -> None:
     """Merge, measure, and write every file of the export into `folder`."""
     import torch
+    from safetensors import SafetensorError
 
     from preference.serve.card import export_card
     from preference.serve.launcher import serve_script
@@ -180,7 +181,13 @@ def write(
         getattr(generation, name) is not None for name in ("temperature", "top_p", "top_k")
     ):
         generation.do_sample = True  # sampling values mean that sampling is meant; transformers refuses to save else
-    model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+    try:
+        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+    except SafetensorError as error:  # how its library says that the disk is full
+        free = shutil.disk_usage(folder).free / 1e9
+        raise ExportError(
+            f"the model could not be written ({error}; {free:.1f} GB are free): set --output to another disk"
+        ) from error
     tokenizer.save_pretrained(folder)
     script = serve_script(Path(args.output).resolve().name, files[0] if files else None, stops)
     (folder / "serve.sh").write_text(script, encoding="utf-8")

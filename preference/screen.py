@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 
 BIDI = "\u202a-\u202e\u2066-\u2069"  # embeddings, overrides and isolates of UAX 9: they turn the text around them
 ACTING = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff{BIDI}]")  # but for tab and newline
@@ -23,6 +24,13 @@ def _picture(match: re.Match[str]) -> str:
     if code < 0x20:
         return chr(0x2400 + code)  # the Unicode picture of a control character
     return "\u2421" if code == 0x7F else f"\\u{code:04x}"
+
+
+def show_everything() -> None:
+    """What the encoding of a terminal has no character for is shown as an escape, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Shown(logging.Filter):

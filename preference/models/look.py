@@ -213,7 +213,9 @@ def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         whole = file.stat().st_size == 8 + size + max(ends, default=0)
         found = {n: (e["dtype"], e["shape"]) for n, e in header.items() if n != "__metadata__"}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror}): change its permissions, or get it anew") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, IndexError) as error:
         raise ModelError(f"{file} is no safetensors file ({first_line(error)}): get it anew") from error
     if not whole:
         raise ModelError(f"{file} is cut off or damaged, its size is not what its header says: get it anew")

@@ -30,7 +30,7 @@ from preference.data.singles import single_answers
 from preference.data.sources import HUB, find_sources
 from preference.data.written import is_own_file
 from preference.errors import of_the_system
-from preference.screen import shown
+from preference.screen import show_everything, shown
 from preference.tokens.lengths import TokenLengths
 
 EXAMPLES = 20  # places listed for each reason in the report
@@ -261,6 +261,7 @@ def save_report(content: dict, path: str | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    show_everything()
     report = DataReport(max_listed=EXAMPLES)
     try:
         options = options_of(args)

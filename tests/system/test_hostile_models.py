@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,17 @@ def test_a_damaged_folder_is_one_sentence(folders, tmp_path, call, file, damage,
     damage(model / name)
     sentence = call(script, model)
     assert re.search(words, sentence) and str(tmp_path) in sentence, sentence
+
+
+def test_a_full_disk_under_an_export_leaves_nothing(folders, tmp_path):
+    """No file may grow beyond 60 KiB in this child, as where the disk is full."""
+    words = [sys.executable, "export_model.py", folders["run"], "--output", tmp_path / "e"]
+    limited = ["sh", "-c", 'ulimit -f 120; exec "$@"', "sh", *map(str, words)]
+    ended = subprocess.run(limited, cwd=Path(export_model.__file__).parent, capture_output=True, text=True)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr[-2000:]
+    assert re.search("export_model.py: .*[Ff]ile too large.*set --output to another disk", last)
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_output_is_an_input(folders, tmp_path, call, monkeypatch):
