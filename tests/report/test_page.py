@@ -248,6 +248,12 @@ def test_values_are_written_short():
     assert written(0.8026, percent=True) == "80.26%"
 
 
+PARTLY = analysed(0.9) | {
+    "length_controlled_accuracy": 0.45,
+    "interval": {"accuracy": [0.8, 0.95], "length_controlled_accuracy": [0.35, 0.55]},
+}  # at equal length surely better than before, but by less than half of what was gained
+
+
 def changed(low, high):
     return {"preference/accuracies": {"change": 0.5, "interval": [low, high], "significant": low > 0 or high < 0}}
 
@@ -258,6 +264,7 @@ def changed(low, high):
     ({"changes": changed(-0.1, 0.9)}, ["did not change beyond chance"], ["length"]),
     ({"evaluation": {"all": {"base": analysed(0.25), "tuned": analysed(0.3)}}}, ["Length may explain"],
      ["not explained"]),
+    ({"evaluation": {"all": {"base": analysed(0.25), "tuned": PARTLY}}}, ["Length may explain"], ["not explained"]),
     ({"changes": changed(-0.6, -0.4), "all_results": figures(0, "eval_") | figures(STEPS, "base_eval_")},
      ["fell from 75% to 25%", "rose from 2.20 to 3.40", "lower learning_rate"], ["length", "falling"]),
     ({"metrics": None, "trainer_state": {}}, ["too short"], []),
