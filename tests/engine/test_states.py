@@ -250,6 +250,7 @@ def test_runs_of_a_level_are_rows_padded_to_twice_their_length_at_most() -> None
     for segment, expected in before.items():
         begin = int(at[tree.starts[segment]])
         assert order[begin - 3 : begin].tolist() == expected
+    assert sorted([*tree.copies(4, torch.device("cpu")).tolist(), *at.tolist()]) == list(range(len(order)))
     assert tree.positions(torch.device("cpu"))[[0, 130, 195, 258]].tolist() == [0, 130, 130, 133]
 
 

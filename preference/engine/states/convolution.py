@@ -94,8 +94,8 @@ class _Convolution(torch.autograd.Function):
                 d_bias += d_y.sum(0)
         d_x = x.new_empty(len(x) + 1, x.shape[1], dtype=dtype)
         torch.index_select(d_x_MC, 0, places, out=d_x[:-1])
-        copies = torch.ones_like(order, dtype=torch.bool).index_fill_(0, places, False)  # tokens before a run
-        d_x.index_add_(0, order[copies], d_x_MC[copies])
+        copies = ctx.tree.copies(taps, x.device)
+        d_x.index_add_(0, order.index_select(0, copies), d_x_MC.index_select(0, copies))
         whole = (d if d is None else d.to(p.dtype) for d, p in zip((d_weight, d_bias), parameters, strict=True))
         return d_x[:-1].to(x.dtype), *whole, None, None
 

@@ -157,6 +157,15 @@ class Tree:
             order += range(self.starts[run], self.starts[run + 1])
         return torch.tensor(order, device=device), torch.tensor(places, device=device)
 
+    def copies(self, taps: int, device: torch.device) -> Tensor:
+        """The places of `tails` at which tokens stand that come before a run."""
+
+        def make() -> Tensor:
+            begins = [start + (taps - 1) * run for run, start in enumerate(self.starts[:-1])]
+            return torch.tensor([begin + i for begin in begins for i in range(taps - 1)], device=device)
+
+        return self.once(("copies", taps, device), make)
+
     def positions(self, device: torch.device) -> Tensor:
         """The position of each token in its sequence, [N]."""
 
