@@ -17,7 +17,8 @@ _MODEL = frozenset({"tokenizer.json", "tokenizer_config.json", "model.safetensor
 # What lies in such a folder under fixed names; a user's file beside it is still read where the folder itself is named
 _FILES = frozenset(
     """run.json run_identity.json trainer_state.json all_results.json train_results.json eval_results.json manifest.json
-    data_report.json worst_pairs.json best_pairs.json changes.json samples.json evaluation.json answers.jsonl metrics.jsonl outcome.json sweep.json
+    data_report.json worst_pairs.json best_pairs.json changes.json
+    samples.json evaluation.json answers.jsonl metrics.jsonl outcome.json sweep.json
     config.json generation_config.json adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json
     added_tokens.json vocab.json preprocessor_config.json processor_config.json model.safetensors.index.json
     dataset_info.json state.json""".split()

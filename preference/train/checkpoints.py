@@ -25,8 +25,8 @@ WRITING = ".writing"  # folder in output_dir for what is not complete yet, and f
 RESULT = "result"  # folder in WRITING: a model that is complete, on its way to output_dir
 # what is written of a model after it is saved, and says nothing of the next one
 DESCRIPTIONS = (
-    "README.md", "report.html", "all_results.json", "evaluation.json", "samples.json", "worst_pairs.json", "best_pairs.json",
-    "changes.json",
+    "README.md", "report.html", "all_results.json", "evaluation.json", "samples.json", "worst_pairs.json",
+    "best_pairs.json", "changes.json",
 )  # fmt: skip
 NAME = re.compile(r"checkpoint-(\d+)")
 SMALL_FILES = 64 << 20  # tokenizer, configuration and states beside the weights of a checkpoint, at most
