@@ -30,7 +30,7 @@ SMALL = {
     "per_device_train_batch_size": "2", "gradient_accumulation_steps": "2", "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 QUESTIONS = ("Name a juice.", "How do I boil an egg?", "What is a noun?", "感冒怎么办？", "Hi.", "And you?")
-TALK = [line for text in QUESTIONS for line in (text, "/regen", "/better 2", "/good")]
+TALK = [line for text in QUESTIONS for line in ("/reset", text, "/regen", "/better 2", "/good")]
 TALK = ["/both Name a drink.", "/better 2", *TALK, "/save {}"]
 
 
@@ -56,7 +56,7 @@ def test_the_newcomers_hour(tmp_path: Path) -> None:
     model = str(tmp_path / "model")
     tiny = tiny_model(max_position_embeddings=4096)
     with torch.no_grad():
-        tiny.lm_head.weight[2] *= 40  # the stop token is likely now and then, so that answers end
+        tiny.lm_head.weight[2] *= 25  # the stop token is likely now and then, so that answers end
     tiny.save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     settings = SMALL | {"model_name_or_path": model, "cache_dir": str(tmp_path / "cache")}
