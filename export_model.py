@@ -192,7 +192,7 @@ def write(
     script = serve_script(Path(args.output).resolve().name, files[0] if files else None, stops)
     (folder / "serve.sh").write_text(script, encoding="utf-8")
     card = export_card(source, name, merged, change and change[0], files, args.output)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names of any bytes
 
 
 def write_gguf_files(

@@ -25,6 +25,9 @@ if [ $# = 0 ]; then
     find . -name '*.sh' -not -path './.venv/*' -exec shellcheck {} +
     mypy 2>&1 | mypy-baseline filter
 fi
+if [ $# = 0 ] && [ "${CI:-}" = true ]; then # a minute of hostile input of every kind; docs/reliability.md has the hour
+    "$PYTHON" tests/system/faults/fuzz.py --minutes 1
+fi
 
 # The report is tested in a real browser where there is one; a machine of continuous integration gets it.
 if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then

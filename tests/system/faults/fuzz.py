@@ -77,7 +77,7 @@ def rows(draw: random.Random, work: Path) -> None:
     from format_rows import ROWS
     from test_fuzz_data import corpus, read
 
-    from preference.data.formats import FORMATS, Options
+    from preference.data.formats import FORMATS, Options, checked
 
     chosen = {
         "format": draw.choice(["auto", "auto", *(name for name in FORMATS if name != "columns")]),
@@ -85,7 +85,7 @@ def rows(draw: random.Random, work: Path) -> None:
         "pairs": draw.choice(["best-worst", "all", "best-random"]),
     }
     try:
-        choice = Options(**chosen)
+        choice = checked(Options(**chosen))
     except ValueError as error:  # choices that do not go together
         raise PreferenceError(str(error)) from error
     if draw.random() < 0.5:
