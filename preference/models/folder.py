@@ -114,12 +114,15 @@ def read_generation_config(folder: Path) -> GenerationConfig:
 
 
 def check_ids(generation: Any, where: str) -> None:
-    """Refuse stop and pad tokens that are no ids. Raises ModelError."""
+    """Refuse stop and pad tokens that are no ids, and switches that are neither on nor off. Raises ModelError."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(generation, name, None)
         for token in ids if isinstance(ids, list) else [ids]:
             if token is not None and (type(token) is not int or not -1 <= token < 1 << 32):
                 raise ModelError(f"{where}: {name} is {token!r}, and an id is a whole number: {ANEW}")
+    for name in ("do_sample", "return_dict_in_generate", "output_scores", "output_logits", *SWITCHES[:3]):
+        if (value := getattr(generation, name, None)) is not None and not isinstance(value, bool):
+            raise ModelError(f"{where}: {name} is {value!r}, and is true or false: {ANEW}")
 
 
 def _check_file(file: Path) -> None:

@@ -124,6 +124,7 @@ DAMAGES = [
     ("run/generation_config.json", text(b"[]"), "export", "generation_config.json cannot be read"),
     ("run/chat_template.jinja", text(b"\xff\xfe\xff"), "chat", "tokenizer of .* cannot be read"),
     ("run/generation_config.json", changed(eos_token_id=1e9), "export", "eos_token_id is 1000000000.0"),
+    ("run/generation_config.json", changed(output_hidden_states=["all"]), "chat", "output_hidden_states is ..all"),
     ("run/all_results.json", text(b"\xb7"), "export", "all_results.json of .* cannot be read: .*delete it"),
     ("base/config.json", changed(output_hidden_states="x"), "evaluate", "output_hidden_states must be true or false"),
     ("run/run.json", text(b'{"arguments": []}'), "evaluate", "run.json is not what a run writes"),
