@@ -223,6 +223,8 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int, new_ids
         init_lora_weights=kind if kind in ("gaussian", "orthogonal") else True,
         trainable_token_indices=_rows_of_tokens(model, new_ids, whole) if new_ids else None,
     )
+    if everything:
+        _leave_routers(config, model)
     torch.manual_seed(seed)
     adapted = _train_in_float32(get_peft_model(model, config))
     if begins_in_weights(kind) and not any(weight.is_meta for weight in adapted.parameters()):
@@ -287,12 +289,28 @@ def routers(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         words = name.split(".")
-        if counts and isinstance(module, nn.Linear) and (
-            (module.out_features in counts and {"gate", "router"} & set(words))
-            or words[-1] == "shared_expert_gate"
+        weight = module._parameters.get("weight")  # a router is a linear layer, or a module of its own with its weight
+        linear = isinstance(module, nn.Linear)
+        outputs = module.out_features if linear else len(weight) if weight is not None and weight.ndim == 2 else None
+        if counts and (
+            (outputs in counts and {"gate", "router"} & set(words))
+            or (linear and words[-1] == "shared_expert_gate")
         ):  # fmt: skip
             found.append(name)
     return found
+
+
+def _leave_routers(config: Any, model: PreTrainedModel) -> None:
+    """Take the routers out of what "all-linear" is for peft where experts are stacked: weights that it names itself."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # a peft that knows nothing of them
+        return
+    convert_peft_config_for_transformers(config, model, None)
+    if config.target_parameters:
+        config.target_parameters = {
+            name for name in config.target_parameters if not {"gate", "router"} & set(name.split("."))
+        }
 
 
 def load_stack(model: PreTrainedModel, folder: str, *, trainable: bool = False, **options: Any) -> Any:

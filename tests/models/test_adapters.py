@@ -19,7 +19,7 @@ from preference.engine.forward import pair_logps
 from preference.engine.packing import pack_pairs
 from preference.engine.probe import prepare_model
 from preference.files import NEXT
-from preference.models.adapters import FROZEN
+from preference.models.adapters import FROZEN, load_stack
 from preference.models.hardware import Hardware
 from preference.models.loading import MERGED, adapt, load_base, untuned
 from preference.models.look import ModelError
@@ -157,13 +157,37 @@ def test_over_4_bit_weights_it_stays_below_the_new_one(folders, tmp_path):
     )
 
 
-def test_routers_get_no_adapter(tmp_path):
+MIXTURES = {
+    "qwen2_moe": {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4},
+    "qwen3_moe": {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "mixtral": {},
+}
+
+
+@pytest.mark.parametrize("arch", MIXTURES)
+def test_routers_get_no_adapter(tmp_path, arch):
+    """Linear layers, and modules of their own beside stacked experts, which get one, are saved, loaded and merged."""
     from preference.models.adapters import add_adapter, routers
 
-    model = tiny_model("qwen2_moe", moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4)
-    assert any(name.endswith("shared_expert_gate") for name in routers(model))
+    model = tiny_model(arch, **MIXTURES[arch])
+    model.save_pretrained(tmp_path / "base")
+    gates = {name.rpartition(".")[2] for name in routers(model)}
+    assert gates == ({"gate", "shared_expert_gate"} if arch == "qwen2_moe" else {"gate"})
     adapted = add_adapter(model, parse_arguments([]).model, 0)
-    assert not [n for n, p in adapted.named_parameters() if p.requires_grad and "gate." in n]
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert not [name for name in trained if "gate." in name] and any("expert" in name for name in trained)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(adapted))
+    resumed = load_base(find_model(str(tmp_path / "base")), parse_arguments([]), CPU)
+    resumed = load_stack(resumed, str(tmp_path / "adapter"), trainable=True)
+    assert torch.equal(logits(resumed), logits(adapted))
+    assert sorted(n for n, p in resumed.named_parameters() if p.requires_grad) == sorted(trained)
+    assert torch.allclose(logits(again.merge_and_unload()), logits(adapted), atol=1e-5)
 
 
 def test_a_tied_head_is_refused_before_it_trains():
