@@ -118,7 +118,7 @@ def main() -> None:
     pictures: dict[str, bytes] = {}
     if not options.live:
         if not page.is_file():
-            sys.exit(f"{page} is not there; python -m preference.report.page {options.output_dir[0]} makes it")
+            sys.exit(f"{page} is not there; python -m preference.report {options.output_dir[0]} makes it")
         pictures = {
             "report-light": screenshot(page, (1200, 1600)),
             "report-dark": screenshot(page, (1200, 1600), dark=True),

@@ -99,7 +99,12 @@ def make_run(folder: Path, **changed: Any) -> Path:
                 "empty_answer": [{"file": HOSTILE, "line": 7, "detail": HOSTILE}],
                 "identical_answers": [{"file": "data/train/a.jsonl", "line": 9, "detail": ""}],
             },
-            "files": {"data/train/a.jsonl": {"format": "triples", "rows_read": 324, "rows_kept": 320, "dropped": {}}},
+            "files": {
+                "data/train/a.jsonl": {"format": "triples", "rows_read": 324, "rows_kept": 320, "dropped": {}}
+                | {"share": 1.0, "unread": {"remark": HOSTILE}}
+            },
+            "languages": {"en": 0.685, "zh": 0.315},
+            "train_text": {"rows": 260, "contradicting_pairs": 2, "repeated_prompts": 0},
             "notes": {"one_sided_space": 2},
             "warnings": [f"a warning with {HOSTILE}"],
             "train": {

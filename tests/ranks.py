@@ -16,7 +16,7 @@ if __name__ == "__main__" and OVER_4_BITS in Path(sys.argv[1]).read_text():
     sys.modules.pop("bitsandbytes", None)  # tests/conftest.py keeps it from programs that need none
 
 import torch.distributed as dist  # noqa: E402
-from training import lora, make_pairs, make_trainer, pairs_of, poison  # noqa: E402
+from training import lora, make_pairs, make_trainer, pairs_of, poison, single_answers  # noqa: E402
 
 from preference.arguments import parse_arguments  # noqa: E402
 from preference.models.hardware import Hardware  # noqa: E402
@@ -43,10 +43,12 @@ def four_bits(folder: Path) -> Any:
 def train_one(output: Path, run: dict) -> dict:
     """One run: `pairs` and `eval_pairs` are (count, seed), `adapter` a kind of model; the rest is for make_trainer.
 
+    With `single_answers`, the pairs are rows of one answer.
     Runs under strategy=fsdp come last: accelerate keeps the first it sees of it for the process.
     """
     run = dict(run)
-    pairs = make_pairs(*run.pop("pairs"))
+    make = single_answers if run.pop("single_answers", False) else make_pairs
+    pairs = make(*run.pop("pairs"))
     if "poisoned_row" in run:
         rows = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in pairs]
         rows[run["poisoned_row"]][1][0] = 509
@@ -57,7 +59,7 @@ def train_one(output: Path, run: dict) -> dict:
         model = lora(four_bits(output))
     elif adapter:
         model = lora(model)
-    evaluation = make_pairs(*evaluation) if evaluation else None
+    evaluation = make(*evaluation) if evaluation else None
     before = run.pop("evaluate_before", False)
     if (strategy := run.pop("strategy", "ddp")) != "ddp":
         run |= strategy_options(strategy, int(os.environ["WORLD_SIZE"]))

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from preference.losses import Objective
+from preference.tokens.mismatched import partners
 from preference.train.trainer import PairTrainer
 from preference.train.trl_engine import make_trl_trainer
 from tiny import tiny_model, tiny_tokenizer
@@ -37,6 +38,15 @@ def pairs_of(rows: Iterable[tuple[list[int], list[int], list[int]]]) -> Dataset:
             for i, (p, c, r) in enumerate(rows)
         ]
     )
+
+
+def single_answers(count: int, seed: int = 0) -> Dataset:
+    """Rows of random ids, two good ones to each bad one, each beside the answer of its partner."""
+    rows = make_pairs(count, seed)
+    answers = rows["chosen_ids"]
+    found = partners([str(ids) for ids in rows["prompt_ids"]])
+    rows = rows.remove_columns("rejected_ids").add_column("rejected_ids", [answers[i] for i in found])
+    return rows.add_column("desirable", [float(i % 3 != 1) for i in range(count)])
 
 
 def arguments(output: Path | str, **changes: Any) -> TrainingArguments:

@@ -23,6 +23,7 @@ TOLD = (
     "near_identical_answers",
     "control_text_rows",
 )  # where the count is not zero
+SINGLE = TOLD[:3]  # said in other words of rows of one answer
 LENGTH_TELLS = 0.6  # accuracy of length alone from which it is worth a line
 SAMPLED = "not_sampled"  # no fault of the rows
 
@@ -133,11 +134,16 @@ def _remarks(tokens: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str
     bias = tokens.get("length_bias", {}).get("accuracy_of_length_alone", 0.0)
     if bias >= LENGTH_TELLS:
         yield tr("length_tells", share=bias)
-    for key in TOLD:
-        if text.get(key):
-            yield tr(key, count=text[key])
+    yield from told_of(text)
     if rows := tokens.get("control_look_alikes", {}).get("rows", 0):
         yield tr("look_alikes", count=rows)
+
+
+def told_of(text: Mapping[str, Any]) -> Iterator[str]:
+    """What a set's section of figures about its text says of faults."""
+    for key in TOLD:
+        if text.get(key):
+            yield tr(f"{key}_single" if text.get("single_answers") and key in SINGLE else key, count=text[key])
 
 
 def blocks(counts: Sequence[int], levels: str = BLOCKS) -> str:

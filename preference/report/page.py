@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML file that needs no network, and its plots as PNG files beside it.
 
-    python -m preference.report.page OUTPUT_DIR                  OUTPUT_DIR/report.html again
-    python -m preference.report.page --compare DIR DIR ...       comparison.html of several runs
+    python -m preference.report OUTPUT_DIR             OUTPUT_DIR/report.html again
+    python -m preference.report --compare DIR DIR ...  comparison.html of several runs
 
 It reads what a run leaves in its folder. What is missing or unreadable is said in the page.
 """
@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from preference.data.headline import told_of
 from preference.report.drawing import draw
 from preference.report.figures import SERIES, Curve, Plot
 from preference.report.hints import hints
@@ -123,6 +124,7 @@ def write_report(output_dir: str | Path) -> Path:
         "best": run.get("best_pairs.json", [])[:5],
         "data": data,
         "sections": {name: value for name, value in data.items() if _is_length_section(value)},
+        "told": {name: list(told_of(texts)) for name in data if isinstance(texts := data.get(f"{name}_text"), dict)},
         "speed": [(label, form.format(run.speed[name])) for name, label, form in SPEED if name in run.speed],
     }
     return _write(Path(output_dir) / "report.html", "report.html.jinja", plots, absent, lengths=lengths, **page)
@@ -332,7 +334,7 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> None:
-    parser = argparse.ArgumentParser(prog="python -m preference.report.page", description="Write the report of a run.")
+    parser = argparse.ArgumentParser(prog="python -m preference.report", description="Write the report of a run.")
     parser.add_argument("output_dir", nargs="?", help="the run's folder; report.html is written into it")
     parser.add_argument("--compare", nargs="+", metavar="DIR", help="folders of several runs, for one page over them")
     parser.add_argument("--output", default="comparison.html", help="the page that --compare writes (%(default)s)")

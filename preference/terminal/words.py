@@ -57,6 +57,12 @@ WORDS: dict[str, tuple[str, str]] = {
         "{count:,} rows repeat an earlier prompt with other answers",
         "{count:,} 行重复了先前的提示，但回答不同",
     ),
+    "duplicate_pairs_single": ("{count:,} answers stand there more than once", "{count:,} 个回答重复出现"),
+    "contradicting_pairs_single": (
+        "{count:,} answers are judged both ways: good in one row, bad in another",
+        "{count:,} 个回答标注自相矛盾：一行判好，另一行判坏",
+    ),
+    "repeated_prompts_single": ("{count:,} rows repeat an earlier prompt", "{count:,} 行重复了先前的提示"),
     "near_identical_answers": (
         "{count:,} pairs have nearly the same answer on both sides",
         "{count:,} 对的两个回答几乎相同",

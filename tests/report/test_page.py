@@ -291,6 +291,24 @@ def test_a_plot_is_the_same_each_time():
     assert Plot("p", "t", "r", [Curve("", [], {"evaluation": []})]).empty
 
 
+def test_the_page_says_what_the_data_report_found(tmp_path):
+    page = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    for said in ("100.0%", "remark <span", "en 68.5%, zh 31.5%", "2 pairs are judged both ways round"):
+        assert said in page
+    lengths = {"p50": 3}
+    single = {"pairs": 6, "single_answers": 6, "prompt": lengths, "chosen": lengths, "rejected": lengths}
+    texts = {"single_answers": 6, "contradicting_pairs": 1, "repeated_prompts": 4}
+    run = make_run(tmp_path / "single", data_report={"train": single, "train_text": texts})
+    page = write_report(run).read_text(encoding="utf-8")
+    for said in (
+        "6 single answers",
+        "<td>bad</td>",
+        "1 answers are judged both ways: good",
+        "4 rows repeat an earlier",
+    ):
+        assert said in page
+
+
 def test_histogram_of_the_data_report(tmp_path):
     stats = TokenStats(1024, 512, truncate=False)
     lengths = [(3 + i, 2 + i % 40, 250 - i) for i in range(100)]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from datasets import Dataset
-from training import arguments, logged, lora, make_pairs, make_trainer
+from training import arguments, logged, lora, make_pairs, make_trainer, single_answers
 
 from preference.losses import Objective
 from preference.tokens.mismatched import partners
@@ -14,15 +13,6 @@ from preference.train.trl_engine import TrlError
 from tiny import tiny_model
 
 SHOWN = ("loss", "grad_norm", "kl", "logps/chosen", "logps/rejected", "rewards/margins")
-
-
-def single_answers(count: int, seed: int = 0, moved_on=None) -> Dataset:
-    """Rows of random ids, two good ones to each bad one, each beside the answer of its partner."""
-    rows = make_pairs(count, seed)
-    answers = rows["chosen_ids"]
-    found = partners([str(ids) for ids in rows["prompt_ids"]]) if moved_on is None else moved_on
-    rows = rows.remove_columns("rejected_ids").add_column("rejected_ids", [answers[i] for i in found])
-    return rows.add_column("desirable", [float(i % 3 != 1) for i in range(count)])
 
 
 def train(engine, folder, objective, rows, **options):
