@@ -8,6 +8,7 @@ import io
 import json
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from format_rows import CONTAINERS, LISTS, ROWS
@@ -112,8 +113,9 @@ def test_any_format_forced_on_any_row(tmp_path, name):
             rows.append(changed)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines(*rows))
-    every_choice = Options(format=name, pairs="all", min_score_gap=1, axis="safer", split_system=True)
-    for options in (Options(format=name), every_choice):
+    single = {"unpaired": True, "labels": {"1": "good", "0": "bad"}} if FORMATS[name].single else {}
+    named = Options(format=name, **single)
+    for options in (named, replace(named, pairs="all", min_score_gap=1, axis="safer", split_system=True)):
         assert read(path, options).rows_read >= len(rows)
 
 

@@ -116,12 +116,17 @@ def turn_of(message: Any) -> Turn:
     return Turn(ROLES[role.lower()], text_of(content))
 
 
+def listed(messages: Any) -> Any:
+    """Messages as a list where they are a table's columns instead; else as they are."""
+    if not (isinstance(messages, dict) and is_messages(messages)):
+        return messages
+    if len({len(column) for column in messages.values()}) != 1:
+        raise Drop("wrong_type", "the columns of a message list have different lengths")
+    return [dict(zip(messages, row, strict=True)) for row in zip(*messages.values(), strict=True)]
+
+
 def turns_of(messages: Any) -> list[Turn]:
-    if isinstance(messages, dict) and is_messages(messages):  # a table's columns instead of a list of messages
-        length = {len(column) for column in messages.values()}
-        if len(length) != 1:
-            raise Drop("wrong_type", "the columns of a message list have different lengths")
-        messages = [dict(zip(messages, row, strict=True)) for row in zip(*messages.values(), strict=True)]
+    messages = listed(messages)
     if not isinstance(messages, (list, tuple)):
         raise Drop("wrong_type", f"messages must be a list, not {type(messages).__name__}")
     return [turn_of(message) for message in messages]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from preference.data.formats.base import Drop, Pair
-from preference.data.formats.messages import ROLES, is_message, is_messages, text_of
+from preference.data.formats.messages import ROLES, is_message, listed, text_of
 from preference.data.row import Dialogue
 
 CALLING = {"function_call", "tool_call", "tool_use"}  # a turn of the assistant that calls a tool
@@ -74,8 +74,9 @@ def messages_of(value: Any, role: str = "assistant") -> list[dict[str, Any]]:
     """A list of messages, one message, or a text, which is a turn of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value.strip()}]
-    if isinstance(value, dict) and is_messages(value):
-        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    value = listed(value)
+    if value == []:
+        raise Drop("wrong_type", "a message list without messages")
     return [message_of(message) for message in (value if isinstance(value, (list, tuple)) else [value])]
 
 
