@@ -108,12 +108,12 @@ def on_one_rank(tmp_path_factory):
 def test_on_one_rank_and_on_more(on_one_rank, tmp_path, world):
     """8 pairs a step as 1 x 4, 2 x 2 and 4 x 1 micro-batches, cut by pairs or by tokens; 3 pairs are left for the last.
 
-    Full and LoRA, ORPO, DPO, and those that depend on their whole batch, KTO of single answers too, DDP and (by pairs)
-    FSDP2; an evaluation before and one after.
+    Full and LoRA, ORPO, DPO, and those that depend on their whole batch, KTO of single answers (DDP alone) too, DDP
+    and (by pairs) FSDP2; an evaluation before and one after.
     """
     accumulation = {"gradient_accumulation_steps": 4 // world}
     ddp = [BASE | variant | accumulation for variant in VARIANTS]
-    by_pairs = [i for i, variant in enumerate(VARIANTS) if "max_tokens_per_micro_batch" not in variant]
+    by_pairs = [i for i, v in enumerate(VARIANTS) if not v.keys() & {"max_tokens_per_micro_batch", "single_answers"}]
     fsdp = [ddp[i] | {"strategy": "fsdp"} for i in by_pairs]
     ranks = on_ranks(world, ddp + fsdp, tmp_path / "ranks")
     assert len(ranks) == world
