@@ -153,7 +153,7 @@ def test_a_server_judges_and_every_judgement_is_kept(server, tuned, tmp_path, mo
         assert record["first_is_favoured"] == (lengths[0] > lengths[1]) + 0.5 * (lengths[0] == lengths[1])
     differ = [record for record in kept if len(set(record["answers"].values())) == 2]
     assert differ and server.asked == [("/v1/chat/completions", "Bearer secret", "stub")] * len(differ)
-    assert differ[0]["said"].startswith("Because.") and differ[0]["judge"] == f"stub at {url}"
+    assert differ[0]["said"].startswith("Because.") and differ[0]["judge"] == f"stub@{url}"
     with pytest.raises(SystemExit):
         evaluate_model.main()  # it would replace what was kept
     assert "is there already" in capsys.readouterr().err
