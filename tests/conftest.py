@@ -25,7 +25,12 @@ if light not in os.environ.get("PYTHONPATH", ""):
 if sys.modules.get("bitsandbytes", True) is None:  # a worker of pytest-xdist: its tests may use it
     del sys.modules["bitsandbytes"]
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# The same examples in every run; `pytest --hypothesis-profile default` draws others, and fuzz.py others all the time.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 # Files that take long or wait for processes come first, so that the workers end together.
 FIRST = ("launch", "train", "system", "serve", "engine")

@@ -26,7 +26,11 @@ def test_every_character_that_acts_is_replaced_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("kind, kept", [(PreferenceError, ""), (RuntimeError, "Traceback")])
-def test_what_a_run_says_and_ends_with(kind: type[Exception], kept: str, capsys: pytest.CaptureFixture) -> None:
+def test_what_a_run_says_and_ends_with(
+    kind: type[Exception], kept: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "error_log", None)  # as before a run has a folder
+
     def main() -> None:
         process.say(HOSTILE)
         raise kind(HOSTILE)
