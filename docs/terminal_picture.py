@@ -3,7 +3,7 @@
 
     python docs/terminal_picture.py sh run_orpo.sh --output_dir outputs/picture
 
-runs the command in a pseudo-terminal of 80 columns and writes what stood there in the end, in its colours, to
+runs the command in a pseudo-terminal of 100 columns and writes what stood there in the end, in its colours, to
 docs/terminal.svg. Where bars were overwritten, they are here.
 """
 
@@ -23,7 +23,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-COLUMNS = 80
+COLUMNS = 100
+FONT = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # rich names a font of another server
 PIECES = re.compile(r"(\r|\n|\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07)")
 
 
@@ -79,7 +80,8 @@ def main() -> None:
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     for line in final_lines(written):
         console.print(Text.from_ansi(line), soft_wrap=False)
-    console.save_svg(str(options.to), title=" ".join(options.command))
+    drawn = console.export_svg(title=" ".join(options.command))
+    options.to.write_text(FONT.sub("", drawn), encoding="utf-8")
     print(f"wrote {options.to}, {options.to.stat().st_size // 1024} KiB")
 
 
