@@ -15,6 +15,7 @@ from on_terminal import XTERM, on_terminal
 from rich.text import Text
 from test_headline import report
 
+from preference.data.headline import SINGLE
 from preference.data.report import DataError
 from preference.errors import PreferenceError
 from preference.launch import process
@@ -121,6 +122,7 @@ def test_every_message_is_there_in_both_languages_and_used(root: Path) -> None:
                      if path.name != "words.py")  # fmt: skip
     told = {node.value for node in ast.walk(ast.parse(code.replace("from __future__ import annotations", "")))
             if isinstance(node, ast.Constant) and isinstance(node.value, str)}  # fmt: skip
+    told |= {f"{key}_single" for key in SINGLE}
     unused = {key for key in WORDS if key not in told and not key.startswith(("hint_", "means "))}
     assert not unused and all(key.removeprefix("hint_") in told for key in WORDS if key.startswith("hint_"))
 
