@@ -132,3 +132,18 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Equal to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class _Overflow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf")
+
+
+def spoil_gradient(model: Any) -> None:
+    """Make the model's loss finite and its gradient not."""
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: _Overflow.apply(output))

@@ -10,7 +10,6 @@ evaluation is exact in the same way, the set being one batch.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 from pathlib import Path
@@ -49,34 +48,12 @@ from preference.train.budget import Budget, CudaMeter, Meter, fit_step
 from preference.train.coupled import couple_set, couple_step
 from preference.train.gradients import clip, exact_norm
 from preference.train.guarded import GuardedTrainer
+from preference.train.packed_arguments import of_the_loop, refuse_what_has_no_place
 from preference.train.reference import References, reference_model
 from preference.train.scores import MetricSums, PairScores
 from preference.train.watchdog import TrainingError
 
 logger = logging.getLogger(__name__)
-
-# TrainingArguments that would be ignored, or would mean something else here: (name, is it set?, why not)
-REFUSED = (
-    (
-        "train_sampling_strategy",
-        lambda v: v not in ("random", "sequential"),
-        "pairs are dealt to micro-batches by length anyway",
-    ),
-    (
-        "auto_find_batch_size",
-        bool,
-        "max_tokens_per_micro_batch bounds the memory of a micro-batch and keeps the objective",
-    ),
-    ("label_smoothing_factor", bool, "Objective.label_smoothing smooths the labels of preference losses"),
-    (
-        "neftune_noise_alpha",
-        bool,
-        "its noise depends on the length of the row, which here depends on how a batch is cut",
-    ),
-    ("torch_empty_cache_steps", bool, "micro-batches of bounded length do not fragment the memory"),
-    ("torch_compile", bool, "it compiles the whole model, again for every length: PairTrainer(torch_compile=True)"),
-    ("use_liger_kernel", bool, "the log-probabilities come from the packed engine's own head"),
-)
 
 
 class PairTrainer(GuardedTrainer):
@@ -136,9 +113,7 @@ class PairTrainer(GuardedTrainer):
         cache_dir: str | Path | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
-        for name, is_set, why in REFUSED:
-            if is_set(getattr(args, name, None)):
-                raise ValueError(f"{name}={getattr(args, name)} has no place in the packed engine: {why}")
+        refuse_what_has_no_place(args)
         self.schedule = schedule or Schedule(objective)
         self.objective = objective
         self.max_tokens, self.budget = max_tokens_per_micro_batch, budget
@@ -155,7 +130,7 @@ class PairTrainer(GuardedTrainer):
             compile_layers(model)
         super().__init__(
             model=model,
-            args=_trainer_arguments(args),
+            args=of_the_loop(args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -456,15 +431,3 @@ def _on_device(model: Any, args: TrainingArguments) -> Any:
     if args.device.type == "cpu" or dealt_out or any(p.is_meta or p.device.type != "cpu" for p in weights):
         return model
     return model.to(args.device)
-
-
-def _trainer_arguments(args: TrainingArguments) -> TrainingArguments:
-    """A copy for the Trainer's own loop, which sees one batch per optimizer step."""
-    args = copy.copy(args)
-    args.gradient_accumulation_steps = 1
-    args.remove_unused_columns = False
-    args.logging_nan_inf_filter = False  # it costs a sync a step, to hide from the log what the watchdog stops at
-    if args.n_gpu > 1:
-        logger.warning("%d GPUs are visible to one process: using one; torchrun/ starts a process for each", args.n_gpu)
-        args._n_gpu = 1
-    return args

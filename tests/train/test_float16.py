@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from handed_in import make_plain
-from training import arguments, logged, lora, make_pairs, make_trainer, same_weights, weights_of
+from training import arguments, logged, lora, make_pairs, make_trainer, same_weights, spoil_gradient, weights_of
 from transformers import TrainerCallback
 
 from preference.arguments import parse_arguments
@@ -159,18 +159,9 @@ def test_it_resumes_to_the_bit_with_its_scale(tmp_path):
 def test_an_overflow_at_the_lowest_scale_stops(tmp_path):
     """As a gradient that is too large by itself does in every precision; so does a run that skipped every step."""
 
-    class Spoil(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * float("inf")
-
     def spoiled(engine, steps):
         model = tiny_model()
-        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: Spoil.apply(output))
+        spoil_gradient(model)
         before = weights_of(model)
         trainer = make_trainer(engine, tmp_path, make_pairs(4), model=model, fp16=True, max_steps=steps)
         with pytest.raises(TrainingError) as stopped:

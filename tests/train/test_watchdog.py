@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from training import make_pairs, make_trainer, pairs_of, poison, same_weights, weights_of
+from training import make_pairs, make_trainer, pairs_of, poison, same_weights, spoil_gradient, weights_of
 
 from preference.engine import batching
 from preference.train import stalls, trl_collators
@@ -82,17 +82,8 @@ def checkpoint_steps(folder):
 def test_a_gradient_that_is_not_finite_stops_and_names_the_step(engine, tmp_path):
     """The loss is finite, its gradient is not."""
 
-    class Spoil(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * float("inf")
-
     model = tiny_model()
-    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: Spoil.apply(output))
+    spoil_gradient(model)
     before = weights_of(model)
     trainer = make_trainer(engine, tmp_path, make_pairs(8), model=model)
     with pytest.raises(TrainingError, match="the gradient of step 1 is not finite") as stopped:
