@@ -83,9 +83,7 @@ def csv_records(stream: BinaryIO, delimiter: str) -> Iterator[Record | Fault]:
             if header is None:
                 return
             continue
-        if not any(cells) or (
-            header is None and SEPARATOR_LINE.match(lines.record[0][1].encode("utf-8", "surrogateescape"))
-        ):
+        if not any(cells) or (header is None and _says_separator(lines.record[0][1])):
             continue
         line = lines.record[0][0]
         if header is None:

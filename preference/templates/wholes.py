@@ -30,12 +30,13 @@ def parts_of(
         ConversationError: the template cannot write the conversation, leaves tools out, or writes a turn otherwise once
             others follow it.
     """
-    texts = _named(conv, messages, tools) if isinstance(conv, Conversation) else _own(conv, messages, tools)
+    if isinstance(conv, Conversation):
+        texts = _named(conv, messages, shared, tools)
+    else:
+        texts = _own(conv, messages, shared, tools)
     prompt = written = ""
     parts: list[Part] = []
-    for i, before, through in texts:
-        if i < shared:
-            continue
+    for before, through in texts:
         if not parts:
             prompt = written = before
         if not before.startswith(written) or not through.startswith(before):
@@ -47,17 +48,17 @@ def parts_of(
     return prompt, parts
 
 
-def _own(conv: AutoConversation, messages: Messages, tools: Sequence[Any]) -> Iterator[tuple[int, str, str]]:
-    """(place, text before, text up to the stop) of each turn of the assistant, by the tokenizer's own template."""
+def _own(conv: AutoConversation, messages: Messages, shared: int, tools: Sequence[Any]) -> Iterator[tuple[str, str]]:
+    """(text before, text up to the stop) of each learned turn of the assistant, by the tokenizer's own template."""
     _check_tools(conv, messages, tools)
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+    for i in range(shared, len(messages)):
+        if messages[i]["role"] == "assistant":
             before = render_messages(conv.tokenizer, messages[:i], tools, prompt=True)
             through = render_messages(conv.tokenizer, messages[: i + 1], tools)
             end = through.rfind(conv.stop_str) + len(conv.stop_str)
             if end <= len(before):
                 raise ConversationError(f"the template ends the assistant's turn {i + 1} without {conv.stop_str!r}")
-            yield i, before, through[:end]
+            yield before, through[:end]
 
 
 def _check_tools(conv: AutoConversation, messages: Messages, tools: Sequence[Any]) -> None:
@@ -72,7 +73,8 @@ def _check_tools(conv: AutoConversation, messages: Messages, tools: Sequence[Any
         raise ConversationError("the template leaves the result of a tool out, or changes it")
 
 
-def _named(conv: Conversation, messages: Messages, tools: Sequence[Any]) -> Iterator[tuple[int, str, str]]:
+def _named(conv: Conversation, messages: Messages, shared: int, tools: Sequence[Any]) -> Iterator[tuple[str, str]]:
+    """The same by a template by name, which writes no tools."""
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
     turns = messages[system is not None :]
     if tools or any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns):
@@ -84,6 +86,7 @@ def _named(conv: Conversation, messages: Messages, tools: Sequence[Any]) -> Iter
     history: list[tuple[str, str]] = []
     for i in range(0, len(turns), 2):
         question, reply = turns[i]["content"], turns[i + 1]["content"]
-        before = conv.get_prompt(question, history=history, system=system or None)
-        yield i + 1 + (system is not None), before, before + conv.get_response(reply)
+        if i + 1 + (system is not None) >= shared:
+            before = conv.get_prompt(question, history=history, system=system or None)
+            yield before, before + conv.get_response(reply)
         history.append((question, reply))

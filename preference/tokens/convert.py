@@ -88,12 +88,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def options_of(args: argparse.Namespace) -> Options:
     if args.max_per_prompt < 0:
         raise ValueError(f"--max-per-prompt must not be negative, it is {args.max_per_prompt}")
-    if Path(args.output).resolve() in {Path(path).resolve() for path in args.input}:
+    inputs = [one.path for one in parsed(args.input)]
+    if Path(args.output).resolve() in {Path(path).resolve() for path in inputs}:
         raise ValueError(f"{args.output} is both INPUT and OUTPUT")
     for name in ("output", "report"):
         if getattr(args, name) and Path(getattr(args, name)).is_dir():
             raise ValueError(f"--{name} must name a file, {getattr(args, name)} is a folder")
-    _check_not_read(args)
+    _check_not_read(args, inputs)
     return choose(
         format=args.format,
         columns=args.columns,
@@ -111,12 +112,12 @@ def options_of(args: argparse.Namespace) -> Options:
     )
 
 
-def _check_not_read(args: argparse.Namespace) -> None:
+def _check_not_read(args: argparse.Namespace, inputs: list[str]) -> None:
     """--output may replace what an earlier conversion left in an INPUT folder, and nothing else that is read."""
     output, report = Path(args.output).resolve(), Path(args.report).resolve() if args.report else None
     if report == output:
         raise ValueError(f"--report and --output name the same file, {args.output}")
-    for path in (Path(name).resolve() for name in args.input if Path(name).exists()):
+    for path in (Path(name).resolve() for name in inputs if Path(name).exists()):
         if report and report.is_file() and report.is_relative_to(path) and not is_own_file(report, set()):
             raise ValueError(f"--report {args.report} would overwrite what is read: name another file")
         if output.is_file() and output != path and output.is_relative_to(path) and not _written_here(output):
@@ -135,6 +136,8 @@ def _written_here(path: Path) -> bool:
     context, answers = (["prompt"], ["system", "history", "question"]), (["chosen", "rejected"], ["response", "label"])
     made = [[*context[0], *answers[0]], [*context[1], "response_chosen", "response_rejected"]]
     made += [[*which, *answers[1]] for which in context]
+    if isinstance(row, dict) and isinstance(row.get("chosen"), list):  # whole conversations
+        made = [answers[0], [*answers[0], "tools"]]
     return isinstance(row, dict) and list(row) in made
 
 
@@ -182,16 +185,16 @@ class Progress:
         print(shown(text), file=sys.stderr)
 
 
-def _parsed(path: str) -> list[Input]:
-    return [Input(path)] if path.startswith(HUB) else parse_inputs(path)
+def parsed(paths: list[str]) -> list[Input]:
+    """The inputs that the words of the command line name. Raises ValueError."""
+    return [one for path in paths for one in ([Input(path)] if path.startswith(HUB) else parse_inputs(path))]
 
 
 def inputs_of(paths: list[str], output: Path, report: DataReport) -> list[tuple[Input, list[str]]]:
     """Each input with its sources, without the file that is written. Raises ValueError, DataError."""
-    inputs = [one for path in paths for one in _parsed(path)]
     found: list[tuple[Input, list[str]]] = []
     seen: set[str] = set()
-    for one in inputs:
+    for one in parsed(paths):
         own = [source for source in find_sources([one.path], "convert", report) if source not in seen]
         seen.update(own)
         found.append((one, [s for s in own if s.startswith(HUB) or Path(s).resolve() != output]))
@@ -265,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     report = DataReport(max_listed=EXAMPLES)
     try:
         options = options_of(args)
-        capped = any(one.cap is not None or one.share is not None for path in args.input for one in _parsed(path))
+        capped = any(one.cap is not None or one.share is not None for one in parsed(args.input))
         if args.seed and args.pairs != "best-random" and not capped:
             report.warn("--seed has no effect without --pairs best-random, a cap or a share")
         if args.report:  # before the work, which a report that cannot be written must not cost
@@ -284,5 +287,5 @@ def main(argv: list[str] | None = None) -> int:
     print(shown(report.summary()))
     what = "single answers" if options.unpaired else "triples"
     print(f"{written} {what} written to {args.output}" if written else f"nothing written to {args.output}")
-    named = {path for path in args.input if path in content["files"] and not content["files"][path]["rows_kept"]}
-    return 0 if written and not named else 1
+    kept = [content["files"][one.path]["rows_kept"] for one in parsed(args.input) if one.path in content["files"]]
+    return 0 if written and all(kept) else 1

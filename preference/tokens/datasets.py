@@ -35,6 +35,7 @@ from preference.data.formats.base import PAIR_NUMBERS
 from preference.data.report import DataError, DataReport
 from preference.data.row import Row
 from preference.data.splitting import split_by_prompt
+from preference.templates.wholes import parts_of
 from preference.tokens import cache
 from preference.tokens.pairs import RUNS, SCHEMA, PairBatcher, pair_number
 from preference.tokens.rendering import Renderer, render
@@ -167,7 +168,7 @@ def _key(rows: Iterable[Row], batcher: PairBatcher) -> str:
     conv = renderer.conv
     here = Path(__file__).parent
     code = [here / f"{name}.py" for name in ("datasets", "pairs", "encoding", "rendering", "statistics", "mismatched")]
-    code.append(Path(inspect.getfile(type(conv))))
+    code += [Path(inspect.getfile(made)) for made in (parts_of, type(conv))]
     for path in code:
         digest.update(path.read_bytes())
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -147,7 +147,8 @@ def test_output_inside_the_input_folder_is_not_read(tmp_path, capsys):
     own = write(tmp_path, lines({**triple(1), "note": "the user's"}), "rows.jsonl").read_bytes()
     for words in (["--output", "rows.jsonl"], ["--output", "z.jsonl", "--report", "rows.jsonl"]):
         paths = [str(tmp_path / word) if not word.startswith("--") else word for word in words]
-        assert script.main([str(tmp_path), *paths]) == 2 and "name another file" in capsys.readouterr().err
+        for folder in (str(tmp_path), f"{tmp_path}:0.5"):  # with a share too
+            assert script.main([folder, *paths]) == 2 and "name another file" in capsys.readouterr().err
     assert (tmp_path / "rows.jsonl").read_bytes() == own
 
 
@@ -332,4 +333,7 @@ def test_caps_and_shares_take_rows_by_the_seed(capsys, tmp_path):
     first = taken()
     assert [question[0] for question in first] == ["a"] * 3 + ["b"] * 5 and first == taken() != taken("--seed", "7")
     said = capsys.readouterr().out
+    assert script.main([f"{tmp_path}/a.jsonl:3", "--output", f"{tmp_path}/a.jsonl"]) == 2
+    (tmp_path / "c.jsonl").write_bytes(lines({"instruction": "q", "output": "a"}))
+    assert script.main([f"{tmp_path}/a.jsonl,{tmp_path}/c.jsonl", "--output", f"{tmp_path}/out/o.jsonl"]) == 1
     assert "12 not_sampled" in said and "no effect" not in said and "20 read, 8 kept" in said

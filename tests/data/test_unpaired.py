@@ -78,6 +78,40 @@ def test_labels_that_do_not_speak_for_themselves_are_asked_for(values, tmp_path)
     assert [label for _, label in judged(path, said)] == [True, False]
 
 
+def test_labels_are_named_as_the_file_spells_them_and_count_for_single_answers_alone(tmp_path):
+    def said(labels, *values):
+        rows = [{"prompt": USER, "completion": f"{GOOD} {i}", "label": value} for i, value in enumerate(values)]
+        kept, report = read(write(tmp_path, lines(*rows)), options=choose(unpaired=True, labels=labels))
+        return [row.label for row in kept], " ".join(report.warnings)
+
+    assert said("true=bad,false=good", True, False) == ([False, True], "")
+    assert said("5=good,1=bad", {"rating": 5}, {"rating": 1}) == ([True, False], "")
+    judged, warned = said("0=first,1=second", 1, 0)
+    assert judged == [True, False] and "labels (--labels) has no effect" in warned
+    rows = [{"prompt": USER, "response_a": GOOD, "response_b": BAD, "winner": "a"}]
+    options = choose(unpaired=True, labels="a=good,b=bad")
+    assert [row.chosen for row in read(write(tmp_path, lines(*rows)), options=options)[0]] == [GOOD]
+
+
+def test_columns_that_say_bad_are_never_read_the_other_way_round(tmp_path):
+    def said(**columns):
+        count = len(next(iter(columns.values())))
+        rows = [{"prompt": USER, "response": f"{GOOD} {i}"} | {name: v[i] for name, v in columns.items()}
+                for i in range(count)]  # fmt: skip
+        kept, report = read(write(tmp_path, lines(*rows)), options=SINGLE)
+        return [row.label for row in kept], dict(report.dropped)
+
+    assert said(is_bad=["+1", "0"]) == ([False, True], {})
+    assert said(thumbs_down=[1, -1]) == ([], {"choice_needed": 1})
+    both = {"thumbs_up": [1, 0, 0, 1], "thumbs_down": [0, 1, 0, 1]}
+    assert said(**both) == ([True, False], {"no_label": 2})  # no vote, and both
+
+
+def test_a_single_answer_with_tools_is_dropped_by_name(tmp_path):
+    row = SHAPES["trl"](GOOD, True) | {"tools": [{"name": "weather"}]}
+    assert read(write(tmp_path, lines(row)), options=SINGLE)[1].dropped == {"tool_calls": 1}
+
+
 def test_a_vote_that_was_not_cast_is_dropped_by_name(tmp_path):
     rows = [{"prompt": USER, "completion": GOOD, "label": value} for value in (1, -1, 0, None, "neutral", "wat")]
     kept, report = read(write(tmp_path, lines(*rows)), options=SINGLE)

@@ -119,6 +119,7 @@ def test_every_shape_is_read_prepared_written_and_read_again(name, tmp_path, cap
     out = tmp_path / "out" / "o.jsonl"
     assert script.main([str(tmp_path / "rows.jsonl"), "--output", str(out)]) == 0
     (again,), _ = read(out)
+    assert script.main([str(tmp_path / "out"), "--output", str(out)]) == 1  # known as a conversion's, and not read
     capsys.readouterr()
     assert again.dialogue == found.dialogue
 
@@ -130,6 +131,7 @@ def test_every_shape_is_read_prepared_written_and_read_again(name, tmp_path, cap
         ({"chosen": [u(), a(GOOD), u("A?"), a("x")], "rejected": [u(), a(GOOD)]}, "different_prompts"),
         ({"chosen": [u(), a(GOOD), u("A?")], "rejected": [u(), a(BAD)]}, "irregular_turns"),
         ({"prompt": USER, "chosen": GOOD, "rejected": BAD, "tools": "use the hammer"}, "tool_calls"),
+        ({"prompt": USER, "chosen": GOOD, "rejected": BAD, "tools": TOOLS, "image": "a.png"}, "images"),
         ({"prompt": [u()], "chosen": [CALL | {"tool_calls": [{"id": "1"}]}], "rejected": [a(BAD)]}, "tool_calls"),
     ],
 )

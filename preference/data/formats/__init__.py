@@ -208,7 +208,7 @@ def recognise(rows: Sequence[RowDict], options: Options) -> Recognised:
         if best.only_when_named:
             raise NotRecognised("ambiguous_format", f"looks like {best.name} ({best.what}): {best.only_when_named}")
         row = next(filter(best.matches, rows))
-        needs = ", ".join(best.present(row) or best.columns_read(row))
+        needs = ", ".join(best.present(row) or sorted(best.columns_read(row)))
         of_the_first = f"of the first {len(rows)} rows"
         others = [f"{count} {of_the_first} look like {name}" for name, count in votes.items() if name != best.name]
         return Recognised(best, f"{votes[best.name]} {of_the_first} have {needs}", ", ".join(others))

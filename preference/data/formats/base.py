@@ -93,6 +93,17 @@ class Options:
         if named := self.ignore_columns & set((self.columns or {}).values()):
             raise ValueError(f"{sorted(named)[0]} is named by both columns and ignore_columns")
 
+    def labels_of(self, meaning: str) -> Mapping[str, str] | None:
+        """The labels, if they are those of two answers ("first") or of single ones ("good")."""
+        return self.labels if self.labels and meaning in self.labels.values() else None
+
+
+def meant(labels: Mapping[str, str], value: Any) -> str | None:
+    """What `labels` say that a value means: 1 and 1.0 are the same, as are true and True."""
+    found = number(value)
+    said = labels.get(str(value).strip() if found is None else f"{found:g}")
+    return labels.get(str(value).lower()) if said is None and isinstance(value, bool) else said
+
 
 def check_encoding(name: str) -> None:
     """Raises ValueError for a name that is no encoding of text."""
@@ -173,7 +184,9 @@ class Format:
 
     def unused(self, options: Options) -> list[str]:
         """The choices of the user that make no difference to this format."""
-        return [name for name in OPTIONAL if getattr(options, name) != OPTIONAL[name] and name not in self.uses]
+        labelled = options.labels_of("good" if self.single else "first") is not None
+        used = self.uses if labelled else self.uses - {"labels"}
+        return [name for name in OPTIONAL if getattr(options, name) != OPTIONAL[name] and name not in used]
 
     def matches(self, row: RowDict) -> bool:
         return not self.lacks(row) and (self.also is None or self.also(row))

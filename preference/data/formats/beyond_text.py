@@ -30,7 +30,7 @@ PLACE = re.compile(
 
 @functools.lru_cache(maxsize=256)
 def columns_beyond(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """(column, reason to drop) of those whose name says media or tools."""
+    """(column, reason to drop) of those whose name says media or tools, which alone can be read, last."""
     found = []
     for column in columns:
         words = [word.lower() for word in WORD.findall(column)]
@@ -40,7 +40,7 @@ def columns_beyond(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
             found.append((column, media))
         elif "_".join(words) in TOOLS:
             found.append((column, "tool_calls"))
-    return tuple(found)
+    return tuple(sorted(found, key=lambda each: each[1] == "tool_calls"))
 
 
 def carried_beyond_text(row: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
-from preference.data.formats.base import Ask, Drop, Format, Options, Pair, RowDict, number
+from preference.data.formats.base import Ask, Drop, Format, Options, Pair, RowDict, meant, number
 from preference.data.formats.named import question_column, question_columns, question_of
 from preference.data.formats.names import canonical, key_of
 from preference.data.formats.scores import check_gap
@@ -60,7 +60,7 @@ def bind(format: Format, rows: Iterable[RowDict], options: Options) -> Format:
     rows = iter(rows)
     first = next(rows, {})
     sides = sides_of(tuple(first))
-    if sides is None or options.labels:
+    if sides is None or options.labels_of("first"):
         return replace(format, pairs=partial(pairs, meanings={}))
     meanings: dict[str, Any] = {}
     for column, seen in numbers_of(chain([first], rows), sides.deciding).items():
@@ -142,10 +142,10 @@ def _said_by(row: RowDict, sides: Sides, options: Options, meanings: Any) -> dic
 
 def _place(value: Any, column: str, row: RowDict, sides: Sides, options: Options, meanings: Any) -> int | str | None:
     found = _number(value)
-    if options.labels:
-        meant = options.labels.get(str(value).strip() if found is None else f"{found:g}")
-        if meant is not None:
-            return {"first": 0, "second": 1}.get(meant, "tie")
+    if labels := options.labels_of("first"):
+        said = meant(labels, value if found is None else found)
+        if said is not None:
+            return {"first": 0, "second": 1}.get(said, "tie")
     if found is None:
         place = _named_beside(value, row, sides) if isinstance(value, str) else None
         return place_of(value, sides) if place is None else place

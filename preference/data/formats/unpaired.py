@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
-from preference.data.formats.base import Ask, Drop, Format, Options, Pair, RowDict, number, shown_keys
+from preference.data.formats.base import Ask, Drop, Format, Options, Pair, RowDict, meant, number, shown_keys
 from preference.data.formats.messages import is_message, is_messages, pair_of_context, turns_of
 from preference.data.formats.named import question_column, question_of
 from preference.data.formats.names import canonical, key_of
@@ -64,6 +64,13 @@ def label_column(columns: tuple[str, ...]) -> tuple[str, bool | None] | None:
 
 
 @lru_cache(maxsize=1024)
+def _contrary(columns: tuple[str, ...]) -> str | None:
+    """The column that calls the answer bad if true, beside one that calls it good: thumbs_down beside thumbs_up."""
+    judged = label_column(columns)
+    return next(iter(_by_name(columns, BAD_IF_TRUE)), None) if judged and judged[1] else None
+
+
+@lru_cache(maxsize=1024)
 def _by_name(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
     named = canonical(columns)
     return tuple(named[name] for name in names if name in named)
@@ -82,24 +89,24 @@ def answer_column(row: RowDict) -> tuple[str, bool] | None:
 
 def _said(value: Any, positive: bool | None) -> bool | float | str | None:
     """A value as good (True), bad (False), neither (None), a number that a file has to explain, or a strange word."""
-    if isinstance(value, dict):  # {"rating": "thumbs_up"}
-        value = next((value[key] for key in ("rating", "label", "value", "type") if value.get(key) is not None), None)
+    value = _inside(value)
     if value is None or isinstance(value, bool):
         return value if positive is not False or value is None else not value
     word = key_of(str(value)) or str(value).strip()
     if word in NEITHER or word == "":
         return None
-    if (found := number(value)) is not None and str(value).strip() not in ("+1",):
-        return found if positive is None else _flag(found == 1, positive) if found in (0, 1) else found
-    if str(value).strip() == "+1":
-        return True
+    if (found := number(value)) is not None:
+        return found if positive is None or found not in (0, 1) else (found == 1) is positive
     if positive is not None and word in ("yes", "no", "y", "n", "true", "false", "是", "否"):
-        return _flag(word in ("yes", "y", "true", "是"), positive)
+        return (word in ("yes", "y", "true", "是")) is positive
     return True if word in UP else False if word in DOWN else str(value).strip()
 
 
-def _flag(true: bool, positive: bool) -> bool:
-    return true if positive else not true
+def _inside(value: Any) -> Any:
+    """A label out of an object that holds one, {"rating": "thumbs_up"}; any other value as it is."""
+    if not isinstance(value, dict):
+        return value
+    return next((value[key] for key in ("rating", "label", "value", "type") if value.get(key) is not None), None)
 
 
 def matches(row: RowDict) -> bool:
@@ -118,25 +125,26 @@ def is_labelled(row: RowDict) -> bool:
 
 def bind(format: Format, rows: Iterable[RowDict], options: Options) -> Format:
     """The format with its numbers settled by those of the whole file. Raises Ask where they fit no one convention."""
-    if options.labels and "good" in options.labels.values():
+    if options.labels_of("good"):
         return replace(format, pairs=partial(pairs, numbers={}))
     seen: set[bool | float | str] = set()
-    column = ""
+    column, positive = "", None
     for row in rows:
         if found := label_column(tuple(row)):
-            column = found[0]
-            said = _said(row[column], found[1])
+            column, positive = found
+            said = _said(row[column], positive)
             if said is not None and len(seen) < 64:
                 seen.add(f"{said}" if isinstance(said, bool) else said)  # True and 1.0 are the same in a set
     told = {said for said in seen if isinstance(said, float)}
     strange = {said for said in seen if isinstance(said, str) and said not in ("True", "False")}
     numbers = next((c for c in CONVENTIONS if told <= c), None)
-    if numbers is None or (strange and not told and not seen & {"True", "False"}):
+    if numbers is None or (told and positive is False) or (strange and not told and not seen & {"True", "False"}):
         shown = sorted(f"{value:g}" for value in told) or sorted(strange)
+        good, bad = (shown[-1], shown[0]) if len(shown) > 1 else (shown[0], "ANOTHER")
         raise Ask(
             f"there is one answer a row, and the values of {column} ({', '.join(shown[:SHOWN])}) do not say by "
             f"themselves which are good and which are bad: say it with --labels, for example --labels "
-            f"{shown[-1]}=good,{shown[0]}=bad (what is not named is dropped; value=tie drops it too)"
+            f"{good}=good,{bad}=bad (what is not named is dropped; value=tie drops it too)"
         )
     down, neither = min(numbers), -1.0 in numbers
     meanings: dict[float, bool | None] = {1.0: True, down: False} | ({0.0: None} if neither else {})
@@ -151,6 +159,10 @@ def pairs(row: RowDict, options: Options, numbers: Mapping[float, bool | None] |
     if place is None:
         raise Drop("missing_key", f"no question with an answer; keys are {shown_keys(row)}")
     label = _label(row[judged[0]], judged, options, numbers)
+    contrary = _contrary(tuple(row))
+    if contrary and not options.labels_of("good") and _said(row[contrary], False) is (not label):
+        votes = f"{judged[0]} is {row[judged[0]]!r} and {contrary} {row[contrary]!r}"
+        raise Drop("no_label", f"{votes}: neither good nor bad")
     column, whole = place
     if whole:
         turns = turns_of(row[column])
@@ -168,10 +180,8 @@ def pairs(row: RowDict, options: Options, numbers: Mapping[float, bool | None] |
 
 def _label(value: Any, judged: tuple[str, bool | None], options: Options, numbers: Any) -> bool:
     said = _said(value, judged[1])
-    if options.labels and "good" in options.labels.values():
-        found = number(value)
-        meant = options.labels.get(str(value).strip() if found is None else f"{found:g}")
-        said = {"good": True, "bad": False}.get(meant or "tie")
+    if labels := options.labels_of("good"):
+        said = {"good": True, "bad": False}.get(meant(labels, _inside(value)) or "tie")
     elif isinstance(said, float):
         said = bool(said > 0) if numbers is None else numbers.get(said, str(value))
     if said is None:
@@ -185,7 +195,9 @@ def read_by(row: RowDict) -> tuple[str, ...]:
     place, judged = answer_column(row), label_column(tuple(row))
     if place is None or judged is None:
         return ()
-    return (place[0], judged[0], *(() if place[1] else question_column(row, (place[0], judged[0]))))
+    contrary = _contrary(tuple(row))
+    asked = () if place[1] else question_column(row, (place[0], judged[0]))
+    return (place[0], judged[0], *((contrary,) if contrary else ()), *asked)
 
 
 UNPAIRED = Format(

@@ -137,6 +137,8 @@ def _check_order(turns: list[dict], shared: int) -> None:
 
 def with_tools(pair: Pair, tools: tuple[Any, ...]) -> Pair:
     """The pair with the tools that its row defines."""
+    if pair.label is not None:
+        raise Drop("tool_calls", "tools beside a single answer: they are read of pairs alone")
     if pair.dialogue is not None:
         pair.dialogue = Dialogue(pair.dialogue.chosen, pair.dialogue.rejected, tools, pair.dialogue.shared)
         return pair
