@@ -93,6 +93,7 @@ def main() -> None:
         )
     setup.compare_data(train_set, eval_set)
     setup.check_length(args, training, len(train_set or ()))
+    setup.check_kind(args, train_set, eval_set)
     first = (train_set or next(iter(sets_of(eval_set).values())))[0]
     show_pair(first, tokenizer, terminal)
     args, budget = fit_to_memory(args, source, hardware, setup.objective_of(args), training, train_set, say)

@@ -6,10 +6,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from preference.errors import PreferenceError
 from preference.losses.specs import LOSSES, default_beta, default_nll_weight, parse_loss
 
 NLL_SCOPES = ("sequence", "answer", "answer_per_pair")
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+class ObjectiveError(PreferenceError, ValueError):
+    """Rows that an objective cannot be taken over."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,14 @@ class Objective:
         return LOSSES[self.parts[0][0]].reward
 
     def check_single_answers(self) -> None:
-        """Raises ValueError unless the loss is one of single answers, each labelled good or bad."""
+        """Raises ObjectiveError unless the loss is one of single answers, each labelled good or bad."""
         if self.loss != "kto":
-            raise ValueError(f"loss={self.loss} compares two answers of a prompt, and the rows have one each: loss=kto")
+            raise ObjectiveError(f"loss={self.loss} compares two answers, and the rows have one each: loss=kto")
         for name, rest in (("nll_weight", 0.0), ("ld_alpha", 1.0)):
             if getattr(self, name) != rest:
-                raise ValueError(f"{name}={getattr(self, name):g} is for pairs; the rows have one answer each")
+                raise ObjectiveError(
+                    f"{name}={getattr(self, name):g} is for pairs, and the rows have one answer each: {name}={rest:g}"
+                )
 
     def nll_tokens(self, prompt_tokens: int, chosen_tokens: int) -> int:
         """Tokens that one pair adds to `Totals.nll_tokens`: a prompt of p tokens has p-1 predicted ones."""

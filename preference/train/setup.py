@@ -120,6 +120,23 @@ def check_length(args: Arguments, training: TrainingArguments, pairs: int) -> No
             )
 
 
+def check_kind(args: Arguments, train_set: Any, eval_set: Any) -> None:
+    """Whether the objective and the engine take rows of these kinds.
+
+    Raises:
+        ObjectiveError: the objective does not.
+        TrlError: TRL's trainer does not.
+    """
+    objective = objective_of(args)
+    for what, rows in [("training", train_set), *sets_of(eval_set).items()]:
+        if rows is not None and "desirable" in rows.column_names:
+            objective.check_single_answers()
+        if rows is not None and args.objective.engine == "trl":
+            from preference.train import trl_engine
+
+            trl_engine.check_kind(rows, what or "evaluation", objective)
+
+
 def selection_of(args: Arguments) -> Selection:
     run = args.run
     return Selection(

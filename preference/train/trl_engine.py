@@ -208,7 +208,8 @@ def _check_rows(dataset: Dataset, what: str, max_length: int | None) -> None:
             raise TrlError(f"{len(names)} of the {what} rows {fault}: {name_rows(names)}")
 
 
-def _check_kind(dataset: Dataset, what: str, objective: Objective) -> None:
+def check_kind(dataset: Dataset, what: str, objective: Objective) -> None:
+    """Raises TrlError for pairs or single answers that TRL's trainer for the objective would learn otherwise."""
     single = "desirable" in dataset.column_names
     if objective.loss != "dpo" and set(RUN_COLUMNS) & set(dataset.column_names):
         raise TrlError(
@@ -293,7 +294,7 @@ def make_trl_trainer(
     for what, dataset in {"training": train_dataset, **sets}.items():
         if dataset is not None:
             _check_rows(dataset, what, max_length)
-            _check_kind(dataset, what, objective)
+            check_kind(dataset, what, objective)
     train_dataset = _with_lengths(train_dataset, args)
     if isinstance(eval_dataset, dict):
         eval_dataset = {name: _with_lengths(dataset, args) for name, dataset in eval_dataset.items()}

@@ -15,6 +15,7 @@ from preference.arguments import ArgumentError, parse_arguments
 from preference.engine.forward import causal_lm
 from preference.engine.packing import pack_pairs
 from preference.engine.probe import prepare_model
+from preference.errors import PreferenceError
 from preference.losses import Objective
 from preference.models.hardware import Hardware
 from preference.plan.dry_run import Setup, advice, dry_run
@@ -366,6 +367,16 @@ def test_a_dry_run_needs_no_weights_and_leaves_the_output_folder_as_it_was(tmp_p
     (out / "data_report.json").write_text("of a finished run")
     orpo_train.main()
     assert [path.read_text() for path in out.iterdir()] == ["of a finished run"]
+    single = [{"prompt": f"q {i}", "completion": f"a {i}", "label": i % 2} for i in range(12)]
+    (tmp_path / "single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
+    for refused, name, more in (
+        ("rows are pairs", "rows", {"loss": "kto", "engine": "trl", "strategy": "ddp"}),
+        ("nll_weight=0.5 is for pairs", "single", {"loss": "kto", "nll_weight": 0.5}),
+    ):  # as the run itself would
+        flags_of = words | {"train_file_dir": tmp_path / f"{name}.jsonl"} | more
+        monkeypatch.setattr(sys, "argv", ["orpo_train.py", *(f"--{name}={value}" for name, value in flags_of.items())])
+        with pytest.raises(PreferenceError, match=refused):
+            orpo_train.main()
 
 
 def test_a_dry_run_of_an_evaluation_is_refused():
