@@ -70,7 +70,9 @@ set -eu
 # takes a flag of the command line instead of them. With --config FILE the file stands in for them.
 names=$(sed -n '/^set -eu/q; s/^\([a-z][a-z0-9_]*\)=.*/\1/p' "$0")
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-PYTHON=$(sh "$here/setup.sh") || exit 1
+if [ -z "${TORCHRUN_ARGS:-}" ] || [ -z "${PYTHON:-}" ]; then # else torchrun/run_multi_node.sh has found it
+    PYTHON=$(sh "$here/setup.sh") || exit 1
+fi
 cd "$here"
 
 config=false

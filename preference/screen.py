@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import textwrap
+
+from rich.cells import cell_len
 
 BIDI = "\u202a-\u202e\u2066-\u2069"  # embeddings, overrides and isolates of UAX 9: they turn the text around them
 ACTING = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff{BIDI}]")  # but for tab and newline
@@ -50,6 +53,24 @@ def clean_logging() -> None:
     for handler in filter(None, handlers):
         if not any(isinstance(f, Shown) for f in handler.filters):
             handler.addFilter(Shown())
+
+
+def padded_left(text: str, columns: int) -> str:
+    """`text` at the right end of so many columns; a Chinese character takes two."""
+    return " " * (columns - cell_len(text)) + text
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """A paragraph in lines of at most so many columns."""
+    if cell_len(text) == len(text):
+        return textwrap.wrap(text, columns, break_on_hyphens=False) or [""]
+    lines, line = [], ""
+    for character in text:  # scripts without spaces break anywhere
+        if cell_len(line + character) > columns:
+            lines.append(line)
+            line = ""
+        line += character
+    return [*lines, line]
 
 
 def duration(seconds: float) -> str:

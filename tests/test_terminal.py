@@ -7,6 +7,7 @@ import io
 import re
 import string
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +16,17 @@ from on_terminal import XTERM, on_terminal
 from rich.text import Text
 from test_headline import report
 
-from preference.data.headline import SINGLE
-from preference.data.report import DataError
+from preference.data.headline import SINGLE, show_data
+from preference.data.report import DataError, DataReport
+from preference.data.row import Row
+from preference.data.text_stats import shared_prompts
 from preference.errors import PreferenceError
 from preference.launch import process
 from preference.report.facts import Plan, show_plan
 from preference.report.outcome import show_outcome
 from preference.report.step_table import StepTable, bar_line
+from preference.report.tables import side_by_side
+from preference.screen import shown
 from preference.terminal import failure
 from preference.terminal.console import Terminal, elided, terminal, wants_colours
 from preference.terminal.language import of_environment, spoken
@@ -54,8 +59,6 @@ def opening(target: Terminal) -> None:
     target.rows("where", ["CPU (2 threads), 24 GiB, bfloat16; computing in bfloat16; into outputs/orpo"])
     target.rows("template", ["qwen2, stop text '<|im_end|>'"])
     target.rows("warning", [target.cut("the template is another one " * 30, 2) if target.coloured else "w"])
-    from preference.data.headline import show_data
-
     show_data(made, target)
     prompt = f"<|im_start|>user\n{CHINESE * 20}<|im_end|>\n<|im_start|>assistant\n"
     show_pair(pair_of(prompt, f"{CHINESE * 9}<|im_end|>", f"{'No. ' * 90}<|im_end|>"), tiny_tokenizer(), target)
@@ -162,6 +165,36 @@ def test_other_output_stands_above_the_bar_and_no_copy_is_left(monkeypatch: pyte
 def test_what_is_cut_keeps_its_ends(text: str, columns: int) -> None:
     cut = elided(text, columns)
     assert cut.cell_len <= columns and cut.plain[:3] == text[:3] and cut.plain[-3:] == text[-3:]
+
+
+@pytest.mark.parametrize("environ", [None, XTERM])
+def test_single_answers_are_called_so(environ: dict[str, str] | None, capsys: pytest.CaptureFixture) -> None:
+    row = pair_of("Well?", CHINESE, "") | {"desirable": 1.0}
+    with on_terminal(80, environ) if environ else nullcontext() as screen:
+        show_pair(row, tiny_tokenizer(), terminal)
+    said = screen.raw if screen else capsys.readouterr().out
+    assert ("one answer" if environ else "the first answer, as") in said and "pair" not in said
+
+
+@pytest.mark.parametrize("environ", [None, XTERM])
+def test_prompts_that_are_trained_on_too_are_told_once(
+    environ: dict[str, str] | None, capsys: pytest.CaptureFixture
+) -> None:
+    made = DataReport()
+    row = Row("Well?", CHINESE, "No.", file="data/a.jsonl", line=1)
+    shared_prompts([row], [row], made)
+    with on_terminal(200, environ) if environ else nullcontext() as screen:
+        show_data(made, terminal)
+    said = screen.raw if screen else capsys.readouterr().out
+    assert said.count("evaluation rows") == 1
+
+
+def test_columns_hold_whatever_a_model_writes() -> None:
+    """What acts on a terminal, what takes no room and what takes two columns."""
+    text = side_by_side("?", {"base": "\x1b[2J\u05aa word " * 9, "tuned": f"{CHINESE}\x1b\u05aa" * 9}, width=61)
+    rows = text.splitlines()[1:]
+    assert len(rows) > 4 and all(Text(row).cell_len <= 61 and shown(row) == row for row in rows)
+    assert {Text(row.partition("|")[0]).cell_len for row in rows if "|" in row} == {30}
 
 
 def test_tokens_are_whole_characters() -> None:

@@ -39,7 +39,6 @@ def show_data(report: DataReport, terminal: Terminal) -> None:
     for name, tokens in list(_sets(report))[:SETS]:
         terminal.rows(_name(name)[:LABEL], [_lengths(tokens, terminal.writes(BLOCKS), short=name != "train")])
         remarks += [f"{_name(name)}: {line}" for line in _remarks(tokens, report.sections.get(f"{name}_text", {}))]
-    remarks += _shared(report)
     shown = [terminal.cut(line, 2 if len(remarks) == 1 else 1) for line in remarks[:REMARKS]]
     if remarks:
         more = [tr("more_said", count=len(remarks) - REMARKS)] if len(remarks) > REMARKS else []
@@ -64,7 +63,7 @@ def headline(report: DataReport) -> str:
         told = _name(name)
         lines.append(f"  {told}: {_lengths(tokens, True)}")
         lines += [f"  {told}: {line}" for line in _remarks(tokens, report.sections.get(f"{name}_text", {}))]
-    return "\n".join([*lines, *(f"  {line}" for line in _shared(report))])
+    return "\n".join(lines)
 
 
 def _sets(report: DataReport) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -107,11 +106,6 @@ def _most(report: DataReport, file: str, dropped: Counter[str]) -> str:
 def _noted(report: DataReport) -> Iterator[str]:
     for name, count in report.notes.most_common():
         yield tr("noted", count=count, name=name)
-
-
-def _shared(report: DataReport) -> Iterator[str]:
-    if count := report.sections.get("prompts_in_train_and_eval", {}).get("rows", 0):
-        yield tr("shared", count=count)
 
 
 def _lengths(tokens: Mapping[str, Any], unicode: bool, short: bool = False) -> str:

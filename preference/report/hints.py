@@ -11,14 +11,19 @@ from preference.terminal.language import tr
 ENTRIES = 8  # training log entries before a trend is spoken of
 
 
-def hints(history: Sequence[Mapping[str, Any]], max_steps: int) -> Iterator[tuple[str, str]]:
-    """(name, explanation) of every pattern that the log shows now. `history` is the Trainer's log_history."""
+def hints(history: Sequence[Mapping[str, Any]], max_steps: int, each_entry: bool = False) -> Iterator[tuple[str, str]]:
+    """(name, explanation) of every pattern that the log shows now.
+
+    Args:
+        history: the Trainer's log_history.
+        each_entry: asked anew with every entry, so that a jump of the loss need only be looked for in the last one.
+    """
     train = [entry for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_loss" in entry]
     yield from _at_the_start(evaluations)
     if len(train) >= ENTRIES:
         yield from _trends(train, max_steps)
-        yield from _spike(train)
+        yield from _spike(train, len(train) - 1 if each_entry else ENTRIES)
     yield from _held_out(train, evaluations)
 
 
@@ -59,10 +64,10 @@ def _trends(train: Sequence[Mapping[str, Any]], max_steps: int) -> Iterator[tupl
         yield _hint("at_chance", accuracy=accuracy[1])
 
 
-def _spike(train: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _spike(train: Sequence[Mapping[str, Any]], start: int) -> Iterator[tuple[str, str]]:
     """A loss far above those before it: by six times the usual distance from their median, and by a quarter of it."""
     losses = [entry["loss"] for entry in train]
-    for at in range(ENTRIES, len(train)):
+    for at in range(max(ENTRIES, start), len(train)):
         before = losses[max(0, at - 4 * ENTRIES) : at]
         usual = median(before)
         distance = median(abs(loss - usual) for loss in before)

@@ -22,7 +22,7 @@ from preference.report.figures import SERIES, Curve, Plot
 from preference.report.hints import hints
 from preference.report.run_folder import Run
 from preference.report.story import story
-from preference.report.tables import ROWS
+from preference.report.tables import ROWS, Compared, compared
 
 # name, title, how to read it, [(metric, its label)], percent
 CURVES = (
@@ -114,9 +114,7 @@ def write_report(output_dir: str | Path) -> Path:
         "facts": run.get("run.json"),
         "story": story(run),
         "tiles": _tiles(run),
-        "results": [
-            (prefix, _before_after(run.get("all_results.json"), prefix, run.get("changes.json"))) for prefix in run.sets
-        ],
+        "results": _before_after(run),
         "notes": [text for _, text in hints(run.records, run.get("trainer_state.json").get("max_steps", 0))],
         "samples": _samples(run),
         "groups": _groups(run.get("evaluation.json")),
@@ -223,26 +221,12 @@ def _length_plot(run: Run, section: str) -> Plot | None:
     )
 
 
-def _before_after(results: Mapping[str, Any], prefix: str, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table: label, before, after, change, its interval, and whether that is better (None: neither)."""
-    rows = []
-    for key, label, form, better in ROWS:
-        name = prefix + key.removeprefix("eval")
-        old, new = results.get(f"base_{name}"), results.get(name)
-        if new is None:
-            continue
-        row: dict[str, Any] = {"label": label, "before": "", "after": form.format(new), "change": "", "interval": ""}
-        row |= {"better": None, "significant": True}
-        if old is not None:
-            change = f"{(new - old) * 100:+.1f} points" if "%" in form else f"{new - old:+.4f}"
-            row |= {"before": form.format(old), "change": change}
-            row["better"] = None if better is None or new == old else (new > old) == better
-            if found := changes.get(name.removeprefix("eval_")) if prefix == "eval" else None:
-                scale, digits = (100, 0) if "%" in form else (1, 2)
-                row["interval"] = " to ".join(f"{end * scale:+.{digits}f}" for end in found["interval"])
-                row["significant"] = found["significant"]
-        rows.append(row)
-    return rows
+def _before_after(run: Run) -> list[tuple[str, list[Compared]]]:
+    """(evaluation set, rows of its table)."""
+    results = {name: value for name, value in run.get("all_results.json").items() if value is not None}
+    before = {name.removeprefix("base_"): value for name, value in results.items() if name.startswith("base_eval_")}
+    after = {name: value for name, value in results.items() if name.startswith("eval_")}
+    return list(compared(before, after, run.get("changes.json")))
 
 
 def _groups(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -274,11 +258,11 @@ def _side_by_side(runs: Iterable[Run], prefix: str) -> list[tuple[str, list[str]
 def _tiles(run: Run) -> list[tuple[str, str]]:
     """The figures at the head of the page."""
     tiles: list[tuple[str, str]] = []
-    for prefix in run.sets[:1]:
-        for row in _before_after(run.get("all_results.json"), prefix, {}):
-            if row["label"] in ("preference accuracy", "loss"):
-                arrow = f"{row['before']} → " if row["before"] else ""
-                tiles.insert(0, (f"{row['label']}, held out", arrow + row["after"]))
+    for _, rows in _before_after(run)[:1]:
+        for row in rows:
+            if row.label in ("preference accuracy", "loss"):
+                arrow = f"{row.before} → " if row.before else ""
+                tiles.insert(0, (f"{row.label}, held out", arrow + row.after))
     facts, speed = run.get("run.json"), run.speed
     if "train_steps" in speed and facts.get("pairs_per_step"):
         tiles.append(("training", f"{speed['train_steps']:,.0f} steps of {facts['pairs_per_step']} pairs"))
@@ -337,15 +321,21 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     parser = argparse.ArgumentParser(prog="python -m preference.report", description="Write the report of a run.")
     parser.add_argument("output_dir", nargs="?", help="the run's folder; report.html is written into it")
     parser.add_argument("--compare", nargs="+", metavar="DIR", help="folders of several runs, for one page over them")
-    parser.add_argument("--output", default="comparison.html", help="the page that --compare writes (%(default)s)")
+    parser.add_argument("--output", metavar="FILE", help="the page that --compare writes (comparison.html)")
     options = parser.parse_args(arguments)
     if bool(options.output_dir) == bool(options.compare):
         parser.error("give a run's folder, or --compare and several")
+    if options.output and not options.compare:
+        parser.error("--output is for --compare; the report of a run is OUTPUT_DIR/report.html")
     try:
         if options.compare:
-            path = write_comparison(options.compare, options.output)
+            path = write_comparison(options.compare, options.output or "comparison.html")
         else:
             path = write_report(options.output_dir)
     except (NotADirectoryError, ValueError) as error:
         parser.error(str(error))
     say(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

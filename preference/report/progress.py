@@ -88,6 +88,7 @@ class Progress(TrainerCallback):
         self.terminal, self.titled = terminal, titled
         self.table, self.latest, self.evaluated = StepTable(terminal), dict[str, Any](), 0
         self.explained: set[str] = set()
+        self.trained = False
         self.first_step, self.began = 0, time.perf_counter()
 
     def measure_peak(self) -> None:
@@ -124,13 +125,17 @@ class Progress(TrainerCallback):
         """The bar of the training, and the window's title."""
         if not self.terminal.coloured:
             return
-        step, done = state.global_step, state.global_step - self.first_step
-        left = (time.perf_counter() - self.began) / max(done, 1) * (state.max_steps - step)
+        step, left = state.global_step, self._left(state)
         words = readable(self.latest, only=("loss", "preference/accuracies", "tokens_per_second"))
-        words += [f"{duration(left)} {tr('left')}"] if done else []
+        words += [f"{duration(left)} {tr('left')}"] if step > self.first_step else []
         self.terminal.draw_bar(bar_line(self.terminal, "", step, state.max_steps, "  ".join(words)))
         if self.titled:
             self.terminal.title(f"{step}/{state.max_steps} {' '.join(words)}")
+
+    def _left(self, state: Any) -> float:
+        """Seconds, at the speed so far."""
+        done = max(state.global_step - self.first_step, 1)
+        return (time.perf_counter() - self.began) / done * (state.max_steps - state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.meter.skip()
@@ -151,15 +156,15 @@ class Progress(TrainerCallback):
         self._show(logs, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trained = True
         self.terminal.stop_bar()
 
     def _show(self, logs: Mapping[str, Any], state: Any) -> None:
         step = state.global_step
-        left = (time.perf_counter() - self.began) / max(step - self.first_step, 1) * (state.max_steps - step)
         if "loss" in logs:
-            figures = {**logs, "left": left}
+            left = self._left(state)
             if self.terminal.coloured:
-                self.table.row(f"{step}/{state.max_steps}", figures)
+                self.table.row(f"{step}/{state.max_steps}", {**logs, "left": left})
             else:
                 head = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}"
                 words = [head, f"epoch {logs.get('epoch', 0):.2f}", *readable(logs), f"{duration(left)} left"]
@@ -168,7 +173,7 @@ class Progress(TrainerCallback):
             self.terminal.say(tr("trained", steps=step - self.first_step, time=duration(logs["train_runtime"])))
         else:
             self._show_evaluations(logs, step)
-        for name, text in hints(state.log_history, state.max_steps):
+        for name, text in hints(state.log_history, state.max_steps, each_entry=True):
             if name not in self.explained:
                 self.explained.add(name)
                 self.terminal.remark(tr("note"), text)
@@ -176,6 +181,8 @@ class Progress(TrainerCallback):
     def _show_evaluations(self, logs: Mapping[str, Any], step: int) -> None:
         for prefix in evaluation_sets(logs):
             name = prefix.replace("eval", tr("evaluation"), 1)
+            if self.terminal.coloured and self.trained:
+                continue  # the table of before and after says it
             if self.terminal.coloured:
                 figures = {key: logs.get(f"{prefix}_{key}") for key in self.table.names}
                 self.table.row(f"{tr('eval_row')} {step}", figures, held_out=prefix)

@@ -51,8 +51,10 @@ def write_results(
     for record in samples.records:
         answers = {name: record[name] for name in ("base", "tuned") if name in record}
         terminal.say("\n" + side_by_side(record["question"], answers, terminal.width if terminal.coloured else None))
-    show_outcome(before, after, changes, terminal)
+    if after:
+        show_outcome(before, after, changes, terminal)
     if analysis and not terminal.coloured:
         terminal.say(f"\n{table(analysis)}")
-    terminal.say("\n" + story(Run.read(output_dir)))
+    if told := story(Run.read(output_dir)):
+        terminal.say(f"\n{told}")
     show_next(output_dir, report, terminal, trained=args.run.do_train)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from preference.screen import duration
+from preference.screen import duration, padded_left
 from preference.terminal.console import Terminal
 from preference.terminal.language import tr
 
@@ -80,10 +80,10 @@ class StepTable:
         """
         columns = self.columns()
         if self.rows % HEAD_EVERY == 0:
-            heads = "".join(_right(tr("left") if c.name == "left" else c.head, c.width) for c in columns)
-            self.terminal.show(Text(_right(tr("step"), FIRST) + heads, "bold", no_wrap=True))
+            heads = "".join(padded_left(tr("left") if c.name == "left" else c.head, c.width) for c in columns)
+            self.terminal.show(Text(padded_left(tr("step"), FIRST) + heads, "bold", no_wrap=True))
         self.rows += 1
-        line = Text(_right(label, FIRST), "cyan" if held_out else "", no_wrap=True)
+        line = Text(padded_left(label, FIRST), "cyan" if held_out else "", no_wrap=True)
         for column in columns:
             line.append_text(self._cell(column, figures.get(column.name), held_out))
         self.terminal.show(line)
@@ -100,11 +100,6 @@ class StepTable:
                 if before is not None:
                     form, style = BEST + form, "bold green"
         return Text(f"{form:>{column.width}}", style)
-
-
-def _right(text: str, columns: int) -> str:
-    """`text` at the right end of so many columns; a Chinese character takes two."""
-    return " " * (columns - Text(text).cell_len) + text
 
 
 def bar_line(terminal: Terminal, name: str, done: int, total: int, words: str) -> Text:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import shutil
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.cells import cell_len
 from transformers import PreTrainedTokenizerBase
 
 from preference.models.names import public_name
+from preference.screen import padded_left, shown, wrapped
 from preference.terminal.language import tr
 
 HALF = (torch.float16, torch.bfloat16)
@@ -102,7 +103,7 @@ def comparison(
     for title, rows in compared(before, after, changes):
         title = tr("metric") if title == "evaluation" else title
         heads = (tr("before"), tr("after"), tr("change")) if before else ()
-        lines.append(_pad(title, 32) + "".join(_pad_left(head, 12) for head in heads))
+        lines.append(_pad(title, 32) + "".join(padded_left(head, 12) for head in heads))
         for row in rows:
             labels.add(row.label)
             cells = (row.before, row.after, row.change) if row.before else (row.after,)
@@ -170,41 +171,19 @@ def side_by_side(question: str, answers: Mapping[str, str], width: int | None = 
     """A question and the answers of several models in columns, for a terminal."""
     width = width or min(160, shutil.get_terminal_size((120, 24)).columns)
     column = (width - 3 * (len(answers) - 1)) // len(answers)
-    columns = [[name, "-" * min(column, _width(name)), *_wrap(text, column)] for name, text in answers.items()]
+    columns = [[name, "-" * min(column, cell_len(name)), *_wrap(text, column)] for name, text in answers.items()]
     height = max(map(len, columns))
     body = [" | ".join(_pad(c[i] if i < len(c) else "", column) for c in columns).rstrip() for i in range(height)]
     return "\n".join(["> " + line for line in _wrap(question, width - 2)] + body)
 
 
-def _width(text: str) -> int:
-    """Columns of a terminal: East Asian characters take two."""
-    import unicodedata
-
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
 def _pad(text: str, columns: int) -> str:
-    return text + " " * (columns - _width(text))
-
-
-def _pad_left(text: str, columns: int) -> str:
-    return " " * (columns - _width(text)) + text
+    return text + " " * (columns - cell_len(text))
 
 
 def _wrap(text: str, columns: int) -> list[str]:
-    lines: list[str] = []
-    for paragraph in text.splitlines() or [""]:
-        if _width(paragraph) == len(paragraph):
-            lines += textwrap.wrap(paragraph, columns, break_on_hyphens=False) or [""]
-            continue
-        line = ""
-        for char in paragraph:  # scripts without spaces break anywhere
-            if _width(line + char) > columns:
-                lines.append(line)
-                line = ""
-            line += char
-        lines.append(line)
-    return lines
+    """Lines as a terminal shows them: what acts on one takes the room of the picture that stands for it."""
+    return [line for paragraph in text.splitlines() or [""] for line in wrapped(shown(paragraph), columns)]
 
 
 def model_card(base_model: str, facts: Mapping[str, Any], results: Mapping[str, float], table: str) -> str:

@@ -176,6 +176,8 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     parser.add_argument("output_dir", nargs="+", help="folders of runs, at work or finished")
     parser.add_argument("--port", type=int, default=PORT, help="port on 127.0.0.1 (%(default)s, or any that is free)")
     options = parser.parse_args(arguments)
+    if not 0 <= options.port < 65536:
+        parser.error(f"--port {options.port}: a port is a number from 0 to 65535")
     if missing := [name for name in options.output_dir if not Path(name).is_dir()]:
         parser.error(f"{missing[0]} is not a run's folder")
     try:
@@ -187,3 +189,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
         server.closing.wait()
     except KeyboardInterrupt:
         server.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.console import RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from preference.screen import shown
+from preference.screen import shown, wrapped
 from preference.terminal.console import RAGGED, Screen, elided, wants_colours
 from preference.terminal.language import tr
 
@@ -56,27 +55,15 @@ def failure_box(failure: Failure, log: Path | None, width: int) -> list[Renderab
     where = f"{failure.file}:{failure.line}" if failure.line else failure.file
     body = text.removeprefix(f"{where}: ") if where else text
     inner = width - 4
-    parts = [wrapped for part in re.split(r"(?<=;) ", body) for wrapped in _wrap(part, inner)]
-    lines = parts if len(parts) <= LINES else _wrap(body, inner)
+    parts = [line for part in re.split(r"(?<=;) ", body) for line in wrapped(part, inner)]
+    lines = parts if len(parts) <= LINES else wrapped(body, inner)
     whole = []
     if len(lines) > LINES:
         short = elided(text, LINES * inner - (LINES - 1) * RAGGED).plain
-        lines, whole = _wrap(short, inner)[:LINES], [Text(shown(failure.sentence))]
+        lines, whole = wrapped(short, inner)[:LINES], [Text(shown(failure.sentence))]
     content = Text("\n".join(lines))
     content.highlight_regex(TO_TYPE, "bold cyan")
     title = " · ".join(filter(None, (failure.script, failure.kind, shown(where))))
     panel = Panel(content, title=Text(title, "bold red"), title_align="left", border_style="red", box=box.ROUNDED,
                  subtitle=None if log is None else Text(shown(str(log)), "bold"), subtitle_align="left")  # fmt: skip
     return [panel, *whole]
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    if Text(text).cell_len == len(text):
-        return textwrap.wrap(text, width, break_on_hyphens=False) or [""]
-    lines, line = [], ""
-    for character in text:  # scripts without spaces break anywhere
-        if Text(line + character).cell_len > width:
-            lines.append(line)
-            line = ""
-        line += character
-    return [*lines, line]

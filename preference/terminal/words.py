@@ -75,12 +75,10 @@ WORDS: dict[str, tuple[str, str]] = {
         "{count:,} rows hold control tokens as text; they stay text and end no turn",
         "{count:,} 行的文字中含有控制符；它们只当普通文字，不会结束一轮对话",
     ),
-    "shared": (
-        "{count:,} evaluation rows have a prompt of the training data: their figures flatter",
-        "{count:,} 行评估数据的提示出现在训练数据中：其结果偏高",
-    ),
     "first_pair": ("the first pair, as the model sees it", "第一对数据，即模型所见"),
+    "first_single": ("the first answer, as the model sees it", "第一个回答，即模型所见"),
     "one_pair": ("one pair", "样例"),
+    "one_single": ("one answer", "样例"),
     "pair_head": (
         "{source}: {prompt} prompt tokens; learned: {chosen} tokens of chosen, {rejected} of rejected",
         "{source}：提示 {prompt} 个词元；学习部分：chosen {chosen} 个，rejected {rejected} 个",

@@ -19,8 +19,9 @@ LINES = {"prompt": 2, "chosen": 1, "rejected": 1}
 
 def show_pair(row: Mapping[str, Any], tokenizer: Any, terminal: Terminal) -> None:
     """One pair of `build_dataset` in at most five lines of a terminal, or as `describe_pair` in plain lines."""
+    single = "desirable" in row
     if not terminal.coloured:
-        terminal.say(f"\n{tr('first_pair')}:\n{describe_pair(row, tokenizer)}\n")
+        terminal.say(f"\n{tr('first_single' if single else 'first_pair')}:\n{describe_pair(row, tokenizer)}\n")
         return
     controls = sorted({*map(str, tokenizer.all_special_tokens), *map(str, tokenizer.get_added_vocab())}, key=len)[::-1]
     texts: list[str | Text] = [terminal.cut(_head(row, "pair_short"), 1)]
@@ -33,7 +34,7 @@ def show_pair(row: Mapping[str, Any], tokenizer: Any, terminal: Terminal) -> Non
         text.stylize(STYLES[side])
         text.highlight_words(controls, "bold" if side != "prompt" else "dim")
         texts.append(Text.assemble((label, "dim"), text))
-    terminal.rows(tr("one_pair"), texts)
+    terminal.rows(tr("one_single" if single else "one_pair"), texts)
 
 
 def describe_pair(row: Mapping[str, Any], tokenizer: Any, max_chars: int = MAX_CHARS) -> str:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import runpy
+import sys
 import warnings
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from made_run import CHINESE, HOSTILE, STEPS, analysed, figures, log, make_run
+from on_terminal import XTERM, on_terminal
 from PIL import Image
 
 from preference.report import page as pages
 from preference.report.drawing import draw, ticks, written
+from preference.report.evaluation import Evaluation
 from preference.report.figures import Curve, Plot, running_mean
 from preference.report.page import CURVES, main, write_comparison, write_report
+from preference.report.results import write_results
 from preference.report.run_folder import INPUTS, Run
 from preference.report.story import story
+from preference.terminal.console import terminal
 from preference.tokens.statistics import TokenStats
 
 VOID = {"meta", "link", "br"}
@@ -70,7 +78,7 @@ def test_shows_all_that_a_run_leaves(run):
     assert write_report(run) == run / "report.html"
     page = Page(run / "report.html")
     words = [
-        "models/starter", "2.13.0", "CPU (2 threads)", "25.0% → 75.0%", "+50.0 points", CHINESE, "多休息。", "第40步",
+        "models/starter", "2.13.0", "CPU (2 threads)", "25.0% → 75.0%", "+50.0 pts", CHINESE, "多休息。", "第40步",
         "empty_answer", "data/train/a.jsonl:9", "one_sided_space", "260 pairs", "62%", "0.25 TFLOP/s", "2.50 GiB",
         "margin -0.900", "margin +1.250", "+30 to +70", "rose from 25% to 75%",
         "75.0% (65 to 85%)", "62.6% (52 to 72%)", "60 steps of 8 pairs",
@@ -177,7 +185,7 @@ def test_several_evaluation_sets_and_names_no_font_can_write(tmp_path):
         warnings.simplefilter("error")  # matplotlib warns of glyphs that its font lacks
         text = Page(write_report(run)).text
     assert "english" in text and "中文" in text and "set 2" in text
-    assert text.count("+50.0 points") == 2
+    assert text.count("+50.0 pts") == 2
 
 
 def test_comparison(tmp_path):
@@ -201,10 +209,30 @@ def test_command_line(run, tmp_path, capsys, monkeypatch, no_plots):
     monkeypatch.chdir(tmp_path)
     main(["--compare", str(run), str(run)])
     assert Path("comparison.html").is_file()
-    for wrong in ([], [str(run), "--compare", str(run)], ["no/such/folder"], ["--compare", str(run)]):
+    for wrong in ([], [str(run), "--compare", str(run)], ["no/such/folder"], ["--compare", str(run)],
+                  [str(run), "--output", "other.html"]):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             main(wrong)
         assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("module", ["page", "watch"])
+def test_a_module_that_is_run_does_something(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [module, "no/such/folder"])
+    monkeypatch.delitem(sys.modules, f"preference.report.{module}", raising=False)  # runpy warns of one that is there
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"preference.report.{module}", run_name="__main__")
+    assert stop.value.code == 2 and "no/such/folder is not a run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("environ", [None, XTERM])
+def test_a_run_without_evaluation_says_where_it_is_and_no_empty_lines(tmp_path, environ, capsys):
+    args = SimpleNamespace(run=SimpleNamespace(output_dir=tmp_path, do_train=False, html_report=False))
+    evaluation = Evaluation(None, None, {})
+    with on_terminal(80, environ) if environ else nullcontext() as screen:
+        write_results(args, "base", {}, {}, evaluation, SimpleNamespace(records=[]), terminal)
+    said = screen.raw.replace("\r", "") if environ else capsys.readouterr().out
+    assert f"saved in {tmp_path}" in said.replace("\x1b[1m", "") and said.count("\n\n") == 0 and len(said) > 20
 
 
 def test_text_that_is_no_utf8_is_written(tmp_path, no_plots):

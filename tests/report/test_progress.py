@@ -15,7 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from preference.files import JsonLines, evaluation_sets, read_lines
 from preference.plan import speed
 from preference.plan.speed import SpeedMeter, flops_per_token, matmul_rate
-from preference.report.hints import hints
+from preference.report.hints import ENTRIES, hints
 from preference.report.page import write_report
 from preference.report.progress import attach_progress, readable
 from preference.report.tables import greedy_answers
@@ -209,13 +209,15 @@ def test_only_the_first_rank_shows_and_writes(tmp_path, capsys):
 def test_a_bar_and_a_table_on_a_terminal(tmp_path):
     """A head, a row per log and evaluation, and at the end of it neither a bar nor a copy of one."""
     with on_terminal(80) as screen:
-        run(tmp_path, max_steps=2, logging_steps=1)
+        run(tmp_path, max_steps=2, logging_steps=1).evaluate()  # once trained, another table says it
     lines = screen.lines()
     assert [line.split() for line in lines if line.split()[:1] == ["step"]] == [
         "step loss NLL acc margin grad lr tok/s MFU GiB left".split()
     ]
     assert [line.split()[0] for line in lines if "/2 " in line] == ["1/2", "2/2"], lines
-    assert ["eval", "2"] in [line.split()[:2] for line in lines] and not any("\u2501" in line for line in lines)
+    assert [line.split()[:2] for line in lines].count(["eval", "2"]) == 1 and not any(
+        "\u2501" in line for line in lines
+    )
     assert all(len(line) <= 80 for line in lines) and "\u2501" in screen.raw
     assert lines[-1].startswith("trained 2 steps in 0:0")
 
@@ -347,6 +349,14 @@ FALL = dict(logps_chosen=(-1.0, -1.5), logps_rejected=(-1.0, -2.0))
 )
 def test_explanations(history, expected):
     assert names(history) == expected
+
+
+@pytest.mark.parametrize("at", [0, 5, 12, 39])
+def test_a_jump_of_the_loss_is_seen_at_every_entry_as_in_the_whole_log(at):
+    history = course(count=40)
+    history[at] |= {"loss": 9.0}
+    grown = {name for n in range(len(history)) for name, _ in hints(history[: n + 1], 160, each_entry=True)}
+    assert grown == set(names(history)) == ({"spike"} if at >= ENTRIES else set())
 
 
 def test_an_explanation_is_printed_once(tmp_path, capsys):

@@ -250,6 +250,12 @@ def test_it_fits_phones_and_the_dark(page, size, dark):
     assert len(widths) >= 8 and all(250 < width <= size[0] for width in widths)
 
 
+def test_a_port_that_is_none(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path), "--port", "65536"])
+    assert stop.value.code == 2 and "from 0 to 65535" in capsys.readouterr().err
+
+
 def test_what_is_told_of_accuracy_is_of_the_run(tmp_path):
     """The story of a run whose evaluation says otherwise says so too."""
     told = snapshot(make_run(tmp_path / "run", evaluation={"all": {"base": analysed(0.25), "tuned": analysed(0.3)}}))
