@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from pathlib import Path
 
 from preference.launch.process import stay_private
-from preference.launch.tool import check_output, run_tool
+from preference.launch.tool import check_output, modelscope_asked, run_tool
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def chat(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts) if args.prompts else []  # before the model: a mistake shows at once
     if args.web:
         require_page(args.port)
-    hub = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
+    hub = modelscope_asked()
     models = Models(args, hub)
     rival = Models(argparse.Namespace(**vars(args) | {"model": args.rival}), hub) if args.rival else None
     collector = Collector(Path(args.collect))

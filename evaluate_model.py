@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from preference.launch.process import stay_private
-from preference.launch.tool import check_output, run_tool
+from preference.launch.tool import check_output, is_url, modelscope_asked, run_tool
 from preference.screen import shown
 
 
@@ -52,12 +52,12 @@ def evaluate(args: argparse.Namespace) -> None:
     check_output("--judgements", args.judgements, read)
     exams = [read_exam(path) for path in args.mcq]
     tasks = {Path(path).name: read_tasks(path) for path in args.instructions}
-    rows = read_prompts(args.win_rate) if args.win_rate else []
+    rows = read_prompts(args.win_rate, "--win_rate") if args.win_rate else []
     for exam in exams:
         left = ", ".join(f"{count} left out: {why}" for why, count in exam.left_out.items())
         note(f"{exam.name}: {len(exam.questions)} questions{'; ' + left if left else ''}")
         exam.questions = exam.questions[: args.limit or None]
-    candidates = Candidates(args, os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes"))
+    candidates = Candidates(args, modelscope_asked())
     scores = [score for exam in exams for score in sit(exam, candidates.models, candidates.tokenizer, tell)]
     meanings = dict(MEASURES) if exams else {}
     for name, found in tasks.items():
@@ -91,8 +91,9 @@ def compare(args: argparse.Namespace, candidates: Any, turns: Sequence[Any]) -> 
     """The win rate of the tuned model against its base."""
     import numpy as np
 
+    from preference.serve.judge import NoVerdict, stays_here
     from preference.serve.models import open_judge
-    from preference.serve.win_rate import judge_all, stays_here, summary, table
+    from preference.serve.win_rate import judge_all, summary, table
 
     if is_url(args.judge):
         where = "on this machine" if stays_here(args.judge) else "another machine"
@@ -110,10 +111,8 @@ def compare(args: argparse.Namespace, candidates: Any, turns: Sequence[Any]) -> 
     note("")
     print(shown(table(figures, judge.name)))
     print(shown(f"every judgement: {place}"))
-
-
-def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+    if not figures["questions"]:
+        raise NoVerdict(f"{judge.name} gave no verdict on any question: {place} has what it said; name another --judge")
 
 
 def note(text: str) -> None:
@@ -137,7 +136,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add(
         "--judge", metavar="URL|MODEL", help="who judges: an OpenAI-compatible server (http://.../v1), or a local model"
     )
-    add("--judge_model", help="the server's name of the model (default: the first that it offers)")
+    add("--judge_model", help="the server's name of the model (default: the only one that it has)")
     add(
         "--judgements",
         metavar="FILE",
@@ -172,9 +171,6 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is at least 1")
-    read = [Path(path).resolve() for path in [*args.mcq, *args.instructions, args.win_rate] if path]
-    if args.output and Path(args.output).resolve() in read:
-        parser.error("--output would overwrite an exam")
     if args.win_rate:
         folder = Path(args.model) if Path(args.model).is_dir() else Path()
         args.judgements = args.judgements or str(folder / "win_rate.jsonl")

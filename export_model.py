@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from preference.errors import PreferenceError
 from preference.launch.process import stay_private
-from preference.launch.tool import run_tool
+from preference.launch.tool import modelscope_asked, run_tool
 from preference.screen import shown
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def export(args: argparse.Namespace) -> None:
     from preference.serve.placing import move_into_place, workspace
 
     logging.disable_progress_bar()
-    modelscope = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
+    modelscope = modelscope_asked()
     source = find_source(
         args.model, base=args.base_model, use_modelscope=modelscope, trust_remote_code=args.trust_remote_code
     )

@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from preference.errors import PreferenceError
 from preference.launch.process import stay_private
-from preference.screen import shown
+from preference.launch.tool import INTERRUPTED, check_output, is_url, modelscope_asked, run_tool
 
 if TYPE_CHECKING:
     from preference.serve.generation import Chat, Turn
     from preference.serve.scoring import Scorer
 
-HUB = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
 RULES = "length,language,format,repetition,refusal"
 
 
@@ -41,12 +40,11 @@ def main() -> None:
     args = parse_arguments()
     stay_private()
     try:
-        make(args)
-    except PreferenceError as error:
-        sys.exit(shown(f"make_pairs.py: {error}"))
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        run_tool(lambda: make(args), "make_pairs.py")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("\nstopped: the same command goes on from here", file=sys.stderr)
+        raise
 
 
 def make(args: argparse.Namespace) -> None:
@@ -55,6 +53,7 @@ def make(args: argparse.Namespace) -> None:
     from preference.serve.pairs import Journal, Plan, draw, finish, open_workplace, rows
     from preference.serve.rules import Wanted
 
+    check_output("--output", args.output, [args.questions, args.model, args.base_model])
     turns = questions_of(args, read_prompts(args.questions, "QUESTIONS"))  # before the model: a mistake shows at once
     wanted = Wanted(args.rules, args.min_length, args.max_length, args.format or "")
     plan = Plan(args.answers, args.temperature, args.batch_size, args.seed, wanted, args.min_margin)
@@ -118,9 +117,10 @@ def chat_of(args: argparse.Namespace) -> Chat:
     note(f"loading {args.model} ...")
     logging.disable_progress_bar()
     code = args.trust_remote_code
-    source = find_source(args.model, base=args.base_model, use_modelscope=HUB, trust_remote_code=code)
+    hub = modelscope_asked()
+    source = find_source(args.model, base=args.base_model, use_modelscope=hub, trust_remote_code=code)
     sampling = Sampling(args.temperature[0], args.top_p, args.max_new_tokens, args.seed)
-    return open_chat(source, detect(args.use_cpu), args.torch_dtype, sampling, HUB, args.template_name)
+    return open_chat(source, detect(args.use_cpu), args.torch_dtype, sampling, hub, args.template_name)
 
 
 def scorer_of(args: argparse.Namespace) -> Scorer:
@@ -133,8 +133,8 @@ def scorer_of(args: argparse.Namespace) -> Scorer:
         return Person()
     if args.judge:
         key = os.environ.get(args.judge_key_variable)
-        judge = open_judge(args.judge, args.judge_model, key, dtype=args.torch_dtype, use_cpu=args.use_cpu, hub=HUB)
-        return JudgeScorer(judge)
+        options = {"dtype": args.torch_dtype, "use_cpu": args.use_cpu, "hub": modelscope_asked()}
+        return JudgeScorer(open_judge(args.judge, args.judge_model, key, **options))
     if args.reward:
         hardware = detect(args.use_cpu)
         dtype = pick_dtype(args.torch_dtype, hardware)
@@ -196,9 +196,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
         ("batch_size", args.batch_size >= 1, "at least 1"),
         ("min_margin", args.min_margin >= 0, "at least 0"),
+        ("seed", 0 <= args.seed < 2**32, "from 0 to 4294967295"),
+        ("min_length", "length" in args.rules or args.min_length == 1, "for --rules with length"),
+        ("max_length", "length" in args.rules or args.max_length == 20_000, "for --rules with length"),
         ("max_length", 0 <= args.min_length <= args.max_length, "at least --min_length, and that at least 0"),
         ("temperature", any(args.temperature), "above 0 for one answer at least: at 0 all are the same"),
-        ("judge_model", args.judge or not args.judge_model, "for --judge"),
+        ("judge_model", is_url(args.judge or "") or not args.judge_model, "for --judge URL"),
         ("format", not args.format or "format" in args.rules, "for --rules with format"),
         ("format", args.format in (None, "json", "plain") or is_pattern(args.format), "no regular expression"),
     ):

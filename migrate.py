@@ -13,7 +13,7 @@ import argparse
 import shlex
 import sys
 
-from preference.errors import PreferenceError
+from preference.launch.tool import run_tool
 from preference.screen import shown
 
 
@@ -22,10 +22,7 @@ def main() -> None:
     parser.add_argument("config", help="a YAML or JSON file")
     parser.add_argument("--tool", choices=["TRL", "LLaMA-Factory", "axolotl", "ms-swift"], help="whose, if not told")
     args = parser.parse_args()
-    try:
-        translate(args.config, args.tool)
-    except PreferenceError as error:
-        sys.exit(shown(f"migrate.py: {error}"))
+    run_tool(lambda: translate(args.config, args.tool), "migrate.py")
 
 
 def translate(path: str, tool: str | None) -> None:

@@ -29,6 +29,7 @@ from preference.launch.process import (
     say,
     stay_private,
 )  # fmt: skip
+from preference.launch.tool import modelscope_asked
 
 
 def main() -> None:
@@ -164,7 +165,7 @@ def find_model(args: Arguments) -> Any:
         args.model.model_name_or_path,
         args.adapter,
         base_given="model_name_or_path" in args.given,
-        use_modelscope=os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes"),
+        use_modelscope=modelscope_asked(),
         cache_dir=args.model.cache_dir,
         weights=not args.run.dry_run,
         warn=lambda text: say(f"warning: {text}"),

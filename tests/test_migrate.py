@@ -152,6 +152,17 @@ def test_what_is_no_preference_tuning_is_refused(config: dict[str, str]) -> None
         migrate(config)
 
 
+@pytest.mark.parametrize("config", [{"loss_type": "nonsense"}, {"rlhf_type": "foo"}])
+def test_a_loss_that_there_is_not_is_refused(config: dict[str, str]) -> None:
+    with pytest.raises(MigrationError, match="unknown loss"):
+        migrate(config)
+
+
+def test_words_for_off_and_for_float16() -> None:
+    found = migrate({"lora_target_modules": ["q_proj"], "lora_target_linear": "false", "dtype": "float16"})
+    assert found.flags == {"target_modules": "q_proj", "fp16": "true"} and not found.left
+
+
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [", "just text"])
 def test_what_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
@@ -161,6 +172,7 @@ def test_what_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_values_that_a_flag_does_not_take_are_left_with_the_reason() -> None:
-    found = migrate({"finetuning_type": "freeze", "quantization_bit": 8, "learning_rate": "fast", "bf16": "int8"})
-    assert not found.flags and [key for key, _ in found.left] == ["finetuning_type", "quantization_bit",
-                                                                  "learning_rate", "bf16"]  # fmt: skip
+    config = {"finetuning_type": "freeze", "quantization_bit": 8, "learning_rate": "fast", "bf16": "int8",
+              "warmup_ratio": "some"}  # fmt: skip
+    found = migrate(config)
+    assert not found.flags and [key for key, _ in found.left] == [*config]

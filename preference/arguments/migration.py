@@ -53,7 +53,7 @@ def read_foreign(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         found = json.loads(text) if path.endswith(".json") else yaml.load(text, Loader=_loader())
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise MigrationError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or not found:
         raise MigrationError(f"{path} holds no settings (name: value lines)")
@@ -85,22 +85,32 @@ def migrate(config: Mapping[str, Any], tool: str | None = None) -> Migration:
     """Translate every key. A value that the flag does not take counts as left.
 
     Raises:
-        MigrationError: what it trains is no preference tuning.
+        MigrationError: what it trains is no preference tuning, or a loss that there is not.
     """
     found = Migration(tool or tool_of(config))
     loss = _loss(config)
     if loss:
+        try:
+            FLAGS["loss"].parse(loss)
+        except ArgumentError as error:
+            raise MigrationError(f"it trains by what there is not here: {error}") from None
         found.flags["loss"] = loss
     for key, value in config.items():
         for name, text in _translate(found, key, value, loss or "orpo"):
-            try:
-                FLAGS[name].parse(text)
-            except ArgumentError as error:
-                found.left.append((key, str(error)))
-            else:
-                found.flags[name] = text
-    _warmup(found, config)
+            _take(found, key, name, text)
+    for key in ("warmup_steps", "warmup_ratio"):  # a ratio is written as a share of the steps
+        if config.get(key) not in (None, "", 0, "0", "0.0"):
+            _take(found, key, "warmup_steps", _text(config[key]))
     return found
+
+
+def _take(found: Migration, key: str, name: str, text: str) -> None:
+    try:
+        FLAGS[name].parse(text)
+    except ArgumentError as error:
+        found.left.append((key, str(error)))
+    else:
+        found.flags[name] = text
 
 
 def _loss(config: Mapping[str, Any]) -> str | None:
@@ -203,24 +213,20 @@ def _bits(found: Migration, key: str, value: Any, loss: str) -> Iterator[tuple[s
 
 def _targets(found: Migration, key: str, value: Any, loss: str) -> Iterator[tuple[str, str]]:
     text = _text(value)
-    yield "target_modules", "all" if text in ("all-linear", "true") else text
+    if text != "false":  # lora_target_linear, beside a list of modules
+        yield "target_modules", "all" if text in ("all-linear", "true") else text
 
 
 def _precision(found: Migration, key: str, value: Any, loss: str) -> Iterator[tuple[str, str]]:
     word = _text(value).lower()
     if word in ("auto", "true", "bf16", "bfloat16"):
         yield "bf16", "true"
+    elif word in ("fp16", "float16", "half"):
+        yield "fp16", "true"
     elif word in ("false", "float32", "fp32", "no"):
         yield "bf16", "false"
     else:
-        found.left.append((key, "there is bfloat16 or float32"))
-
-
-def _warmup(found: Migration, config: Mapping[str, Any]) -> None:
-    """A ratio is written as a share of the steps."""
-    for key in ("warmup_steps", "warmup_ratio"):
-        if config.get(key) is not None and float(_text(config[key])) > 0:
-            found.flags["warmup_steps"] = _text(config[key])
+        found.left.append((key, "there is bfloat16, float16 or float32"))
 
 
 def _by_strategy(flag: str) -> Callable[[Migration, str, Any, str], Iterator[tuple[str, str]]]:

@@ -183,3 +183,8 @@ class ModelArguments:
         identity=True,
         peers=("peft_use_dora", "lora_use_dora"),
     )
+
+    @property
+    def begins_in_weights(self) -> bool:
+        """Whether a new adapter has a second half that stays (models/beginnings.py)."""
+        return self.init_lora_weights.startswith(("pissa", "olora"))

@@ -200,7 +200,7 @@ def _contradictions(args: Arguments) -> Iterator[str]:
         default_beta(objective.loss) if objective.beta is None else None
     except ValueError as error:
         yield str(error)
-    if args.model.init_lora_weights.startswith(("pissa", "olora")) and args.run.strategy.startswith("zero"):
+    if args.model.begins_in_weights and args.run.strategy.startswith("zero"):
         yield (
             f"init_lora_weights={args.model.init_lora_weights} keeps half of the adapter as it is, which DeepSpeed's "
             "optimizers move: strategy=ddp or fsdp, or init_lora_weights=default"

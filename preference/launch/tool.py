@@ -11,6 +11,8 @@ from pathlib import Path
 from preference.errors import PreferenceError, of_the_system
 from preference.screen import show_everything, shown
 
+INTERRUPTED = 130  # exit status after Ctrl+C, as shells have it
+
 
 class ToolError(PreferenceError, ValueError):
     """A file that a script may not write to; the message names the flag and says what to do."""
@@ -39,6 +41,16 @@ def check_output(flag: str, output: str | None, inputs: Iterable[str | None]) ->
             raise ToolError(f"{flag} {output} would overwrite what is read ({name}): name another file")
 
 
+def is_url(name: str) -> bool:
+    """Whether a judge is a server: everything else is a model on this machine."""
+    return name.startswith(("http://", "https://"))
+
+
+def modelscope_asked() -> bool:
+    """Whether USE_MODELSCOPE_HUB says that models come from ModelScope."""
+    return os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
+
+
 def run_tool(main: Callable[[], None], name: str) -> None:
     """Run a script's `main`. Whatever the user can put right ends it with one sentence and exit status 1.
 
@@ -49,7 +61,7 @@ def run_tool(main: Callable[[], None], name: str) -> None:
         main()
         sys.stdout.flush()  # what cannot be written is said here, not ignored at exit
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except PreferenceError as error:
         sys.exit(shown(f"{name}: {error}"))
     except OSError as error:

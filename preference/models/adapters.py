@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from preference.arguments import FLAGS, Arguments, ModelArguments
-from preference.models.beginnings import begin, begins_in_weights, doubled
+from preference.models.beginnings import begin, doubled
 from preference.models.folder import ModelError, first_line, reading
 from preference.models.look import _some, tensor_headers
 from preference.models.sources import ADAPTER_CONFIG
@@ -207,7 +207,7 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int, new_ids
     _check_untied(model, "modules_to_save", whole)
     new_ids = list(new_ids)
     kind, rank, alpha = args.init_lora_weights, args.lora_rank, args.lora_alpha
-    if begins_in_weights(kind):
+    if args.begins_in_weights:
         rank, alpha = doubled(rank, alpha, args.use_rslora)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -227,7 +227,7 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int, new_ids
         _leave_routers(config, model)
     torch.manual_seed(seed)
     adapted = _train_in_float32(get_peft_model(model, config))
-    if begins_in_weights(kind) and not any(weight.is_meta for weight in adapted.parameters()):
+    if args.begins_in_weights and not any(weight.is_meta for weight in adapted.parameters()):
         begin(adapted, kind)
     return adapted
 

@@ -21,11 +21,6 @@ from torch import nn
 from preference.models.folder import ModelError
 
 
-def begins_in_weights(kind: str) -> bool:
-    """Whether an adapter of this init_lora_weights has a second half that stays."""
-    return kind.startswith(("pissa", "olora"))
-
-
 def doubled(rank: int, alpha: float, rslora: bool) -> tuple[int, float]:
     """Rank and alpha of an adapter of twice the rank that is scaled as one of `rank` with `alpha`."""
     return 2 * rank, alpha * (2**0.5 if rslora else 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from preference.models.hardware import detect
@@ -13,13 +14,13 @@ from preference.serve.loading import (
     LoadingError,
     find_source,
     generation_config,
-    load_base_model,
     load_template,
     load_tokenizer,
     load_tuned_model,
+    load_untuned_model,
     pick_dtype,
 )
-from preference.serve.models import note
+from preference.serve.models import note, untuned
 
 
 class Candidates:
@@ -41,10 +42,10 @@ class Candidates:
         self.tokenizer = load_tokenizer(self.source)
         self.models: dict[str, tuple[Any, Any]] = {"model": (tuned, nullcontext)}
         if self.source.adapter:
-            self.models = {"base": (tuned, tuned.disable_adapter), "tuned": (tuned, nullcontext)}
+            self.models = {"base": (tuned, partial(untuned, tuned, self.source)), "tuned": (tuned, nullcontext)}
         elif self.source.base is not None:
             note(f"loading the base model {self.source.base} ...")
-            base = load_base_model(self.source, dtype, hardware.device, self.hub)
+            base = load_untuned_model(self.source, dtype, hardware.device, self.hub)
             self.models = {"base": (base, nullcontext), "tuned": (tuned, nullcontext)}
 
     def answer(self, turns: Sequence[Turn]) -> dict[str, list[str]]:

@@ -22,16 +22,23 @@ class CollectError(PreferenceError, ValueError):
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """One row at the end of a jsonl file, in one write and on the disk; a line that a crash has cut is closed first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """One row at the end of a jsonl file, in one write and on the disk; a line that a crash has cut is closed first.
+
+    Raises:
+        CollectError: it cannot be written.
+    """
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CollectError(f"{path} cannot be written ({error.strerror}): --collect names another folder") from None
 
 
 class Collector:
@@ -56,8 +63,8 @@ class Collector:
                 return "it is called so already: nothing written"
             called = "good" if known[answer] else "bad"
             raise CollectError(f"this answer was called {called} before: take its line out of {self.folder} first")
-        known[answer] = good
         append_line(self.folder / LABELS, asked | {"response": answer, "label": good})
+        known[answer] = good
         said = f"written to {self.folder / LABELS} (for loss=kto)"
         others = [text for text, other in known.items() if other != good]
         for other in others:

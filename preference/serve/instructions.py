@@ -267,7 +267,7 @@ def _task(where: str, line: str) -> Task:
         # one table for all rows has every argument in each of them
         given = [{name: value for name, value in each.items() if value is not None} for each in arguments]
         pairs = tuple(zip(map(str, names), given, strict=True))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InstructionsError(
             f"{where}: a row is {{prompt, instruction_id_list, kwargs}} with as many kwargs as instructions ({error!r})"
         ) from None

@@ -6,18 +6,20 @@ every pair twice with the answers exchanged and takes the mean.
 
 from __future__ import annotations
 
+import http.client
+import ipaddress
 import json
 import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from preference.errors import PreferenceError
+from preference.report.local import host_of
 from preference.serve.generation import Chat, Turn
 
 INSTRUCTIONS = (
@@ -38,15 +40,6 @@ class NoVerdict(JudgeError):
     """Of one pair; others may have one."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Of one pair in both orders. `first` is the mean share of the first answer: 1 = better both times, 0 = worse both
-    times; `agree` is whether both orders favour the same answer (or both none)."""
-
-    first: float
-    agree: bool
-
-
 class Judge(Protocol):
     """Who compares two answers in one order. `said`: its words about the last pair, "" where it has none."""
 
@@ -61,12 +54,18 @@ class Judge(Protocol):
         """
 
 
-def compare(judge: Judge, turn: Turn, one: str, two: str) -> Verdict:
-    """Both orders of one pair of answers."""
-    forward, backward = judge.favours(turn, one, two), 1 - judge.favours(turn, two, one)
-    return Verdict(
-        (forward + backward) / 2, (forward > 0.5) == (backward > 0.5) and (forward < 0.5) == (backward < 0.5)
-    )
+def compare(judge: Judge, turn: Turn, one: str, two: str) -> float:
+    """The mean share of the first answer over both orders: 1 = better both times, 0 = worse both times."""
+    return (judge.favours(turn, one, two) + 1 - judge.favours(turn, two, one)) / 2
+
+
+def stays_here(url: str) -> bool:
+    """Whether a URL is of this machine."""
+    host = host_of(url) or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def conversation_text(turn: Turn) -> str:
@@ -101,7 +100,10 @@ class ServerJudge:
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         self.key, self.timeout, self.max_tokens = key, timeout, max_tokens
-        self.opener = urllib.request.build_opener(_NoRedirect)
+        handlers: list[Any] = [_NoRedirect]
+        if stays_here(url):  # a proxy would carry the conversation to another machine
+            handlers.append(urllib.request.ProxyHandler({}))
+        self.opener = urllib.request.build_opener(*handlers)
         self.said = ""
         self.model = model or self._only_model()
         self.name = f"{self.model}@{self.url}"
@@ -148,8 +150,8 @@ class ServerJudge:
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {error.reason}: {error.read(300).decode(errors='replace').strip()}"
                 again = error.code in (408, 409, 429) or error.code >= 500
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                reason, again = str(getattr(error, "reason", error)), True
+            except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+                reason, again = str(getattr(error, "reason", error)) or type(error).__name__, True
             except ValueError as error:
                 reason, again = f"it did not answer with JSON ({error})", False
             if pause is None or not again:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from transformers.utils import logging
 
+from preference.launch.tool import is_url
 from preference.models.adapters import FROZEN
 from preference.models.hardware import Hardware, detect
 from preference.models.limits import check_vocabulary, template_ids
@@ -42,7 +43,7 @@ def open_judge(
 ) -> Judge:
     """A judge: `name` is the address of an OpenAI-compatible server (http...), with the name of its model and the key
     to send, or a model on this machine (folder, run or hub id; `hub`: of ModelScope)."""
-    if re.match(r"https?://", name):
+    if is_url(name):
         return ServerJudge(name, model, key)
     hardware = detect(use_cpu)
     return LocalJudge(open_chat(find_source(name, use_modelscope=hub), hardware, dtype, Sampling(0.0), hub), name)
@@ -79,6 +80,17 @@ def switched_to(model: Any, name: str) -> Iterator[None]:
         lora.set_adapter(active)
 
 
+def untuned(model: Any, source: Source) -> AbstractContextManager[Any]:
+    """While open, the adapted `model` is as the run was handed it: without its adapter, or with the one it had then."""
+    if FROZEN in model.peft_config:
+        return switched_to(model, FROZEN)
+    if source.adapter_before is None:
+        return model.disable_adapter()
+    if BEFORE not in model.peft_config:
+        add_adapter_before(model, source)
+    return switched_to(model, BEFORE)
+
+
 class Models:
     """The tuned model and, once it is asked for, its base: the same weights without the adapter, or a second model."""
 
@@ -103,7 +115,7 @@ class Models:
     def base(self) -> tuple[Chat, Within]:
         """The model before tuning: who answers, and what must be entered meanwhile."""
         if self.source.adapter:
-            return self.tuned, self._before
+            return self.tuned, partial(untuned, self.tuned.model, self.source)
         if self._base is None:
             if self.source.base is not None:
                 note(f"loading the base model {self.source.base} ...")
@@ -116,14 +128,3 @@ class Models:
         """Draw the answers of all who speak here in this way from now on."""
         for chat in filter(None, (self.tuned, self._base)):
             chat.resample(sampling)
-
-    def _before(self) -> AbstractContextManager[Any]:
-        """The tuned model as the run was handed it: without its adapter, or with the one that it had then."""
-        model = self.tuned.model
-        if FROZEN in model.peft_config:
-            return switched_to(model, FROZEN)
-        if self.source.adapter_before is None:
-            return model.disable_adapter()
-        if BEFORE not in model.peft_config:
-            add_adapter_before(model, self.source)
-        return switched_to(model, BEFORE)

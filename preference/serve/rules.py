@@ -13,7 +13,8 @@ from preference.data.text_stats import script_of
 
 RULES = ("length", "language", "format", "repetition", "refusal")
 REPEATED = 0.5  # share of an answer's pieces that are copies of others: beyond that it turns in circles
-UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # kana, han, hangul: each character counts as a word
+_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # kana, han, hangul: each character counts as a word
+WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 PIECE = 4  # words (characters of scripts without spaces) of a piece
 REFUSALS = re.compile(
     r"^\W*(i'?m|i am) (very |so |truly )?(sorry|afraid)\b.{0,40}\b(can'?t|cannot|unable|not able|won'?t)"
@@ -93,8 +94,6 @@ def wrong_form(answer: str, form: str) -> bool:
 
 def repeated_share(answer: str) -> float:
     """The share of pieces of PIECE words that stand in the answer before: 0 = none, near 1 = a loop."""
-    words = re.findall(
-        r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+", answer
-    )
+    words = WORD.findall(answer)
     pieces = [tuple(words[i : i + PIECE]) for i in range(len(words) - PIECE + 1)]
     return 1 - len(set(pieces)) / len(pieces) if len(pieces) >= 2 * PIECE else 0.0

@@ -10,9 +10,11 @@ from typing import Any, Protocol, TextIO
 import torch
 
 from preference.errors import PreferenceError
+from preference.models.folder import read_config, read_tokenizer, reading
 from preference.screen import shown
 from preference.serve.generation import Turn
-from preference.serve.judge import Judge, compare
+from preference.serve.judge import Judge, NoVerdict, compare
+from preference.serve.models import note
 
 
 class ScoringError(PreferenceError, RuntimeError):
@@ -38,9 +40,13 @@ class JudgeScorer:
     def scores(self, turn: Turn, answers: Sequence[str]) -> list[float | None]:
         won = [0.0] * len(answers)
         for i, j in combinations(range(len(answers)), 2):
-            verdict = compare(self.judge, turn, answers[i], answers[j])
-            won[i] += verdict.first
-            won[j] += 1 - verdict.first
+            try:
+                share = compare(self.judge, turn, answers[i], answers[j])
+            except NoVerdict as error:  # nor would there be one the next time
+                note(str(error))
+                return [None] * len(answers)
+            won[i] += share
+            won[j] += 1 - share
         return [share / max(len(answers) - 1, 1) for share in won]
 
 
@@ -48,15 +54,16 @@ class RewardScorer:
     """A reward model of transformers (one output) on the conversation as its own chat template writes it."""
 
     def __init__(self, name: str, device: str, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        way_out = "get the folder anew, or name another one with --reward"
+        code = trust_remote_code
+        self.tokenizer = read_tokenizer(name, way_out, trust_remote_code=code)
+        config = read_config(name, trust_remote_code=code)
+        with reading(f"the reward model {name}", way_out):
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                name, config=config, dtype=dtype, trust_remote_code=code, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
-            raise ScoringError(f"the reward model {name} cannot be loaded: {error}") from error
         if missing := sorted(report["missing_keys"]):
             raise ScoringError(f"{name} is no reward model: it has no weights for {', '.join(missing[:3])}")
         if model.config.num_labels != 1:
@@ -69,7 +76,7 @@ class RewardScorer:
     def scores(self, turn: Turn, answers: Sequence[str]) -> list[float | None]:
         return [self._reward(turn, answer) for answer in answers]
 
-    def _reward(self, turn: Turn, answer: str) -> float:
+    def _reward(self, turn: Turn, answer: str) -> float | None:
         messages = [{"role": "system", "content": turn.system}] if turn.system else []
         for user, assistant in (*turn.history, (turn.question, answer)):
             messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
@@ -77,7 +84,8 @@ class RewardScorer:
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(self.model.device)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit and ids.shape[1] > limit:
-            raise ScoringError(f"an answer takes {ids.shape[1]} tokens with its question; {self.name} reads {limit}")
+            note(f"an answer takes {ids.shape[1]} tokens with its question; {self.name} reads {limit}")
+            return None
         return float(self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0].float())
 
 

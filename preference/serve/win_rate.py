@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
 
+from preference.report.evaluation import wilson
 from preference.serve.generation import Turn
 from preference.serve.judge import Judge, NoVerdict, conversation_text
 
 RIDGE = 1e-3
-
-
-def stays_here(url: str) -> bool:
-    """Whether a URL is of this machine."""
-    host = urllib.parse.urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def judge_all(
@@ -94,14 +84,12 @@ def summary(scores_N2: np.ndarray, longer_N: np.ndarray) -> dict[str, Any]:
     better_N2, worse_N2 = scores_N2 > 0.5, scores_N2 < 0.5
     decided = int((better_N2 | worse_N2).sum())
     first = int(worse_N2[:, 0].sum() + better_N2[:, 1].sum())  # the answer that stood first was favoured
-    half = 1.96 * float(scores_N.std(ddof=1)) / math.sqrt(len(scores_N)) if len(scores_N) > 1 else 0.5
-    mean = float(scores_N.mean())
     return left | {
         "won": int(better_N2.all(axis=1).sum()),
         "lost": int(worse_N2.all(axis=1).sum()),
         "tied": int((~better_N2.all(axis=1) & ~worse_N2.all(axis=1)).sum()),
-        "win_rate": mean,
-        "interval": [max(0.0, mean - half), min(1.0, mean + half)],
+        "win_rate": float(scores_N.mean()),
+        "interval": list(wilson(float(scores_N.sum()), len(scores_N))),
         "length_controlled": length_controlled(scores_N, longer_N),
         "longer": float(longer_N.mean()),
         "first_favoured": first / decided if decided else None,

@@ -15,7 +15,6 @@ from preference.launch.agreement import code_fingerprint, compare_ranks, version
 from preference.launch.process import say
 from preference.losses import Objective
 from preference.losses.schedule import Schedule
-from preference.models.beginnings import begins_in_weights
 from preference.models.hardware import Hardware, batch_plan, half_type
 from preference.models.limits import check_positions, check_vocabulary, template_ids
 from preference.models.loading import adapt, load_base
@@ -225,7 +224,7 @@ def _equipped(trainer: Any, args: Arguments) -> Any:
     trainer.checkpoints.besides = selection.keeps
     if selection.needs_metric:
         trainer.add_callback(Follow(trainer, selection, say))
-    if args.model.use_peft and begins_in_weights(args.model.init_lora_weights):
+    if args.model.use_peft and args.model.begins_in_weights:
         trainer.hold(HeldHalves(trainer.model))
     if args.run.ema_decay:
         trainer.average = MovingAverage(trainer.model, args.run.ema_decay)

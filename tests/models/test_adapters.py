@@ -25,6 +25,7 @@ from preference.models.loading import MERGED, adapt, load_base, untuned
 from preference.models.look import ModelError
 from preference.models.sources import find_model
 from preference.models.vocabulary import add_rows
+from preference.serve.candidates import Candidates
 from preference.serve.loading import LoadingError, find_source, load_tuned_model
 from preference.serve.models import Models
 from tiny import tiny_model, tiny_tokenizer
@@ -208,6 +209,14 @@ def chat_of(folder, **run):
     return Models(Namespace(**words, **sampling, template_name=None))
 
 
+def base_in_evaluation(folder):
+    """Logits of what evaluate_model.py compares a run's result with."""
+    words = {"model": str(folder), "base_model": None, "use_cpu": True, "torch_dtype": "float32", "win_rate": None}
+    model, within = Candidates(Namespace(**words)).models["base"]
+    with within():
+        return logits(model)
+
+
 def before_and_tuned(models):
     chat, within = models.base()
     with within() if callable(within) else within:
@@ -231,6 +240,7 @@ def test_before_tuning_is_what_was_handed_in(folders, tmp_path, words):
         before, tuned = before_and_tuned(models)
         assert torch.allclose(before, expected_logits("adapter", folders, IDS), atol=2e-6)
         assert torch.allclose(tuned, logits(model), atol=1e-6) and not torch.allclose(before, tuned, atol=1e-2)
+    assert torch.equal(base_in_evaluation(tmp_path / "run"), before)
 
 
 def test_before_tuning_over_a_frozen_adapter_is_that_one(folders, tmp_path):
@@ -243,6 +253,7 @@ def test_before_tuning_over_a_frozen_adapter_is_that_one(folders, tmp_path):
     before, tuned = before_and_tuned(models)
     assert torch.allclose(before, expected_logits("adapter", folders, IDS), atol=2e-6)
     assert not torch.allclose(before, tuned, atol=1e-2)
+    assert torch.equal(base_in_evaluation(tmp_path / "run"), before)
 
 
 def test_an_adapter_that_is_gone_is_named(folders, tmp_path):

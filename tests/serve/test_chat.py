@@ -178,6 +178,15 @@ def test_what_teaches_nothing_or_wrongly_is_not_collected(tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+def test_what_could_not_be_written_can_be_judged_again(tmp_path: Path) -> None:
+    (tmp_path / "here").write_text("a file")
+    collector = Collector(tmp_path / "here")
+    with pytest.raises(CollectError, match="cannot be written .*--collect"):
+        collector.label(Turn("Hi."), "yes", good=True)
+    (tmp_path / "here").unlink()
+    assert "written to" in collector.label(Turn("Hi."), "yes", good=True)
+
+
 def test_a_line_that_a_crash_has_cut_is_closed(tmp_path: Path) -> None:
     path = tmp_path / "pairs" / "chat.jsonl"
     path.parent.mkdir()

@@ -83,15 +83,14 @@ def prefers(text: str) -> Answer:
 def test_both_orders_are_asked_and_the_last_verdict_counts(server: Server) -> None:
     server.answer = prefers("Apple.")
     judge = open_judge(server.url + "/chat/completions", None, "secret")
-    assert compare(judge, TURN, "Apple.", "Soil.").first == 1 and compare(judge, TURN, "Soil.", "Apple.").first == 0
+    assert compare(judge, TURN, "Apple.", "Soil.") == 1 and compare(judge, TURN, "Soil.", "Apple.") == 0
     path, values, key = server.asked[0]
     assert (path, values["model"], values["temperature"], key) == ("/v1/chat/completions", "wise", 0, "Bearer secret")
     assert conversation_text(TURN) in values["messages"][0]["content"]
     server.answer = lambda values: (200, reply("[[A]]"))  # whatever is shown first
-    verdict = compare(judge, TURN, "Apple.", "Soil.")
-    assert (verdict.first, verdict.agree) == (0.5, False)
+    assert compare(judge, TURN, "Apple.", "Soil.") == 0.5
     server.answer = lambda values: (200, reply("[[C]]"))
-    assert compare(judge, TURN, "Apple.", "Soil.") == judging.Verdict(0.5, True)
+    assert compare(judge, TURN, "Apple.", "Soil.") == 0.5
 
 
 def test_a_busy_server_is_asked_again_and_a_wrong_one_is_named(server: Server) -> None:
@@ -118,6 +117,15 @@ def test_a_busy_server_is_asked_again_and_a_wrong_one_is_named(server: Server) -
         ServerJudge("localhost", "x").favours(TURN, "x", "y")
 
 
+def test_no_proxy_stands_before_a_judge_on_this_machine(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody is there
+    assert ServerJudge(server.url).favours(TURN, "x", "y") == 1
+    elsewhere = [
+        handler for handler in ServerJudge("http://10.0.0.2/v1", "x").opener.handlers if hasattr(handler, "proxies")
+    ]
+    assert elsewhere[0].proxies["http"] == "http://127.0.0.1:9"
+
+
 def test_a_local_judge_compares_the_letters_probabilities(run: Path) -> None:
     chat = chat_with(run)
     judge = open_judge(str(run), None, None, dtype="float32", use_cpu=True)
@@ -128,7 +136,8 @@ def test_a_local_judge_compares_the_letters_probabilities(run: Path) -> None:
         logps = chat.model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
     a, b = (logps[chat.tokenizer.convert_tokens_to_ids(letter)].exp().item() for letter in "AB")
     assert share == pytest.approx(a / (a + b)) and 0 < share < 1
-    verdict = compare(judge, TURN, "Apple.", "Soil.")
-    assert verdict.first == pytest.approx((share + 1 - judge.favours(TURN, "Soil.", "Apple.")) / 2)
+    assert compare(judge, TURN, "Apple.", "Soil.") == pytest.approx(
+        (share + 1 - judge.favours(TURN, "Soil.", "Apple.")) / 2
+    )
     with pytest.raises(JudgeError, match="reads"):
         judge.favours(TURN, "Apple." * 5000, "Soil.")

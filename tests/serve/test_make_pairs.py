@@ -20,6 +20,7 @@ from preference.data.rows import load_rows
 from preference.serve import models as serve_models
 from preference.serve import pairs as making
 from preference.serve.generation import Turn
+from preference.serve.judge import NoVerdict
 from preference.serve.pairs import Drawn, best_and_worst, distinct
 from preference.serve.rules import Wanted, faults
 from preference.serve.scoring import JudgeScorer, Person, RewardScorer, ScoringError
@@ -195,6 +196,23 @@ def test_a_judge_meets_every_pair_of_answers_in_both_orders() -> None:
     assert len({*asked}) == len(asked) == 6
 
 
+def test_a_question_without_a_verdict_ends_nothing(capsys: pytest.CaptureFixture) -> None:
+    class Unsure:
+        name = "unsure"
+
+        def favours(self, turn: Turn, one: str, two: str) -> float:
+            raise NoVerdict("it cannot say")
+
+    assert JudgeScorer(Unsure()).scores(Turn("?"), ["a", "b"]) == [None, None]
+    assert "it cannot say" in capsys.readouterr().err
+
+
+def test_an_answer_that_the_reward_model_cannot_read_has_no_score(reward: Path) -> None:
+    scorer = RewardScorer(str(reward), "cpu", torch.float32)
+    long, short = scorer.scores(Turn("Hi?"), ["juice " * 9000, "juice"])
+    assert long is None and short is not None
+
+
 def test_a_person_names_best_and_worst() -> None:
     lines = iter(["what?", "1 1", "9 1", "3 1", "", "q"])
     out = io.StringIO()
@@ -217,7 +235,10 @@ def test_a_person_names_best_and_worst() -> None:
         (["--rules", "beauty"], "takes names of"),
         (["--format", "(", "--rules", "format"], "regular expression"),
         (["--format", "json", "--rules", "length"], "for --rules with format"),
-        (["--judge_model", "x"], "for --judge"),
+        (["--judge_model", "x"], "for --judge URL"),
+        (["--judge", "local", "--judge_model", "x"], "for --judge URL"),
+        (["--rules", "", "--min_length", "5"], "for --rules with length"),
+        (["--seed", "-1"], "from 0 to"),
         (["--judge", "a", "--reward", "b"], "not allowed with"),
     ],
 )
@@ -235,3 +256,15 @@ def test_what_cannot_be_done_is_said(run: Path, base: Path, tmp_path: Path, monk
         make(monkeypatch, tmp_path / "bad.jsonl", "--model", run, "--output", tmp_path / "p.jsonl")
     with pytest.raises(ScoringError, match="no weights for"):
         RewardScorer(str(base), "cpu", torch.float32)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stopped(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_pairs, "make", stopped)
+    with pytest.raises(SystemExit) as end:
+        make(monkeypatch, "q.txt", "--model", "m", "--output", "o")
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err

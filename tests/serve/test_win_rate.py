@@ -12,9 +12,10 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 import evaluate_model
+from preference.serve import judge
 from preference.serve.generation import Turn
-from preference.serve.judge import NoVerdict
-from preference.serve.win_rate import judge_all, length_controlled, stays_here, summary, table
+from preference.serve.judge import NoVerdict, stays_here
+from preference.serve.win_rate import judge_all, length_controlled, summary, table
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -52,6 +53,8 @@ def test_a_judge_that_knows_and_one_that_only_reads_what_stands_first():
     found, _ = figures(Made(lambda first, second: 1.0), ["a", "b"], ["c", "d"])
     assert found["win_rate"] == 0.5 and found["first_favoured"] == 1 and found["turned_by_order"] == 1
     assert "100.0% (50%: no position bias)" in table(found, "made")
+    found, _ = figures(knows, ["bad"] * 4, ["good"] * 4)
+    assert found["win_rate"] == 1 and found["interval"] == [pytest.approx(0.51, abs=0.01), 1]  # four are few
 
 
 def test_no_verdict_is_left_out_counted_and_kept():
@@ -173,6 +176,18 @@ def test_a_local_model_judges_by_likelihood(tuned, tmp_path, monkeypatch, capsys
     assert len(kept) == 2
 
 
+def test_a_judge_without_any_verdict_is_no_success(server, tuned, tmp_path, monkeypatch, capsys):
+    (tmp_path / "questions.txt").write_text("What helps?\n")
+    monkeypatch.setattr(judge.ServerJudge, "complete", lambda *_: "I cannot say.")
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    words = ["evaluate_model.py", str(tuned), "--win_rate", str(tmp_path / "questions.txt"), "--judge", url]
+    words += ["--max_new_tokens", "6", "--use_cpu", "--judgements", str(tmp_path / "kept.jsonl")]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="no verdict on any question"):
+        evaluate_model.main()
+    assert "left out, as the judge gave no verdict: 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -182,7 +197,6 @@ def test_a_local_model_judges_by_likelihood(tuned, tmp_path, monkeypatch, capsys
         ("m --win_rate f --judge local --judge_model x", "goes with --judge URL"),
         ("m --win_rate f --judge j --output o", "--output goes with --mcq"),
         ("m --instructions f --max_new_tokens 0", "at least 1"),
-        ("m --instructions f --output f", "would overwrite"),
         ("m --mcq f --judgements k", "goes with --win_rate"),
     ],
 )
