@@ -19,6 +19,7 @@ from typing import Any
 from preference.arguments import Arguments, parse_arguments
 from preference.launch.heartbeat import follow_launcher, watch_others
 from preference.launch.process import (
+    LOCAL_RANK,
     RANK,
     RESTARTS,
     WORLD_SIZE,
@@ -111,7 +112,7 @@ def main() -> None:
     start = setup.find_start(args, trainer, conversation, restarted) if args.run.do_train else None
     for note in start.notes if start else ():
         say(note)
-    signals = StopSignals().install()
+    signals = StopSignals(silent=LOCAL_RANK > 0).install()
     stop = StopTogether(trainer, signals, start.step if start else 0)
     trainer.add_callback(stop)
 

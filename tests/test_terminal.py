@@ -103,6 +103,7 @@ def test_a_terminal_that_lacks_characters(encoding: str) -> None:
         terminal.draw_bar(bar_line(terminal, "", 5, 10, "loss 1"))
         terminal.say("⟦中⟧ café")
     assert screen.lines()[-1].startswith("\\u27e6")
+    assert "\\u2026" not in screen.raw
     assert ("#####" in screen.raw) == (encoding == "ascii")
 
 
@@ -165,6 +166,12 @@ def test_other_output_stands_above_the_bar_and_no_copy_is_left(monkeypatch: pyte
 def test_what_is_cut_keeps_its_ends(text: str, columns: int) -> None:
     cut = elided(text, columns)
     assert cut.cell_len <= columns and cut.plain[:3] == text[:3] and cut.plain[-3:] == text[-3:]
+
+
+def test_nothing_is_trained_where_a_model_is_scored(capsys: pytest.CaptureFixture) -> None:
+    show_plan(FACTS, None, terminal)
+    said = capsys.readouterr().out
+    assert "M parameters" in said and "trained" not in said
 
 
 @pytest.mark.parametrize("environ", [None, XTERM])

@@ -25,6 +25,7 @@ from preference.terminal.console import terminal
 from preference.terminal.failure import Failure, end_with
 
 RANK = int(os.environ.get("RANK", "0"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 error_log: Path | None = None  # where a traceback goes
@@ -178,7 +179,7 @@ def let_the_cause_speak(error: Exception, name: str) -> None:
         time.sleep(10)
         reason = str(error).splitlines()[0]
         sys.exit(f"{name}: rank {RANK} lost touch with another, whose output says why ({reason})")
-    time.sleep(8 if int(os.environ.get("LOCAL_RANK", "0")) else 0)
+    time.sleep(8 if LOCAL_RANK else 0)
 
 
 def end_process() -> None:

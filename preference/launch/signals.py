@@ -38,11 +38,15 @@ class StoppedBySignal(Exception):
 class StopSignals:
     """Handlers for the whole process. Until they are installed a signal just ends it: there is nothing to save yet.
 
+    Args:
+        silent: another process of this machine says it: Ctrl+C, and torchrun, signal all of them.
+
     Attributes:
         phase: "evaluating" before training, "training", or "finishing": what is left is soon done, and is done.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, silent: bool = False) -> None:
+        self.silent = silent
         self.received: str | None = None
         self.at = 0.0
         self.phase = "evaluating"
@@ -62,7 +66,8 @@ class StopSignals:
             self._say(f"{name} again: stopping at once; the last checkpoint stands\n")
             os._exit(128 + number)
 
-    @staticmethod
-    def _say(text: str) -> None:
+    def _say(self, text: str) -> None:
+        if self.silent:
+            return
         with contextlib.suppress(OSError):  # a terminal that has hung up
             os.write(2, text.encode())  # print is not safe in a handler: the signal may have come in the middle of one

@@ -104,7 +104,8 @@ def show_plan(facts: Mapping[str, Any], plan: Plan | None, terminal: Terminal) -
     """The model, and what is about to be done with it; `plan` is None where nothing is trained."""
     flags = facts["arguments"]
     name, parameters, trained = flags["model_name_or_path"], facts["parameters"] / 1e6, facts["trainable"] / 1e6
-    model = tr("parameters", name=name, all=parameters, trained=trained)
+    key = "parameters_scored" if plan is None else "parameters"
+    model = tr(key, name=name, all=parameters, trained=trained)
     terminal.rows(tr("model"), [terminal.cut(model, 1) if terminal.coloured else model])
     if plan is None:
         return

@@ -152,7 +152,8 @@ class Terminal:
     def cut(self, text: str, lines: int, indent: int = LABEL + 1) -> Text:
         """`text` in so many lines of the terminal at most, its middle left out where it is longer."""
         room = self.width - indent - 1
-        return elided(shown(text), lines * room - (lines - 1) * RAGGED)
+        mark = " … " if self.writes("…") else " ~ "
+        return elided(shown(text), lines * room - (lines - 1) * RAGGED, mark)
 
     # ---- the bar
 
@@ -199,7 +200,7 @@ class Terminal:
             self.console.set_window_title(shown(text).replace("\n", " "))
 
 
-def elided(text: str, columns: int) -> Text:
+def elided(text: str, columns: int, mark: str = " … ") -> Text:
     """`text` in so many columns, without the middle of what is longer."""
     whole = Text(text)
     if whole.cell_len <= columns:
@@ -208,7 +209,7 @@ def elided(text: str, columns: int) -> Text:
     head.truncate(columns * 2 // 3 - 2, overflow="crop")
     while tail.cell_len > columns // 3 - 1:
         tail = tail[1:]
-    return Text.assemble(head, (" … ", "dim"), tail)
+    return Text.assemble(head, (mark, "dim"), tail)
 
 
 terminal = Terminal()

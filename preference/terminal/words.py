@@ -101,6 +101,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "{name}, {all:,.1f} M parameters, {trained:,.2f} M trained",
         "{name}，{all:,.1f} M 参数，训练其中 {trained:,.2f} M",
     ),
+    "parameters_scored": ("{name}, {all:,.1f} M parameters", "{name}，{all:,.1f} M 参数"),
     "training": ("training", "训练"),
     "of_pairs": ("pairs", "对"),
     "of_singles": ("single answers", "个单独的回答"),

@@ -98,6 +98,13 @@ def test_an_evaluation_is_broken_off(tmp_path, signals):
     assert "eval_loss" in trainer.evaluate()
 
 
+def test_one_process_of_a_machine_says_it(capfd):
+    for silent in (True, False):
+        signals = StopSignals(silent)
+        signals._handle(signal.SIGINT, None)
+        assert signals.received == "SIGINT" and ("SIGINT: " in capfd.readouterr().err) != silent
+
+
 def test_a_system_that_lacks_signals_has_the_others(monkeypatch):
     """Windows."""
     for name in ("SIGUSR1", "SIGHUP"):
