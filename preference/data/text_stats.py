@@ -1,6 +1,6 @@
 """The part of the data report that needs no tokenizer: repeats, near-identical answers, length bias, scripts, odd text.
 
-`TextStats.add(row)` once a row, `to_dict()` at the end. Memory is some 50 bytes a row (three hashes, three lengths).
+`TextStats.add(row)` once a row, `to_dict()` at the end. Memory is 36 bytes a row (three hashes, three lengths).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from preference.data.report import DataReport
     from preference.data.row import Row
 
@@ -82,7 +84,7 @@ class TextStats:
     def __init__(self) -> None:
         self.rows = 0
         self.prompts, self.pairs, self.mirrored = array("q"), array("q"), array("q")
-        self.lengths = {name: array("L") for name in ("prompt", "chosen", "rejected")}
+        self.lengths = {name: array("I") for name in ("prompt", "chosen", "rejected")}
         self.scripts: Counter[str] = Counter()
         self.control: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
@@ -140,14 +142,15 @@ class TextStats:
         import numpy as np  # here, so that reading rows needs no numpy
 
         single = self.counts["single_answers"]
+        pairs = np.unique(self.pairs)
         return {
             "rows": self.rows,
             **({"single_answers": single} if single else {}),
             "with_system": self.system_rows,
             "with_history": self.history_rows,
-            "duplicate_pairs": self.rows - len(np.unique(self.pairs)),
+            "duplicate_pairs": self.rows - len(pairs),
             "repeated_prompts": self.rows - len(np.unique(self.prompts)),
-            "contradicting_pairs": int(np.isin(np.unique(self.pairs), self.mirrored).sum()) // 2,
+            "contradicting_pairs": _also_in(pairs, self.mirrored) // 2,
             "near_identical_answers": self.counts["near_identical_answers"],
             "characters": {name: spread(values) for name, values in self.lengths.items()},
             **({} if single else {"length_bias": self._length_bias()}),
@@ -155,6 +158,17 @@ class TextStats:
             "control_text_rows": self.counts["control_text_rows"],
             "control_text": dict(self.control.most_common(20)),
         }
+
+
+def _also_in(sorted_N: np.ndarray, others: array[int]) -> int:
+    """How many of the distinct sorted values are among the others; np.isin takes five times the memory for it."""
+    import numpy as np
+
+    among_M = np.unique(others)
+    if not len(among_M):
+        return 0
+    places_N = np.searchsorted(among_M, sorted_N).clip(max=len(among_M) - 1)
+    return int((among_M[places_N] == sorted_N).sum())
 
 
 def spread(values: Sequence[int]) -> dict[str, float]:
