@@ -46,6 +46,17 @@ def test_learning_rate_depends_on_what_is_trained():
     assert all(recipe.source for recipe in dpo)
 
 
+def test_the_rank_that_deepspeeds_launcher_writes_is_taken():
+    """Its first word behind the script; without the launcher, or with another rank, it is refused as any other."""
+    args = parse_arguments(["--local_rank=1", "--max_steps", "3"], {"LOCAL_RANK": "1"})
+    assert args.run.max_steps == 3 and args.given == {"max_steps"}
+    with pytest.raises(ArgumentError, match=r"--local-rank=0, and the environment has LOCAL_RANK=1"):
+        parse_arguments(["--local-rank=0"], {"LOCAL_RANK": "1"})
+    for words, environ in ((["--local_rank=1"], {}), (["--max_steps", "3", "--local_rank=1"], {"LOCAL_RANK": "1"})):
+        with pytest.raises(ArgumentError, match="unknown flag --local_rank: nothing to set"):
+            parse_arguments(words, environ)
+
+
 def test_abbreviations_are_not_guessed():
     with pytest.raises(ArgumentError, match="unknown flag --lora_r"):
         parse_arguments(["--lora_r", "8"])

@@ -130,7 +130,8 @@ def parse_arguments(words: Sequence[str] | None = None, environ: Mapping[str, st
             contradict each other.
         SystemExit: `--help`.
     """
-    given = read_words(sys.argv[1:] if words is None else words, FLAGS)
+    words = without_local_rank(sys.argv[1:] if words is None else words, environ or {})
+    given = read_words(words, FLAGS)
     if given.help:
         print(help_text(FLAGS, given.help == "all", shutil.get_terminal_size((100, 24)).columns))
         sys.exit(0)
@@ -142,6 +143,22 @@ def parse_arguments(words: Sequence[str] | None = None, environ: Mapping[str, st
     for fault in _contradictions(args):
         raise ArgumentError(fault)
     return args
+
+
+def without_local_rank(words: Sequence[str], environ: Mapping[str, str]) -> Sequence[str]:
+    """`words` without the --local_rank=N that DeepSpeed's launcher puts first; LOCAL_RANK says the same.
+
+    Raises:
+        ArgumentError: it says otherwise.
+    """
+    written, _, text = (words[0] if words else "").partition("=")
+    if written not in ("--local_rank", "--local-rank") or "LOCAL_RANK" not in environ:
+        return words
+    if text != environ["LOCAL_RANK"]:
+        raise ArgumentError(
+            f"{words[0]}, and the environment has LOCAL_RANK={environ['LOCAL_RANK']}: a launcher sets both, drop yours"
+        )
+    return words[1:]
 
 
 def _refuse_lost(given: Given, environ: Mapping[str, str]) -> None:
