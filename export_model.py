@@ -3,6 +3,7 @@
 
     python export_model.py outputs/run --output exported                    safetensors, for transformers and vLLM
     python export_model.py outputs/run --output exported --gguf q8_0        also GGUF and an Ollama Modelfile
+    python export_model.py outputs/run --output exported --compressed fp8   8 bits a weight, for vLLM and SGLang
     python export_model.py outputs/run --output exported --push_to_hub me/my-model
 
 Works on the CPU and needs memory for the weights in float32, twice that to compare in float64 where there is as much.
@@ -24,8 +25,10 @@ from preference.screen import shown
 
 if TYPE_CHECKING:
     from preference.serve.loading import Source
+    from preference.serve.merging import Difference, Probes
 
 SUPPORTED_GGUF = ("q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16")
+COMPRESSED = ("fp8", "w4a16")
 
 
 class ExportError(PreferenceError, RuntimeError):
@@ -60,6 +63,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="auto = as the base has it")
     add("--max_shard_size", default="5GB", help="largest safetensors file")
     add("--gguf", choices=SUPPORTED_GGUF, help="also write GGUF: 4.5 bits a weight (q4_0) to 16 (f16)")
+    add("--compressed", choices=COMPRESSED, help="linear weights in 8 or 4 bits (compressed-tensors), for vLLM, SGLang")
     add("--gguf_adapter", action="store_true", help="also write the LoRA adapter as GGUF, for llama-server --lora")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload the folder, as a private repository")
     add("--hub", choices=["huggingface", "modelscope"], default="huggingface", help="where --push_to_hub goes")
@@ -67,6 +71,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if args.push_to_hub and args.push_to_hub.count("/") != 1:
         parser.error("--push_to_hub takes owner/name")
+    if args.compressed and args.dtype == "float32":
+        parser.error("--compressed stores what is left in 16 bits: drop --dtype float32, or take bfloat16 or float16")
     return args
 
 
@@ -141,6 +147,10 @@ def load_config(base: str, args: argparse.Namespace) -> Any:
 
         check_supported(config)
         check_quantizer(args.gguf)
+    if args.compressed:
+        from preference.serve.compressed import check_package
+
+        check_package()
     return config
 
 
@@ -149,9 +159,8 @@ def write(
 ) -> None:
     """Merge, measure, and write every file of the export into `folder`."""
     import torch
-    from safetensors import SafetensorError
 
-    from preference.serve.card import export_card
+    from preference.serve.card import Copy, export_card
     from preference.serve.launcher import serve_script
     from preference.serve.loading import generation_config
     from preference.serve.merging import cast, load_merged, name_of, probes
@@ -173,6 +182,8 @@ def write(
     if args.gguf:  # from the float32 weights, before they are rounded
         files.append(write_gguf_files(args, model, tokenizer, template, stops, folder))
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
+    if args.compressed and dtype == torch.float32:
+        dtype = torch.bfloat16
     name, change = name_of(dtype), cast(model, dtype, questions, exact)
     if change:
         say(f"rounded to {name}: {change[0]}\nfor comparison, computing in {name}: {change[1]}")
@@ -181,18 +192,35 @@ def write(
         getattr(generation, name) is not None for name in ("temperature", "top_p", "top_k")
     ):
         generation.do_sample = True  # sampling values mean that sampling is meant; transformers refuses to save else
+    compressed = save_weights(args, model, folder, questions)
+    tokenizer.save_pretrained(folder)
+    script = serve_script(Path(args.output).resolve().name, files[0] if files else None, stops)
+    (folder / "serve.sh").write_text(script, encoding="utf-8")
+    copy = Copy(name, merged, change and change[0], compressed, files)
+    card = export_card(source, copy, args.output)
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names of any bytes
+
+
+def save_weights(
+    args: argparse.Namespace, model: Any, folder: Path, questions: Probes
+) -> tuple[str, Difference] | None:
+    """The safetensors files with config.json; for --compressed, what its layers are and what that changes."""
+    from safetensors import SafetensorError
+
     try:
-        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        if not args.compressed:
+            model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+            return None
+        from preference.serve.compressed import save_compressed
+
+        words, change = save_compressed(model, args.compressed, folder, questions, args.max_shard_size)
     except SafetensorError as error:  # how its library says that the disk is full
         free = shutil.disk_usage(folder).free / 1e9
         raise ExportError(
             f"the model could not be written ({error}; {free:.1f} GB are free): set --output to another disk"
         ) from error
-    tokenizer.save_pretrained(folder)
-    script = serve_script(Path(args.output).resolve().name, files[0] if files else None, stops)
-    (folder / "serve.sh").write_text(script, encoding="utf-8")
-    card = export_card(source, name, merged, change and change[0], files, args.output)
-    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # names of any bytes
+    say(f"compressed to {args.compressed} ({words}): {change}")
+    return words, change
 
 
 def write_gguf_files(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ from preference.serve.merging import Difference
 _STARTER_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def export_card(
-    source: Source, dtype: str, merged: Difference | None, rounded: Difference | None, files: Sequence[str], output: str
-) -> str:
-    """README.md of the exported folder. `files` are those besides the checkpoint (GGUF)."""
+@dataclass(frozen=True)
+class Copy:
+    """What was done to a model when it was exported: merged, rounded to `dtype`, its linear layers compressed (to what,
+    in words), each with the change that was measured; `files` are those besides the checkpoint (GGUF)."""
+
+    dtype: str
+    merged: Difference | None
+    rounded: Difference | None
+    compressed: tuple[str, Difference] | None
+    files: Sequence[str]
+
+
+def export_card(source: Source, copy: Copy, output: str) -> str:
+    """README.md of the exported folder."""
     front, body = _split(_card(source))
     head = _front_matter(source, front)
     if not body:
@@ -31,7 +42,7 @@ def export_card(
             "",
             *_data(source),
             *(_results(source) if "## Evaluation" not in body else []),
-            *_copy(source, dtype, merged, rounded, files),
+            *_copy(source, copy),
         ]
     )
 
@@ -95,9 +106,8 @@ def _results(source: Source) -> list[str]:
     return ["## Results", "", "| metric | value |", "|---|---|", *rows, ""] if rows else []
 
 
-def _copy(
-    source: Source, dtype: str, merged: Difference | None, rounded: Difference | None, files: Sequence[str]
-) -> list[str]:
+def _copy(source: Source, copy: Copy) -> list[str]:
+    merged, files = copy.merged, copy.files
     lines = ["## This copy", ""]
     if merged:
         lines.append(
@@ -106,13 +116,18 @@ def _copy(
         )
     if source.arguments.get("qlora") or source.arguments.get("load_in_4bit"):
         lines.append("- The adapter was trained over 4-bit weights and is merged into the unquantized ones.")
-    if rounded:
+    if copy.rounded:
         lines.append(
-            f"- Weights are {dtype}; rounding them changes next-token distributions by {rounded.kl:.1e} nats "
-            "a token (mean KL divergence over three answers)."
+            f"- Weights are {copy.dtype}; rounding them changes next-token distributions by {_nats(copy.rounded)}."
         )
     else:
-        lines.append(f"- Weights are {dtype}, as trained.")
+        lines.append(f"- Weights are {copy.dtype}, as trained.")
+    if copy.compressed:
+        words, change = copy.compressed
+        lines.append(
+            f"- Linear layers but the output head are compressed ({words}; format compressed-tensors, which vLLM and "
+            f"SGLang read, and transformers with that package); that changes them by {_nats(change)} more."
+        )
     lines += [f"- `{name}` holds the same model for llama.cpp and Ollama (`Modelfile`)." for name in files]
     lines += [
         "- Answers end at the tokens in generation_config.json; the chat template is the one trained with.",
@@ -124,3 +139,7 @@ def _copy(
         "",
     ]
     return lines
+
+
+def _nats(change: Difference) -> str:
+    return f"{change.kl:.1e} nats a token (mean KL divergence over three answers)"
