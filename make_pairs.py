@@ -4,7 +4,7 @@
     python make_pairs.py questions.txt --model outputs/run --judge http://127.0.0.1:8000/v1 --output pairs.jsonl
     python make_pairs.py questions.jsonl --model outputs/run --judge Qwen/Qwen2.5-7B-Instruct --output pairs.jsonl
     python make_pairs.py questions.jsonl --model outputs/run --reward models/my-reward --output pairs.jsonl
-    python make_pairs.py questions.txt --model outputs/run --person --output pairs.jsonl
+    python make_pairs.py questions.txt --model outputs/run --person --output pairs.jsonl         (--web: on a page)
 
 QUESTIONS is a file of one question a line, or of jsonl rows with "question" and, if there are, "system" and "history".
 Without --judge, --reward or --person the rules alone decide. A run that was stopped goes on where it was when it is
@@ -59,10 +59,11 @@ def make(args: argparse.Namespace) -> None:
     plan = Plan(args.answers, args.temperature, args.batch_size, args.seed, wanted, args.min_margin)
     output = Path(args.output)
     folder = open_workplace(output, identity(args))
+    page = page_of(args)
     chat = chat_of(args)
     drawn = draw(chat, turns, plan, Journal(folder / "answers.jsonl"), note)
     del chat  # its memory is the judge's
-    scorer = scorer_of(args)
+    scorer = page or scorer_of(args)
     note(f"scoring by {scorer.name}")
     found: list[dict[str, Any]] = []
     without: Counter[str] = Counter()
@@ -98,7 +99,7 @@ def identity(args: argparse.Namespace) -> dict[str, Any]:
     """All that the output depends on: an unfinished run is finished by the same one alone."""
     from preference.serve.pairs import digest
 
-    left_out = ("output", "questions", "judge_key_variable")
+    left_out = ("output", "questions", "judge_key_variable", "web", "port")
     return {"questions": digest(args.questions)} | {
         name: value if isinstance(value, (int, float, bool, str)) or value is None else list(value)
         for name, value in vars(args).items()
@@ -121,6 +122,18 @@ def chat_of(args: argparse.Namespace) -> Chat:
     source = find_source(args.model, base=args.base_model, use_modelscope=hub, trust_remote_code=code)
     sampling = Sampling(args.temperature[0], args.top_p, args.max_new_tokens, args.seed)
     return open_chat(source, detect(args.use_cpu), args.torch_dtype, sampling, hub, args.template_name)
+
+
+def page_of(args: argparse.Namespace) -> Scorer | None:
+    """The page for --person --web, before a model is loaded: a port that is taken shows at once."""
+    if not args.web:
+        return None
+    from preference.serve.models import note
+    from preference.serve.person_page import PersonPage
+
+    page = PersonPage(args.port)
+    note(f"open {page.url} in a browser of this machine; the questions come there once they are answered")
+    return page
 
 
 def scorer_of(args: argparse.Namespace) -> Scorer:
@@ -170,6 +183,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     who.add_argument("--reward", metavar="MODEL", help="a reward model: one output over a conversation")
     who.add_argument("--person", action="store_true", help="ask in this terminal for the best and the worst answer")
+    add("--web", action="store_true", help="with --person: ask in a browser, on a page for this machine alone")
+    add("--port", type=int, default=7860, help="of the page of --web (default: 7860; 0: any that is free)")
     add("--judge_model", help="name of the model at --judge, where its server has several")
     add("--judge_key_variable", default="JUDGE_API_KEY", help="environment variable with the key for --judge")
     add("--answers", type=int, default=4, help="answers to each question (default: 4)")
@@ -201,6 +216,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         ("max_length", "length" in args.rules or args.max_length == 20_000, "for --rules with length"),
         ("max_length", 0 <= args.min_length <= args.max_length, "at least --min_length, and that at least 0"),
         ("temperature", any(args.temperature), "above 0 for one answer at least: at 0 all are the same"),
+        ("web", args.person or not args.web, "for --person"),
+        ("port", args.web or args.port == 7860, "for --web"),
+        ("port", 0 <= args.port < 65536, "from 0 to 65535"),
         ("judge_model", is_url(args.judge or "") or not args.judge_model, "for --judge URL"),
         ("format", not args.format or "format" in args.rules, "for --rules with format"),
         ("format", args.format in (None, "json", "plain") or is_pattern(args.format), "no regular expression"),

@@ -100,16 +100,13 @@ quote() {
     esac
 }
 # On a terminal without what the top of this file adds; run.json of the run has every value.
-# Nobody may be reading, or the disk be full: the run starts all the same.
-(
-    printf '+ %s' "$(quote "$PYTHON")"
-    for word in "$@"; do
-        if [ "$word" = --defaults ] && [ -t 1 ]; then
-            printf ' --defaults ...'
-            break
-        fi
-        printf ' %s' "$(quote "$word")"
-    done
-    printf '\n'
-) 2>/dev/null || :
+printf '+ %s' "$(quote "$PYTHON")"
+for word in "$@"; do
+    if [ "$word" = --defaults ] && [ -t 1 ]; then
+        printf ' --defaults ...'
+        break
+    fi
+    printf ' %s' "$(quote "$word")"
+done
+printf '\n'
 exec "$PYTHON" "$@"

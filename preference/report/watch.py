@@ -15,22 +15,20 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from preference.errors import PreferenceError
-from preference.report import local
 from preference.report.live import Watched
+from preference.report.local_handler import POLICY, LocalHandler
 
 PORT = 6060  # or any that is free
 EVERY, PING = 1.0, 15.0  # seconds between two looks, and between two signs of life
 READERS, RUNS = 32, 6  # pages open at once, and runs in one page, at most
 BROKEN = re.compile("[\ud800-\udfff\ufffd]")
 PAGES = Path(__file__).parent / "pages"
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; " \
-         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # fmt: skip
 STATIC = {
     "/": ("watch.html", "text/html; charset=utf-8"),
     "/watch.js": ("watch.js", "text/javascript; charset=utf-8"),
@@ -65,28 +63,26 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(LocalHandler):
     """GET and HEAD of the few paths that there are."""
 
     server: Server
-    server_version, sys_version = "preference-watch", ""
 
     def do_GET(self) -> None:
-        reason = local.stranger(self.headers.get("Host", ""), self.headers.get("Origin"))
         path = urlsplit(self.path).path
-        if reason:
-            self._send(403, reason.encode())
-        elif path in STATIC:
+        if self.refused():
+            return
+        if path in STATIC:
             name, kind = STATIC[path]
-            self._send(200, (PAGES / name).read_bytes(), kind, policy=POLICY)
+            self.send(200, (PAGES / name).read_bytes(), kind, policy=POLICY)
         elif path == "/state":
-            self._send(200, _json(self.server.watched.look()[1]), "application/json")
+            self.send(200, _json(self.server.watched.look()[1]), "application/json")
         elif path == "/events":
             self._events()
         elif path.startswith("/report/") and (page := self._report(path.removeprefix("/report/"))):
-            self._send(200, page, "text/html; charset=utf-8")  # it has a policy of its own
+            self.send(200, page, "text/html; charset=utf-8")  # it has a policy of its own
         else:
-            self._send(404, b"there is no such page")
+            self.send(404, b"there is no such page")
 
     do_HEAD = do_GET
 
@@ -102,10 +98,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _events(self) -> None:
         if not self.server.readers.acquire(blocking=False):
-            self._send(503, b"too many pages are open")
+            self.send(503, b"too many pages are open")
             return
         try:
-            self._head(200, "text/event-stream")
+            self.head(200, "text/event-stream")
             self.end_headers()
             self._tell()
         except OSError:  # the page was closed
@@ -127,25 +123,6 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             if self.server.closing.wait(EVERY):
                 return
-
-    def _send(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8", policy: str = "") -> None:
-        self._head(status, kind)
-        self.send_header("Content-Length", str(len(body)))
-        if policy:
-            self.send_header("Content-Security-Policy", policy)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def _head(self, status: int, kind: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Cache-Control", "no-store")
-        for name, value in local.HEADERS:
-            self.send_header(name, value)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not worth a line."""
 
 
 def _json(state: Any) -> bytes:
