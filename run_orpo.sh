@@ -100,13 +100,16 @@ quote() {
     esac
 }
 # On a terminal without what the top of this file adds; run.json of the run has every value.
-printf '+ %s' "$(quote "$PYTHON")"
-for word in "$@"; do
-    if [ "$word" = --defaults ] && [ -t 1 ]; then
-        printf ' --defaults ...'
-        break
-    fi
-    printf ' %s' "$(quote "$word")"
-done
-printf '\n'
+# Nobody may be reading, or the disk be full: the run starts all the same.
+(
+    printf '+ %s' "$(quote "$PYTHON")"
+    for word in "$@"; do
+        if [ "$word" = --defaults ] && [ -t 1 ]; then
+            printf ' --defaults ...'
+            break
+        fi
+        printf ' %s' "$(quote "$word")"
+    done
+    printf '\n'
+) 2>/dev/null || :
 exec "$PYTHON" "$@"

@@ -22,7 +22,7 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 wanted=${1:-requirements.txt}
 venv=$here/.venv
 
-say() { printf 'setup: %s\n' "$*" >&2; }
+say() { (printf 'setup: %s\n' "$*") >&2 2>/dev/null || :; } # words that nobody reads end nothing
 fail() { say "$@"; exit 1; }
 usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, int(sys.argv[1])))' "$2" 2>/dev/null; }
 

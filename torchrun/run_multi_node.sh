@@ -89,6 +89,7 @@ zero2 | zero3 | zero3_offload)
 *) fail "strategy=$strategy is unknown; there are ddp, fsdp, zero2, zero3 and zero3_offload" ;;
 esac
 
-printf 'torchrun: %s machine(s) x %s process(es), strategy=%s, OMP_NUM_THREADS=%s\n' "$NNODES" "$NPROC" "$strategy" "$OMP_NUM_THREADS"
+say="$NNODES machine(s) x $NPROC process(es), strategy=$strategy, OMP_NUM_THREADS=$OMP_NUM_THREADS"
+(printf 'torchrun: %s\n' "$say") 2>/dev/null || : # nobody may be reading
 trap '' USR1 # Slurm's warning goes to every process: these shells let it pass, the training saves (see launch.py)
 exec sh "$here/../run_orpo.sh" "$@"

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -45,29 +44,16 @@ def logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
-def _gathered(weight: Tensor) -> Tensor:
-    """A weight that FSDP2 has dealt out, whole. A frozen one travels in autocast's dtype, which the products take.
-
-    A trained one does not: its gradient would come back in that dtype, rounded before it is summed over ranks, where
-    all others are summed in float32 (train/sharding.py).
-    """
-    if not isinstance(weight, DTensor):
-        return weight
-    kind = weight.device.type
-    if torch.is_autocast_enabled(kind) and not weight.requires_grad:
-        weight = weight.to(torch.get_autocast_dtype(kind))
-    return weight.full_tensor()
-
-
 def _score(head: nn.Module, hidden_TD: Tensor, ids_T: Tensor, config: Any) -> Tensor:
     scale, cap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
     # An exact nn.Linear; not one with an adapter, in 8 bits, or replaced by PEFT: those are called as they are.
     if type(head).forward is nn.Linear.forward and "forward" not in vars(head) and head.weight.is_floating_point():
-        if isinstance(head, FSDPModule):  # in one group with the last norm, which torch < 2.13 leaves open else
+        # Under FSDP2 the last norm, in one group with the head, has gathered it by now, in the products' dtype.
+        if isinstance(head, FSDPModule):  # torch < 2.13 leaves the group open else
             with torch.no_grad():
                 head(hidden_TD[:0])
-        weight, bias = _gathered(head.weight), None if head.bias is None else _gathered(head.bias)
-        return token_logps(hidden_TD.to(weight.device), weight, bias, ids_T.to(weight.device), scale, cap)
+        weight = head.weight
+        return token_logps(hidden_TD.to(weight.device), weight, head.bias, ids_T.to(weight.device), scale, cap)
 
     def rows(hidden: Tensor, ids: Tensor) -> Tensor:
         return target_logps(head(hidden), ids, scale, cap)

@@ -102,13 +102,13 @@ class _TokenLogps(torch.autograd.Function):
                 _exp_block(exp, hidden[part], weight, bias, ids_T[part], scale, cap)
             d_hidden[part].addcmul_(torch.mm(exp, weight).to(sums.dtype), to_all[part, None], value=-1)
             if ctx.needs_input_grad[1]:
-                product = torch.mm(exp.t(), (hidden[part] * -to_all[part, None]).to(hidden.dtype)).to(weight_dtype)
+                product = torch.mm(exp.t(), (hidden[part] * -to_all[part, None]).to(hidden.dtype)).to(sums.dtype)
                 d_weight = product if d_weight is None else d_weight.add_(product)
             if ctx.needs_input_grad[2]:
                 product = torch.mv(exp.t().to(sums.dtype), -to_all[part])
                 d_bias = product if d_bias is None else d_bias.add_(product)
         if d_weight is not None:
-            d_weight.index_add_(0, ids_T, (hidden * to_target[:, None]).to(weight_dtype))
+            d_weight = d_weight.index_add_(0, ids_T, hidden * to_target[:, None]).to(weight_dtype)
         if d_bias is not None:
             d_bias = d_bias.index_add_(0, ids_T, to_target).to(weight_dtype)
         return d_hidden.to(hidden_dtype), d_weight, d_bias, None, None, None, None

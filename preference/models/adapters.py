@@ -15,7 +15,8 @@ from preference.arguments import FLAGS, Arguments, ModelArguments
 from preference.models.beginnings import begin, doubled
 from preference.models.folder import ModelError, first_line, reading
 from preference.models.look import _some, tensor_headers
-from preference.models.sources import ADAPTER_CONFIG
+from preference.models.patterns import check_patterns
+from preference.models.sources import ADAPTER_CONFIG, adapter_config
 
 FROZEN = "frozen"  # the name of an adapter that stays as it is under a new one, over weights that cannot be merged into
 # flag -> field of peft's config, for flags that say what an adapter is
@@ -47,6 +48,7 @@ def load_adapter(model: Any, folder: str, *, trainable: bool = False, name: str 
     lm = model.get_base_model() if hasattr(model, "peft_config") else model
     if trainable:
         refuse_prompts(folder)
+    _check_patterns(lm, folder)
     names = _tensor_names(folder)
     _grow_vocabulary(lm, folder)
     try:
@@ -66,6 +68,11 @@ def load_adapter(model: Any, folder: str, *, trainable: bool = False, name: str 
             "are missing": sorted(has - names),
         })  # fmt: skip
     return model
+
+
+def _check_patterns(lm: PreTrainedModel, folder: str) -> None:
+    names = [name for name, _ in lm.named_modules()]
+    check_patterns(folder, adapter_config(folder) or {}, names)
 
 
 def _refuse_misfit(lm: PreTrainedModel, folder: str, faults: dict[str, list[str]]) -> None:
@@ -244,6 +251,7 @@ def adapter_on_paper(model: PreTrainedModel, folder: str) -> Any:
     """An adapter of the kind that lies in `folder`, over a model of the meta device."""
     from peft import PeftConfig, get_peft_model
 
+    _check_patterns(model, folder)
     with reading(f"the adapter {folder}", "get its folder anew"):
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = False

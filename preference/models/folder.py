@@ -18,9 +18,10 @@ from preference.errors import PreferenceError
 
 CONFIG = "config.json"
 LARGEST_FILE = 64 << 20  # bytes of a config.json: those of large models with a quantisation for each layer have two
+MOST_LAYERS = 10_000
 # Sizes by what their names say, and what they may be: ten times and more of what the largest models have
 MOST = (
-    (re.compile(r"layers?$|depth$|blocks$"), 10_000),
+    (re.compile(r"layers?$|depth$|blocks$"), MOST_LAYERS),
     (re.compile(r"experts?(_per_tok)?$"), 65_536),
     (re.compile(r"heads?$"), 65_536),
     (re.compile(r"vocab_size$|vocabulary"), 1 << 24),

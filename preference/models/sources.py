@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from preference.errors import PreferenceError
-from preference.models.folder import LARGEST_RANK
+from preference.models.folder import LARGEST_RANK, MOST_LAYERS
 from preference.models.names import public_name
 from preference.models.starter import ROOT, ModelNotFound, resolve_model
 
@@ -66,6 +66,11 @@ def adapter_config(name: str, cache_dir: str | None = None) -> dict[str, Any] | 
     for rank in (config.get("r"), *(ranks.values() if isinstance(ranks, dict) else ())):
         if isinstance(rank, (int, float)) and rank > LARGEST_RANK:
             raise SourceError(f"{file} has rank {rank}, and no adapter has more than {LARGEST_RANK}: get it anew")
+    if (layers := _replicated(config.get("layer_replication"))) > MOST_LAYERS:
+        raise SourceError(
+            f"{file}: its layer_replication makes {layers:,} layers, and no model has more than {MOST_LAYERS:,}: "
+            "get it anew"
+        )
     if folder.is_dir():
         if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
             raise SourceError(f"{name} holds {ADAPTER_CONFIG} but no adapter_model.safetensors: its weights are lost")
@@ -75,6 +80,12 @@ def adapter_config(name: str, cache_dir: str | None = None) -> dict[str, Any] | 
                 "--adapter_name_or_path for the adapter, from folders of their own"
             )
     return config
+
+
+def _replicated(ranges: Any) -> int:
+    """Layers that an adapter makes of its base's: [[0, 4], [2, 5]] are 7."""
+    pairs = [pair for pair in ranges if isinstance(pair, list) and len(pair) == 2] if isinstance(ranges, list) else []
+    return sum(end - start for start, end in pairs if type(start) is type(end) is int and end > start)
 
 
 def written_base(adapter: str, config: dict[str, Any]) -> str | None:

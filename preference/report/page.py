@@ -23,6 +23,7 @@ from preference.report.hints import hints
 from preference.report.run_folder import Run
 from preference.report.story import story
 from preference.report.tables import ROWS, Compared, compared
+from preference.screen import shown
 
 # name, title, how to read it, [(metric, its label)], percent
 CURVES = (
@@ -171,7 +172,7 @@ def _write(path: Path, template: str, plots: list[Plot], absent: list[str], **pa
     environment.filters["svg"] = lambda plot: Markup(draw(plot))
     text = environment.get_template(template).render(plots=plots, absent=absent, **page)
     # Of broken data: a lone surrogate cannot be written as UTF-8, and U+FFFD is no character of anybody
-    path.write_text(text.replace("\ufffd", "\\ufffd"), encoding="utf-8", errors="backslashreplace")
+    path.write_text(shown(text.replace("\ufffd", "\\ufffd")), encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -275,6 +275,18 @@ def test_head_under_autocast_is_the_models_head() -> None:
         assert pair_logps(model, pack_pairs(pairs)).chosen_B.dtype == torch.float32
 
 
+def test_a_gathered_head_sums_its_gradient_in_float32(monkeypatch) -> None:
+    """FSDP2 hands over a head in bfloat16: its gradient is rounded once, not after every block and target token."""
+    monkeypatch.setattr(head, "KEEP_BYTES", 1)  # a block a token
+    torch.manual_seed(0)
+    hidden, ids = torch.rand(600, 4).bfloat16(), torch.full((600,), 3)
+    weight = torch.zeros(5, 4, dtype=torch.bfloat16, requires_grad=True)
+    head.token_logps(hidden, weight, None, ids).sum().backward()
+    onehot = torch.nn.functional.one_hot(ids, 5).double()
+    want = (onehot - 0.2).t() @ hidden.double()
+    assert (weight.grad.double() - want).norm() / want.norm() < 4e-3
+
+
 def test_one_copy_brings_every_tensor_of_a_batch() -> None:
     batch = pack_pairs(related_pairs(3))
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}

@@ -26,6 +26,7 @@ from preference.report.page import CURVES, main, write_comparison, write_report
 from preference.report.results import write_results
 from preference.report.run_folder import INPUTS, Run
 from preference.report.story import story
+from preference.screen import ACTING
 from preference.terminal.console import terminal
 from preference.tokens.statistics import TokenStats
 
@@ -235,10 +236,13 @@ def test_a_run_without_evaluation_says_where_it_is_and_no_empty_lines(tmp_path, 
     assert f"savedin{tmp_path}" in "".join(said.split()) and "\n\n" not in said  # wrapped where the path is long
 
 
-def test_text_that_is_no_utf8_is_written(tmp_path, no_plots):
-    samples = [{"source": "a:1", "question": "broken \ud800 text", "base": "b", "tuned": "t"}]
-    run = make_run(tmp_path / "run", samples=samples)
-    assert "broken \\ud800 text" in Page(write_report(run)).text
+def test_text_that_is_no_utf8_or_acts_on_a_terminal_is_shown(tmp_path, no_plots):
+    """A page may be looked at with `cat`; a direction that one cell sets ends with it."""
+    samples = [{"source": "a\x1b]0;t\x07:1", "question": "broken \ud800 text \u202eabc", "base": "b\x9b", "tuned": "t"}]
+    page = Page(write_report(make_run(tmp_path / "run", samples=samples)))
+    assert "broken \\ud800 text \\u202eabc" in page.text and "a␛]0;t␇:1" in page.text
+    raw = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert not ACTING.search(raw) and "td, th, summary { unicode-bidi: isolate; }" in raw
 
 
 def test_a_drawing_shows_its_values_where_the_pointer_is():

@@ -135,6 +135,19 @@ def test_torchrun_args_are_split_and_not_evaluated(launched, tmp_path):
     assert words[: len(expected)] == expected and not (tmp_path / "made").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("redirection", [">/dev/full 2>/dev/full", ">&- 2>&-", "2>&1 | exec true"])
+def test_words_that_nobody_reads_do_not_keep_a_run_from_starting(root, tmp_path, redirection):
+    """A full disk under the log, no streams, a reader that has left: of setup.sh as well."""
+    for name in ("run_orpo.sh", "setup.sh", "requirements.txt"):
+        shutil.copy(root / name, tmp_path)
+    (tmp_path / "orpo_train.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    command = f"(sleep 0.2; exec {SHELL} {tmp_path}/run_orpo.sh) {redirection}"
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable}
+    subprocess.run([SHELL, "-c", command], env=environment, timeout=60, check=False)
+    assert (tmp_path / "ran").exists()
+
+
 def test_a_config_file_stands_in_for_the_values(launched):
     assert launched("--config", "my.yaml", "--seed", "3")[0] == ["--config", "my.yaml", "--seed", "3"]
     assert launched("--config=my.yaml", lora_rank="3")[0] == ["--config=my.yaml"]
