@@ -21,8 +21,8 @@ class SiluProduct(GatedProduct):
     def gradients(gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor]:
         return silu_mul_backward(gate, up, grad).unbind()
 
-    @classmethod
-    def finish(cls, gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def finish(gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor]:
         return silu_mul_finish(gate, up, grad).unbind()
 
 

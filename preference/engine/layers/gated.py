@@ -30,18 +30,24 @@ class GatedProduct:
 
     @staticmethod
     def gradients(gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            acted = act(gate)
-        (d_gate,) = torch.autograd.grad(acted, gate, grad * up)
-        return d_gate, acted.detach() * grad
+        return _gradients(gate, up, act, grad)[:2]
 
-    @classmethod
-    def finish(cls, gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def finish(gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients; the product itself is left in the memory of `grad`."""
-        found = cls.gradients(gate, up, act, grad)
-        grad.copy_(cls.make(gate, up, act))
-        return found
+        d_gate, d_up, acted = _gradients(gate, up, act, grad)
+        torch.mul(acted, up, out=grad)
+        return d_gate, d_up
+
+
+def _gradients(gate: Tensor, up: Tensor, act: nn.Module, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(d gate, d up, act(gate))."""
+    with torch.enable_grad():
+        gate = gate.detach().requires_grad_()
+        acted = act(gate)
+    (d_gate,) = torch.autograd.grad(acted, gate, grad * up)
+    acted = acted.detach()
+    return d_gate, acted * grad, acted
 
 
 class _Gated(torch.autograd.Function):

@@ -39,10 +39,10 @@ def _behind(x_MC: Tensor, rows: slice, taps: int, dtype: torch.dtype) -> Tensor:
 
 
 def _sum(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`_shifted` times weight [C, taps], and bias [C]."""
-    parts = _shifted(x, weight.shape[1])
-    y = parts[-1] * weight[:, -1] if bias is None else torch.addcmul(bias, parts[-1], weight[:, -1])
-    for part, w in zip(parts[:-1], weight.unbind(1), strict=False):
+    """`_shifted` times weight [taps, C], and bias [C]."""
+    parts = _shifted(x, len(weight))
+    y = parts[-1] * weight[-1] if bias is None else torch.addcmul(bias, parts[-1], weight[-1])
+    for part, w in zip(parts[:-1], weight, strict=False):
         y.addcmul_(part, w)
     return y
 
@@ -73,7 +73,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         weight, bias = _wide(x, *parameters)
-        act, taps, dtype = ctx.act, weight.shape[1], weight.dtype
+        act, taps, dtype = ctx.act, len(weight), weight.dtype
         order, places = ctx.tree.tails(taps, x.device)
         x_MC = with_zeros(x).index_select(0, order)
         d_y_MC = torch.zeros_like(x_MC).index_copy_(0, places, grad)
@@ -83,12 +83,10 @@ class _Convolution(torch.autograd.Function):
         for rows in _blocks(x_MC, taps):
             wide, d_y = _behind(x_MC, rows, taps, dtype), d_y_MC[rows].to(dtype)
             d_y = d_y if act is None else _through(act, _sum(wide, weight, bias), d_y)
-            for part, w in zip(
-                _shifted(d_x_MC[rows.start - taps + 1 : rows.stop], taps), weight.unbind(1), strict=True
-            ):
+            for part, w in zip(_shifted(d_x_MC[rows.start - taps + 1 : rows.stop], taps), weight, strict=True):
                 part.addcmul_(d_y, w)
             if d_weight is not None:
-                for part, d_w in zip(_shifted(wide, taps), d_weight.unbind(1), strict=True):
+                for part, d_w in zip(_shifted(wide, taps), d_weight, strict=True):
                     d_w += (part * d_y).sum(0)
             if d_bias is not None:
                 d_bias += d_y.sum(0)
@@ -96,14 +94,15 @@ class _Convolution(torch.autograd.Function):
         torch.index_select(d_x_MC, 0, places, out=d_x[:-1])
         copies = ctx.tree.copies(taps, x.device)
         d_x.index_add_(0, order.index_select(0, copies), d_x_MC.index_select(0, copies))
-        whole = (d if d is None else d.to(p.dtype) for d, p in zip((d_weight, d_bias), parameters, strict=True))
+        found = None if d_weight is None else d_weight.t(), d_bias
+        whole = (d if d is None else d.to(p.dtype) for d, p in zip(found, parameters, strict=True))
         return d_x[:-1].to(x.dtype), *whole, None, None
 
 
 def _wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias in float32 at least."""
+    """Weight [taps, C] and bias in float32 at least; contiguous, or the operators below take an element at a time."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-    return weight.to(dtype), None if bias is None else bias.to(dtype)
+    return weight.to(dtype).t().contiguous(), None if bias is None else bias.to(dtype)
 
 
 def convolution(tree: Tree, x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation | None) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 from preference.engine.states.tree import Group, Tree, with_zeros
 
 CHUNK = 64
+FAINT = -80.0  # least exponent of a decay: one that ends among the denormals, or overflows, takes ten times as long
 EPSILON = 1e-6  # of the norms of queries and keys, as in transformers and flash-linear-attention
 
 
@@ -63,6 +64,10 @@ class _Gradients:
         self.g, self.beta = torch.empty_like(row.g), torch.empty_like(row.beta)
 
 
+def _exp(x: Tensor) -> Tensor:
+    return x.clamp(min=FAINT).exp_()
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -73,7 +78,7 @@ class _Chunks:
     def __init__(self, row: _Row, group: Group) -> None:
         self.row, self.group = row, group
         self.at = group.at.clamp(max=len(row.value) - 1)  # behind the end of a run any token does: its beta is zero
-        self.v = self.take(row.value).to(row.low, memory_format=torch.contiguous_format)
+        self.v = self.take(row.value).to(row.low).contiguous()
         heads, width = len(self.v), row.query.shape[-1]
         qk = self.v.new_empty(heads, group.rows, group.width, 2, width)
         self.scales = self.v.new_empty(heads, group.rows, group.width, 2, 1, dtype=row.wide)
@@ -90,10 +95,10 @@ class _Chunks:
         total = self.take(row.g).cumsum(-1)
         self.beta = self.take(row.beta)[..., None]
         self.beta_low = self.beta.to(row.low)
-        self.decay = total.exp()[..., None].to(row.low)
-        self.end = total[..., -1:].exp()[..., None]
-        self.to_end = (total[..., -1:] - total).exp_()[..., None].to(row.low)
-        self.between = (total[..., :, None] - total[..., None, :]).exp_().tril_()
+        self.decay = _exp(total)[..., None].to(row.low)
+        self.end = _exp(total[..., -1:])[..., None]
+        self.to_end = _exp(total[..., -1:] - total)[..., None].to(row.low)
+        self.between = _exp((total[..., :, None] - total[..., None, :]).tril_()).tril_()
         scores = (self.qk @ self.k.transpose(2, 3)).unflatten(2, (-1, 2))
         self.read = (scores[:, :, :, 0] * self.between).to(row.low)  # M
         self.overlap = scores[:, :, :, 1] * self.between.tril(-1)  # A / beta
