@@ -153,6 +153,9 @@ def work(engine: str, args: argparse.Namespace, pipe: Any, folder: str) -> None:
     import torch
     from transformers import PrinterCallback, TrainerCallback, logging
 
+    from preference.screen import clean_logging
+
+    clean_logging()
     logging.set_verbosity_error()
     cuda = torch.cuda.is_available()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from preference.errors import PreferenceError
-from preference.launch import process
+from preference.launch import process, tool
 from preference.screen import Shown, shown
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\u202eabc\u2066\udc80"
@@ -46,6 +47,23 @@ def test_what_a_run_says_and_ends_with(
 def test_log_records_are_cleaned(caplog: pytest.LogCaptureFixture) -> None:
     record = logging.LogRecord("x", logging.WARNING, "f", 1, "row %s", (HOSTILE,), None)
     assert Shown().filter(record) and "\x1b" not in record.getMessage()
+
+
+@pytest.mark.parametrize("run", [process.run_script, tool.run_tool])
+def test_a_kernel_that_nobody_needs_is_not_asked_for(
+    run: Callable[[Callable[[], None], str], None], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes says on every CPU that a kernel of a package that is not there was not found; errors are heard."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.setLevel(logging.NOTSET)  # whatever a test before has set
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+
+    def main() -> None:
+        logger.warning("Failed to load CPU gemm_4bit_forward")
+        logger.error("broken library")
+
+    run(main, "x.py")
+    assert capsys.readouterr().err == "broken library\n"
 
 
 @pytest.mark.parametrize("script", ["orpo_train.py", "chat.py", "export_model.py"])

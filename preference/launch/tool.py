@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from preference.errors import PreferenceError, of_the_system
-from preference.screen import show_everything, shown
+from preference.screen import clean_logging, show_everything, shown
 
 INTERRUPTED = 130  # exit status after Ctrl+C, as shells have it
 
@@ -57,6 +57,7 @@ def run_tool(main: Callable[[], None], name: str) -> None:
     Ctrl+C ends it with 130. Faults of the program keep their traceback.
     """
     show_everything()
+    clean_logging()
     try:
         main()
         sys.stdout.flush()  # what cannot be written is said here, not ignored at exit
