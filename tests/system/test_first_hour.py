@@ -12,8 +12,10 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,14 +36,37 @@ TALK = [line for text in QUESTIONS for line in ("/reset", text, "/regen", "/bett
 TALK = ["/both Name a drink.", "/better 2", *TALK, "/save {}"]
 
 
+PLACE: dict[str, Any] = {
+    "cwd": ROOT,
+    "env": os.environ | {"PYTHON": sys.executable, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+}
+
+
 def typed(command: str, lines: str = "", **settings: str) -> str:
     """Type a command line in the project's folder; its output."""
-    environment = os.environ | {"PYTHON": sys.executable, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["sh", "-c", command], cwd=ROOT, env=environment | settings, input=lines, capture_output=True, text=True
-    )
+    place = PLACE | {"env": PLACE["env"] | settings}
+    done = subprocess.run(["sh", "-c", command], **place, input=lines, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
+
+
+def watched(command: str, **settings: str) -> tuple[str, list[dict[str, Any]]]:
+    """Type a command line that says an address, and follow the run there; its output, and what was told meanwhile."""
+    place = PLACE | {"env": PLACE["env"] | settings}
+    said, told = "", []
+
+    def follow(address: str) -> None:
+        assert b"watching" in urllib.request.urlopen(address).read()
+        with urllib.request.urlopen(f"{address}/events") as events:
+            told.extend(json.loads(line[6:])["runs"][0] for line in events if line.startswith(b"data: "))
+
+    with subprocess.Popen(["sh", "-c", command], **place, stdout=-1, stderr=subprocess.STDOUT, text=True) as run:
+        for line in run.stdout or ():
+            if not said.count("http://127.0.0.1") and (found := re.search(r"http://127\.0\.0\.1:\d+", line)):
+                threading.Thread(target=follow, args=(found[0],), daemon=True).start()
+            said += line
+    assert run.returncode == 0, f"{command}\n{said[-3000:]}"
+    return said, told
 
 
 def written(command: str) -> str:
@@ -65,8 +90,10 @@ def test_the_newcomers_hour(tmp_path: Path) -> None:
     said = typed(written("sh run_orpo.sh --dry_run true") + f" {small}", output_dir=str(run), **settings)
     assert "GB" in said and not (run / "adapter_model.safetensors").exists()
 
-    said = typed(written("sh run_orpo.sh") + f" {small}", output_dir=str(run), **settings)
+    command = f"{written('sh run_orpo.sh')} {written('--watch true')} --logging_steps 1 {small}"
+    said, told = watched(command, output_dir=str(run), **settings | {"max_steps": "8"})
     assert (run / "adapter_model.safetensors").is_file() and "preference accuracy" in said
+    assert any(state["status"] == "running" and state["step"] > 0 and state["curves"] for state in told), told
     report = (run / "report.html").read_text(encoding="utf-8")
     assert "<svg" in report or "<img" in report
 
