@@ -75,7 +75,13 @@ def model_of(name: str) -> Any:
                 weight.mul_(4)
             else:
                 weight.mul_(3)
+            in_16_bits(weight)
     return model
+
+
+def in_16_bits(weight: torch.Tensor) -> None:
+    """Exact in float16, so that a file of that type loses nothing."""
+    weight.copy_(weight.half())
 
 
 def is_text(tokenizer: Any, logps_V: torch.Tensor) -> bool:
@@ -99,7 +105,8 @@ def test_llama_cpp_computes_what_the_model_does(name: str, tmp_path: Path, llama
         logps = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     found = {}
     for quantization in ("f16", "q4_k_m"):
-        call = llama(gguf_of(model, tmp_path, tokenizer, quantization))
+        (tmp_path / quantization).mkdir()
+        call = llama(gguf_of(model, tmp_path / quantization, tokenizer, quantization))
         if quantization == "f16":
             prompt = call("apply-template", messages=MESSAGES)["prompt"]
             assert prompt == expected
@@ -110,6 +117,42 @@ def test_llama_cpp_computes_what_the_model_does(name: str, tmp_path: Path, llama
     spread = float(logps[-1].std())
     assert spread > 0.5  # a distribution in which something would show
     assert found["f16"] < 1e-4 < found["q4_k_m"] < 0.3, found
+    if find_spec("cyllama"):  # the same bytes, so the same divergence
+        assert same_as_llama_cpps(tmp_path / "f16" / "m.gguf", tmp_path / "q4_k_m" / "m.gguf", "q4_k_m")
+
+
+def same_as_llama_cpps(whole: Path, written: Path, quantization: str) -> bool:
+    """Whether a file that the export has written holds what llama.cpp's own quantiser makes of that in 16 bits."""
+    from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize
+
+    params = LlamaModelQuantizeParams()
+    params.ftype, params.nthread = {"q4_0": 2, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}[quantization], 1
+    model_quantize(str(whole), str(whole.with_name("theirs.gguf")), params)
+    ours, theirs = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+        for file in (written, whole.with_name("theirs.gguf"))
+    )
+    return ours.keys() == theirs.keys() and all(
+        ours[name].tensor_type == theirs[name].tensor_type and np.array_equal(ours[name].data, theirs[name].data)
+        for name in ours
+    )
+
+
+@needs_llama
+@pytest.mark.skipif(not find_spec("cyllama"), reason="no quantiser of llama.cpp: pip install -r requirements-dev.txt")
+def test_every_type_is_what_llama_cpps_quantiser_makes(tmp_path: Path) -> None:
+    """Of a model of more layers than one, some of which get more bits, and of rows that fill no blocks of 256."""
+    for width, types in ((256, ("q4_0", "q4_k_m", "q5_k_m", "q6_k")), (288, ("q4_k_m",))):
+        model = tiny_model(hidden_size=width, intermediate_size=width, num_hidden_layers=8)
+        with torch.no_grad():
+            for weight in model.parameters():
+                in_16_bits(weight)
+        whole = tmp_path / str(width)
+        whole.mkdir()
+        gguf_of(model, whole)
+        for quantization in types:
+            written = gguf_of(model, tmp_path, quantization=quantization)
+            assert same_as_llama_cpps(whole / "m.gguf", written, quantization), (width, quantization)
 
 
 def next_logps(call: Callable[..., Any], ids: list[int]) -> torch.Tensor:

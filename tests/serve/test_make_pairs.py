@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,10 +84,26 @@ def test_a_reward_model_makes_rows_that_training_reads(
         make(monkeypatch, *words_of(tmp_path, run, "--reward", reward, "--output", out))
 
 
+KILLED = """
+import os, signal, sys
+import make_pairs
+from preference.serve import generation, pairs
+draw, sync = generation.Chat.draw, os.fsync
+generation.Chat.draw = lambda *args: [(text, False) for text, _ in draw(*args)]
+done = []
+def killing(descriptor):
+    done.append(sync(descriptor))
+    if len(done) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+pairs.os.fsync = killing
+make_pairs.main()
+"""
+
+
 def test_a_killed_run_ends_in_the_same_bytes(
     run: Path, reward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: None
 ) -> None:
-    """Killed after every line that it writes down, the last one cut in the middle each time."""
+    """Ended after every line that it writes down, the last one cut in the middle each time; once by a real SIGKILL."""
 
     class Killed(BaseException):
         """Nothing of the program runs after it but `finally`, of which the journal has none."""
@@ -113,6 +131,13 @@ def test_a_killed_run_ends_in_the_same_bytes(
             serve_models.open_chat = lambda *args: chats[0]  # loaded once is enough here
     assert kills > 8 and out.read_bytes() == expected.read_bytes()
     monkeypatch.setattr(making.os, "fsync", sync)
+    real = tmp_path / "real.jsonl"
+    child = [sys.executable, "-c", KILLED, *map(str, words), "--output", str(real)]
+    done = subprocess.run(child, cwd=Path(make_pairs.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert len((tmp_path / ".real.jsonl.work" / "answers.jsonl").read_text().splitlines()) == 3 and not real.exists()
+    make(monkeypatch, *words, "--output", real)
+    assert real.read_bytes() == expected.read_bytes()
     left = tmp_path / "left.jsonl"
     folder = making.open_workplace(left, {"seed": 1})
     with pytest.raises(making.MakingError, match="another seed"):
