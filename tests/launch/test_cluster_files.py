@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from preference.launch.process import LaunchError, refuse_lone_process
 
@@ -101,9 +103,13 @@ def test_the_dockerfile() -> None:
     assert {"models", "outputs", "collected", ".venv"} <= {*ignored}
 
 
-def test_a_lone_process_of_several_is_refused() -> None:
-    """As accelerate's simple launcher sets the environment for --num_processes 2, with and without --multi_gpu."""
-    lone = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+def test_a_lone_process_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate launch --num_processes 2 starts without --multi_gpu, in the environment that it makes for it."""
+    for name in ("MASTER_PORT", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    words = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu orpo_train.py"
+    args, _, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words.split()))
+    lone = prepare_simple_launcher_cmd_env(args)[1]
     with pytest.raises(LaunchError, match="--multi_gpu"):
         refuse_lone_process(lone)
     refuse_lone_process(lone | {"WORLD_SIZE": "2"})

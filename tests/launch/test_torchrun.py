@@ -163,15 +163,13 @@ def test_what_is_wrong_on_all_processes_is_said_once(tiny_run: Path) -> None:
 
 @pytest.mark.slow
 def test_accelerate_launch_starts_the_script_itself(tiny_run: Path) -> None:
-    """Two processes without the wrappers train on one batch of both; what it starts alone is refused."""
+    """Two processes without the wrappers train on one batch of both."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [ROOT / "orpo_train.py", "--model_name_or_path", tiny_run / "model", "--template_name", "qwen"]
     command += ["--train_file_dir", tiny_run / "train", "--cache_dir", tiny_run / "cache", "--do_eval", "false"]
     command += ["--output_dir", tiny_run / "direct", "--max_steps", "1", "--use_cpu", "true"]
     environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "WORLD_SIZE")}
-    lone = subprocess.run([*launch, "--cpu", *map(str, command)], env=environment, capture_output=True, text=True)
-    assert lone.returncode != 0 and "--multi_gpu" in lone.stderr and not (tiny_run / "direct").exists()
     done = subprocess.run([*launch, "--multi_gpu", *map(str, command)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     run = json.loads((tiny_run / "direct" / "run.json").read_text())

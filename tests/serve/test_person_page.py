@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import Browser
@@ -21,7 +22,7 @@ ASKED = Turn("Which one?", (("Hi.", "Hello."),), "Be brief.")
 JSON = {"Content-Type": "application/json"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page() -> Iterator[PersonPage]:
     made = PersonPage(0)
     yield made
@@ -59,24 +60,30 @@ class Scoring(threading.Thread):
         return self.found
 
 
+def question(page: PersonPage) -> dict[str, Any]:
+    """The one that waits, or comes next."""
+    return json.loads(ask(page, "GET", f"/question?after={page.number - (page.question is not None)}")[1])
+
+
 def test_verdicts_become_scores(page: PersonPage) -> None:
     waiting = Scoring(page, "one", "two", "three")
-    told = json.loads(ask(page, "GET", "/question?after=0")[1])
-    assert told["number"] == 1 and told["answers"] == ["one", "two", "three"]
+    told = question(page)
+    n = {"number": told["number"]}
+    assert told["answers"] == ["one", "two", "three"]
     assert told["asked"] == [["system", "Be brief."], ["user", "Hi."], ["assistant", "Hello."], ["user", "Which one?"]]
     for wrong in (
-        {"number": 2, "best": 0, "worst": 1}, {"number": 1, "best": 0}, {"number": 1, "best": 0, "worst": 0},
-        {"number": 1, "best": 0, "worst": 3}, {"number": 1, "best": True, "worst": 0}, {"number": 1, "stop": 1.5},
-        {"number": 1, "best": -1, "worst": 0}, {"best": 0, "worst": 1}, [1], "{",
+        {"number": n["number"] + 1, "best": 0, "worst": 1}, n | {"best": 0}, n | {"best": 0, "worst": 0},
+        n | {"best": 0, "worst": 3}, n | {"best": True, "worst": 0}, n | {"stop": 1.5}, n | {"best": -1, "worst": 0},
+        {"best": 0, "worst": 1}, [1], "{",
     ):  # fmt: skip
         assert ask(page, "POST", "/verdict", wrong, **JSON)[0] == 409
     assert waiting.is_alive()
-    assert ask(page, "POST", "/verdict", {"number": 1, "best": 2, "worst": 0}, **JSON)[0] == 200
+    assert ask(page, "POST", "/verdict", n | {"best": 2, "worst": 0}, **JSON)[0] == 200
     assert waiting.result() == [0.0, None, 1.0]
-    assert ask(page, "POST", "/verdict", {"number": 1, "best": 2, "worst": 0}, **JSON)[0] == 409  # nothing waits
+    assert ask(page, "POST", "/verdict", n | {"best": 2, "worst": 0}, **JSON)[0] == 409  # nothing waits
     for verdict, expected in (({}, [None, None]), ({"stop": True}, "stopped")):
         waiting = Scoring(page, "one", "two")
-        number = json.loads(ask(page, "GET", f"/question?after={page.number - 1}")[1])["number"]
+        number = question(page)["number"]
         assert ask(page, "POST", "/verdict", {"number": number} | verdict, **JSON)[0] == 200
         assert waiting.result() == expected
 
@@ -99,12 +106,12 @@ def test_strangers_neither_read_nor_judge(
     page: PersonPage, method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
     waiting = Scoring(page, "a secret", "b")
-    ask(page, "GET", "/question?after=0")
-    body = {"number": 1, "best": 0, "worst": 1} if method == "POST" else None
+    number = question(page)["number"]
+    body = {"number": number, "best": 0, "worst": 1} if method == "POST" else None
     found, text = ask(page, method, path, body, **headers)
     assert found == status and b"secret" not in text and waiting.is_alive()
     assert ask(page, "POST", "/verdict", "x" * 2000, **JSON)[0] == 413
-    assert page.judge({"number": 1})
+    assert page.judge({"number": number}) and waiting.result() == [None, None]
 
 
 def test_a_port_that_is_taken(page: PersonPage) -> None:
