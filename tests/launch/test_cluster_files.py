@@ -81,6 +81,17 @@ def test_the_notebook() -> None:
     assert all((ROOT / name).is_file() for name in re.findall(r"\b(\w+\.(?:py|sh)|requirements\.txt)\b", text))
 
 
+def test_the_workflow() -> None:
+    """It runs the tests and builds the site, by commands that are there."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "checks.yml").read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    for command in commands:
+        subprocess.run(["sh", "-n", "-c", command], check=True)
+        assert all((ROOT / name).is_file() for name in re.findall(r"[\w./-]+\.(?:sh|py|txt)\b", command)), command
+    assert "sh run_tests.sh" in commands[0] and commands[-1] == "python docs/build_site.py"
+
+
 def test_the_dockerfile() -> None:
     """What hadolint asks for: pinned base, exec form, no cache left, a user that is not root."""
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
