@@ -357,7 +357,10 @@ def test_help_has_the_common_flags_first_and_all_where_asked(width):
     assert named == [{*COMMON}, {*FLAGS}] and 18 <= len(COMMON) <= 24
     assert f"{len(FLAGS) - len(COMMON)} more flags" in few and "more flags" not in all_of_them
     flags = few.partition("the model:")[2].splitlines()
-    assert max(map(len, flags)) <= max(width, 60) and re.search(r"--lora_rank 16\s", few)
+    assert max(map(len, flags)) <= max(width, 60) and max(map(len, f"{few}\n{all_of_them}".splitlines())) <= max(
+        width, 80
+    )
+    assert re.search(r"--lora_rank 16\s", few)
     assert "usage: " in few and few.index("sh run_orpo.sh") < few.index("--lora_rank")
 
 

@@ -17,13 +17,14 @@ COMMON = (
 EXAMPLES = """\
 usage: orpo_train.py [--config FILE] [--name value] ...
 
-  sh run_orpo.sh                                                 the starter model on the sample pairs
-  train_file_dir=my_pairs sh run_orpo.sh --dry_run true          will it fit, how long will it take?
-  sh run_orpo.sh --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --template_name auto
+  sh run_orpo.sh                                          on the sample data
+  train_file_dir=my_pairs sh run_orpo.sh --dry_run true   will it fit, how long?
+  sh run_orpo.sh --model_name_or_path /models/mine --template_name auto
   sh run_orpo.sh --max_steps 20 --learning_rate 5e-5 --output_dir outputs/trial
-  python orpo_train.py --config my_run.yaml --seed 7             flags from a file, overridden on the command line
+  python orpo_train.py --config my_run.yaml --seed 7      flags from a file
 
-Hyphens are underscores: --lora-rank 8 = --lora_rank 8; --no_use_peft = --use_peft false.
+Hyphens are underscores: --lora-rank 8 = --lora_rank 8.
+Switches: --no_use_peft = --use_peft false.
 """
 COLUMN = 38  # where the explanations begin, if the terminal is wide enough for two columns
 
@@ -35,7 +36,7 @@ def help_text(flags: Mapping[str, Flag], everything: bool, width: int) -> str:
     """
     lines = [
         EXAMPLES,
-        "  --config FILE".ljust(COLUMN) + "flags as `name: value` lines; the command line overrides them",
+        *_beside("  --config FILE", "flags as `name: value` lines, overridden by the command line", width),
     ]
     if everything:
         topics = {topic: [f for f in flags.values() if f.topic == topic] for topic in _topics(flags)}
@@ -61,6 +62,11 @@ def _flag(flag: Flag, width: int) -> Iterator[str]:
     head = f"  --{flag.name} {_default(flag)}"
     named = flag.choices and not callable(flag.choices)  # a library that knows them is not imported for this
     text = f"{flag.help} [{', '.join(flag.names)}]" if named else flag.help
+    yield from _beside(head, text, width)
+
+
+def _beside(head: str, text: str, width: int) -> Iterator[str]:
+    """A text beside its head where the terminal is wide enough for two columns, or below."""
     column = COLUMN if width >= 70 else 6
     wrapped = textwrap.wrap(text, max(width, 40) - column - 1, break_on_hyphens=False)
     if len(head) < column - 1:
