@@ -177,11 +177,12 @@ def look_at_headers(args: Arguments, source: Any, tokenizer: Any, conversation: 
     """The look that a run has at its model, from the headers of the weight files."""
     from preference.models.adapters import check_on_paper
     from preference.models.look import look_on_paper
+    from preference.models.quantized import as_stored, check_trainable, quantizer_of
     from preference.models.vocabulary import add_rows, tokens_to_add
     from preference.train.setup import check_room
 
-    code = args.model.trust_remote_code
-    model = look_on_paper(source.base, cache_dir=args.model.cache_dir, trust_remote_code=code)
+    cache, code = args.model.cache_dir, args.model.trust_remote_code
+    model = look_on_paper(source.base, cache_dir=cache, trust_remote_code=code) if source.fetched else None
     if model is None:
         say("the weights are not on this machine: whether they are whole is seen when the run starts")
         return
@@ -189,7 +190,12 @@ def look_at_headers(args: Arguments, source: Any, tokenizer: Any, conversation: 
         check_on_paper(model, source.adapter)
     add_rows(model, tokenizer, tokens_to_add(args.model.add_tokens))
     check_room(model, tokenizer, conversation, *sets)
-    say(f"weights of {source.base}: every tensor is there, of the right shape")
+    stored = as_stored(source.base, model.config)
+    if stored is None or stored.dense:
+        say(f"weights of {source.base}: every tensor is there, of the right shape")
+    else:
+        check_trainable(source.base, quantizer_of(model.config), args.model.use_peft)
+        say(f"weights of {source.base}: quantised with {stored.name}; the run itself sees whether they are whole")
     if source.adapter:
         say(f"adapter {source.adapter}: every tensor has its place there")
 

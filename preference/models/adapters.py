@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from preference.arguments import FLAGS, Arguments, ModelArguments
 from preference.models.beginnings import begin, doubled
 from preference.models.folder import ModelError, first_line, reading
-from preference.models.look import _some, tensor_headers
+from preference.models.kinds import check_kind
 from preference.models.patterns import check_patterns
 from preference.models.sources import ADAPTER_CONFIG, adapter_config
+from preference.models.targets import find_targets, is_tied, listed, settle_stacked, vocabulary_modules
+from preference.models.weight_files import some, tensor_headers
 
 FROZEN = "frozen"  # the name of an adapter that stays as it is under a new one, over weights that cannot be merged into
 # flag -> field of peft's config, for flags that say what an adapter is
@@ -46,8 +47,7 @@ def load_adapter(model: Any, folder: str, *, trainable: bool = False, name: str 
     from peft import PeftModel, get_peft_model_state_dict
 
     lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    if trainable:
-        refuse_prompts(folder)
+    check_kind(folder, changes=trainable)
     _check_patterns(lm, folder)
     names = _tensor_names(folder)
     _grow_vocabulary(lm, folder)
@@ -56,6 +56,8 @@ def load_adapter(model: Any, folder: str, *, trainable: bool = False, name: str 
             model.load_adapter(folder, adapter_name=name, is_trainable=trainable, **options)
         else:
             model = PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable, **options)
+    except ImportError as error:  # of a package that its kind is made with
+        raise ModelError(f"the adapter {folder} cannot be loaded: {first_line(error)}") from error
     except Exception as error:  # shapes, modules, kinds, whatever its config holds
         raise ModelError(
             f"the adapter {folder} does not fit its base {lm.config.name_or_path}: {first_line(error)}. If another "
@@ -77,25 +79,11 @@ def _check_patterns(lm: PreTrainedModel, folder: str) -> None:
 
 def _refuse_misfit(lm: PreTrainedModel, folder: str, faults: dict[str, list[str]]) -> None:
     """Raises ModelError for tensors of an adapter that do not fit, by what is wrong with them."""
-    said = [f"{len(found)} of its tensors {what} ({_some(found)})" for what, found in faults.items() if found]
+    said = [f"{len(found)} of its tensors {what} ({some(found)})" for what, found in faults.items() if found]
     if said:
         raise ModelError(
             f"the adapter {folder} does not fit its base {lm.config.name_or_path}: {'; '.join(said)}. If another model "
             "lies there now, name the right one"
-        )
-
-
-def refuse_prompts(folder: str) -> None:
-    """Raises ModelError for an adapter that is tokens before the prompt, and no change of weights."""
-    from peft import PeftConfig
-
-    with reading(f"the adapter {folder}", "get it anew"):
-        config = PeftConfig.from_pretrained(folder)
-    if config.is_prompt_learning:
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        raise ModelError(
-            f"the adapter {folder} is of the kind {kind}: tokens before the prompt, and no change of weights, so it is "
-            "neither trained nor merged nor exported here. chat.py answers with it; to train, name its base"
         )
 
 
@@ -108,7 +96,7 @@ def check_on_paper(lm: PreTrainedModel, folder: str) -> None:
     """
     from peft import get_peft_model_state_dict
 
-    refuse_prompts(folder)
+    check_kind(folder, changes=True)
     names = _tensor_names(folder)
     if names is None:
         return
@@ -133,13 +121,8 @@ def _tensor_names(folder: str) -> set[str] | None:
     return set(tensor_headers(file)) if file.is_file() else None
 
 
-def _vocabulary_modules(lm: PreTrainedModel) -> list[str]:
-    layers = {id(layer) for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())}
-    return [name for name, module in lm.named_modules() if id(module) in layers]
-
-
 def _of_vocabulary(lm: PreTrainedModel, tensor: str) -> bool:
-    return any(f".{name}." in f".{tensor}" for name in _vocabulary_modules(lm))
+    return any(f".{name}." in f".{tensor}" for name in vocabulary_modules(lm))
 
 
 def _grow_vocabulary(lm: PreTrainedModel, folder: str) -> None:
@@ -147,7 +130,7 @@ def _grow_vocabulary(lm: PreTrainedModel, folder: str) -> None:
     file, config = Path(folder) / "adapter_model.safetensors", Path(folder) / ADAPTER_CONFIG
     if not file.is_file() or not config.is_file():
         return
-    endings = tuple(f"{name}.weight" for name in _vocabulary_modules(lm))
+    endings = tuple(f"{name}.weight" for name in vocabulary_modules(lm))
     rows = [shape[0] for name, (_, shape) in tensor_headers(file).items() if name.endswith(endings)]
     has = lm.get_input_embeddings().weight.shape[0]
     with reading(f"trainable_token_indices of {config}", "get the adapter anew"):
@@ -177,7 +160,7 @@ def check_continued(adapter: str, args: Arguments) -> None:
             )
         asked, has = getattr(args.model, flag), config.get(field)
         if field in ("target_modules", "modules_to_save") and not isinstance(has, str):
-            asked, has = sorted(_listed(asked)), sorted(has or ())
+            asked, has = sorted(listed(asked)), sorted(has or ())
             if asked in (["all"], ["all-linear"]):
                 continue
         if asked != has and not (not asked and has is None):
@@ -186,10 +169,6 @@ def check_continued(adapter: str, args: Arguments) -> None:
                 "training goes on with the adapter as it is. Drop the flag, or --new_adapter true merges it and starts "
                 "a new one"
             )
-
-
-def _listed(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int, new_ids: Iterable[int] = ()) -> Any:
@@ -204,14 +183,7 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int, new_ids
     """
     from peft import LoraConfig, get_peft_model
 
-    names = _listed(args.target_modules)
-    everything = names in (["all"], ["all-linear"])
-    excluded, whole = (_listed(text or "") for text in (args.exclude_modules, args.modules_to_save))
-    for flag, given in (("target_modules", [] if everything else names), ("exclude_modules", excluded),
-                        ("modules_to_save", whole)):  # fmt: skip
-        _check_names(model, flag, given)
-    _check_untied(model, "target_modules", [] if everything else names)
-    _check_untied(model, "modules_to_save", whole)
+    targets = find_targets(model, args)
     new_ids = list(new_ids)
     kind, rank, alpha = args.init_lora_weights, args.lora_rank, args.lora_alpha
     if args.begins_in_weights:
@@ -222,18 +194,20 @@ def add_adapter(model: PreTrainedModel, args: ModelArguments, seed: int, new_ids
         lora_alpha=alpha,
         lora_dropout=args.lora_dropout,
         use_dora=args.use_dora,
-        target_modules="all-linear" if everything else names,
-        exclude_modules=[*excluded, *(routers(model) if everything else ())] or None,
+        target_modules="all-linear" if targets.everything else targets.names,
+        exclude_modules=targets.excluded or None,
         use_rslora=args.use_rslora,
         bias=args.lora_bias,
-        modules_to_save=whole or None,
+        modules_to_save=targets.whole or None,
         init_lora_weights=kind if kind in ("gaussian", "orthogonal") else True,
-        trainable_token_indices=_rows_of_tokens(model, new_ids, whole) if new_ids else None,
+        trainable_token_indices=_rows_of_tokens(model, new_ids, targets.whole) if new_ids else None,
     )
-    if everything:
-        _leave_routers(config, model)
+    settle_stacked(config, model, targets)
     torch.manual_seed(seed)
-    adapted = _train_in_float32(get_peft_model(model, config))
+    try:
+        adapted = _train_in_float32(get_peft_model(model, config))
+    except (ValueError, TypeError, NotImplementedError) as error:  # of layers that it has no adapter for
+        raise ModelError(f"target_modules {args.target_modules} cannot be had: {first_line(error)}") from error
     if args.begins_in_weights and not any(weight.is_meta for weight in adapted.parameters()):
         begin(adapted, kind)
     return adapted
@@ -255,70 +229,22 @@ def adapter_on_paper(model: PreTrainedModel, folder: str) -> Any:
     with reading(f"the adapter {folder}", "get its folder anew"):
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = False
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error).lower():
+                raise
+            raise ModelError(
+                f"the adapter {folder} is of the kind {config.peft_type.value}, which is made from the weights, and a "
+                "dry run loads none: start the run without dry_run"
+            ) from error
 
 
 def _rows_of_tokens(model: PreTrainedModel, ids: list[int], whole: list[str]) -> dict[str, list[int]] | None:
     """For peft: the rows of the embedding and of an output head of its own; of a tied one peft takes care."""
-    ends = [name for name in _vocabulary_modules(model) if not any(name.endswith(other) for other in whole)]
+    ends = [name for name in vocabulary_modules(model) if not any(name.endswith(other) for other in whole)]
     names = ends[:1] if is_tied(model) else ends
     return {name.rpartition(".")[2]: ids for name in names} or None
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
-
-
-def _check_names(model: PreTrainedModel, flag: str, names: list[str]) -> None:
-    modules = dict(model.named_modules())
-    missing = [name for name in names if not any(n == name or n.endswith(f".{name}") for n in modules)]
-    if missing:
-        linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
-        raise ModelError(
-            f"{flag}: the model has no {', '.join(missing)}; its linear layers are {', '.join(sorted(linear))}"
-        )
-
-
-def _check_untied(model: PreTrainedModel, flag: str, names: list[str]) -> None:
-    ends = [n for n in _vocabulary_modules(model) if any(n == name or n.endswith(f".{name}") for name in names)]
-    if ends and is_tied(model):
-        raise ModelError(
-            f"{flag}: {', '.join(ends)} is tied, embedding and head are one tensor, and what is trained of one of them "
-            "could not be merged and exported: leave it out"
-        )
-
-
-def routers(model: nn.Module) -> list[str]:
-    """Layers of a mixture of experts that choose the experts: an adapter there changes which are trained at all."""
-    config = model.config.get_text_config() if hasattr(model, "config") else None
-    kinds = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    counts = {getattr(config, kind) for kind in kinds if isinstance(getattr(config, kind, None), int)}
-    found = []
-    for name, module in model.named_modules():
-        words = name.split(".")
-        weight = module._parameters.get("weight")  # a router is a linear layer, or a module of its own with its weight
-        linear = isinstance(module, nn.Linear)
-        outputs = module.out_features if linear else len(weight) if weight is not None and weight.ndim == 2 else None
-        if counts and (
-            (outputs in counts and {"gate", "router"} & set(words))
-            or (linear and words[-1] == "shared_expert_gate")
-        ):  # fmt: skip
-            found.append(name)
-    return found
-
-
-def _leave_routers(config: Any, model: PreTrainedModel) -> None:
-    """Take the routers out of what "all-linear" is for peft where experts are stacked: weights that it names itself."""
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # a peft that knows nothing of them
-        return
-    convert_peft_config_for_transformers(config, model, None)
-    if config.target_parameters:
-        config.target_parameters = {
-            name for name in config.target_parameters if not {"gate", "router"} & set(name.split("."))
-        }
 
 
 def load_stack(model: PreTrainedModel, folder: str, *, trainable: bool = False, **options: Any) -> Any:
@@ -360,7 +286,7 @@ def merge(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     Raises:
         ModelError: the adapter does not fit, or is of a kind that is no change of weights.
     """
-    refuse_prompts(folder)
+    check_kind(folder, changes=True)
     adapted = load_stack(model, folder)
     try:
         return adapted.merge_and_unload(safe_merge=True)  # refuses weights that are not finite

@@ -35,8 +35,11 @@ def begin(model: Any, kind: str, name: str = "default") -> None:
     """
     layers = {}
     for where, layer in model.named_modules():
-        if name in getattr(layer, "lora_embedding_A", {}):
-            raise ModelError(f"init_lora_weights={kind} begins in linear layers, and {where} is none: leave it out")
+        stacked = hasattr(layer, "parameter_name") and name in getattr(layer, "lora_A", {})
+        if stacked or name in getattr(layer, "lora_embedding_A", {}):
+            raise ModelError(
+                f"init_lora_weights={kind} begins in linear layers, and {where} is none: leave it out (exclude_modules)"
+            )
         if name in getattr(layer, "lora_A", {}):
             layers[where] = layer
     sides = {where: min(m.lora_A[name].weight.shape[1], m.lora_B[name].weight.shape[0]) for where, m in layers.items()}

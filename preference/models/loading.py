@@ -13,11 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from preference.arguments import Arguments, ModelArguments
 from preference.files import NEXT
-from preference.models.adapters import add_adapter, check_continued, freeze_below, load_stack, merge, routers
+from preference.models.adapters import add_adapter, check_continued, freeze_below, load_stack, merge
 from preference.models.folder import read_tokenizer
 from preference.models.hardware import Hardware
 from preference.models.look import ModelError, load_weights
+from preference.models.quantized import check_trainable
 from preference.models.sources import MERGED, ModelSource
+from preference.models.targets import find_targets, left_out, routers
+from preference.models.weight_files import some
 
 Say = Callable[[str], None]
 
@@ -81,7 +84,8 @@ def load_base(
         half: what products are computed in under autocast; None: no autocast.
 
     Raises:
-        ModelError: it is not whole, cannot be quantised here, or is quantised and all its weights are to be trained.
+        ModelError: it is not whole, or cannot be quantised here.
+        QuantizationError: it is quantised and cannot be trained so.
     """
     quantization = _quantization(args, hardware, half, say)
     model = load_weights(
@@ -99,13 +103,7 @@ def load_base(
         return model
     if not args.run.do_train:
         return model
-    if not args.model.use_peft:
-        raise ModelError(f"the weights of {source.base} are quantised and cannot be trained themselves: use_peft=true")
-    if not model.hf_quantizer.is_trainable:
-        raise ModelError(
-            f"transformers trains no adapter over the weights of {source.base}, as they are quantised: take the model "
-            "that is not quantised; qlora=true holds it in 4 bits"
-        )
+    check_trainable(source.base, model.hf_quantizer, args.model.use_peft)
     from peft import prepare_model_for_kbit_training
 
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.run.gradient_checkpointing)
@@ -140,9 +138,7 @@ def adapt(
         new_ids = grow(model)
         if not args.model.use_peft:
             return model
-        if found := routers(model) if args.model.target_modules in ("all", "all-linear") else ():
-            say(f"no adapter on the {len(found)} layers that choose experts ({found[0]}, ...)")
-        return add_adapter(model, args.model, args.run.seed, new_ids)
+        return _new_adapter(model, args, new_ids, say)
     if not args.model.new_adapter and args.model.use_peft:
         if args.model.add_tokens:
             raise ModelError(
@@ -171,7 +167,18 @@ def adapt(
             raise ModelError(f"{folder} belongs to the adapter that lies beside it: set another output_dir")
         merged.save_pretrained(folder)
     merged.name_or_path = str(folder)
-    return add_adapter(merged, args.model, args.run.seed, new_ids)
+    return _new_adapter(merged, args, new_ids, say)
+
+
+def _new_adapter(model: PreTrainedModel, args: Arguments, new_ids: Sequence[int], say: Say) -> Any:
+    targets = find_targets(model, args.model)
+    if targets.everything and (found := routers(model)):
+        say(f"no adapter on the {len(found)} layers that choose experts ({found[0]}, ...)")
+    adapted = add_adapter(model, args.model, args.run.seed, new_ids)
+    if found := left_out(adapted, targets):
+        say(f"warning: target_modules={args.model.target_modules} names {len(found)} layers more that peft has no "
+            f"adapter for where experts are stacked: {some(found)}")  # fmt: skip
+    return adapted
 
 
 @contextlib.contextmanager

@@ -9,9 +9,8 @@ on the meta device, where transformers reads names, shapes and types from the he
 from __future__ import annotations
 
 import copy
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from preference.errors import PreferenceError
 from preference.models.folder import ANEW, ModelError, check_ids, first_line, read_config, reading
 from preference.models.quantized import QuantizationError, Stored, as_stored
+from preference.models.weight_files import READ, some, tensor_headers, weight_files
 
-SHOWN = 4  # names of tensors in a message
 LARGER = 16  # times the bytes of its weight files: so many weights no packing brings into a byte
 FREE_BUFFERS = 8 << 30  # bytes of masks and tables that a model computes, and its files need not hold
-WEIGHT_FILES = ("*.safetensors", "*.bin")
 WHOLE_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,12 +46,13 @@ def load_weights(
         ModelError: tensors are missing, left over or of other shapes, a file is damaged, or a package is not installed.
     """
     config = read_config(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    files = weight_files(Path(source)) if Path(source).is_dir() else []
     stored = _stored(source, config, quantization)
     if stored is None:
-        _check_types(source)
+        _check_types(source, files)
     elif stored.method == "bitsandbytes" and quantization is None:
-        _check_packed(source)
-    check_scale(source, config, trust_remote_code)
+        _check_packed(source, files)
+    check_scale(source, config, files, trust_remote_code)
     wanted = quantization if stored is None else stored.loading
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -71,7 +70,8 @@ def load_weights(
     except Exception as error:  # what the files hold decides which it is
         what = f", which is quantised with {stored.name}," if stored else ""
         reason = "its tensors are not laid out so" if "CONVERSION" in str(error) else first_line(error)
-        raise ModelError(f"{source}{what} cannot be loaded: {reason}. Get the folder anew") from error
+        way_out = "Take the model that is not quantised, or get the folder anew" if stored else "Get the folder anew"
+        raise ModelError(f"{source}{what} cannot be loaded: {reason}. {way_out}") from error
     check_tensors(source, model, info)
     if stored is not None and stored.dense:
         model.to(dtype)  # dequantised while it was loaded: of one type, as other weights are
@@ -81,14 +81,16 @@ def load_weights(
     return model
 
 
-def check_scale(source: str, config: Any, trust_remote_code: bool = False) -> None:
-    """Refuse a config.json whose model is far larger than the weight files beside it, before memory is asked for.
+def check_scale(source: str, config: Any, files: list[Path], trust_remote_code: bool = False) -> None:
+    """Refuse a config.json whose model is far larger than its weight files, before memory is asked for.
+
+    Args:
+        files: of a local model's weights; of a hub's none.
 
     Raises:
         ModelError: with the numbers.
     """
-    folder = Path(source)
-    held = sum(file.stat().st_size for kind in WEIGHT_FILES for file in folder.glob(kind)) if folder.is_dir() else 0
+    held = sum(file.stat().st_size for file in files)
     if not held:
         return
     with reading(f"{source}: the model that its config.json describes", ANEW), torch.device("meta"):
@@ -131,12 +133,12 @@ def check_tensors(source: str, model: PreTrainedModel, info: Mapping[str, Any]) 
     missing = [name for name in missing if tied.get(name, name) == name or tied[name] in missing]
     faults = []
     if missing:
-        faults.append(f"{len(missing)} tensors are missing ({_some(missing)}) and would be random")
+        faults.append(f"{len(missing)} tensors are missing ({some(missing)}) and would be random")
     if unexpected:
-        faults.append(f"{len(unexpected)} tensors have no place in {type(model).__name__} ({_some(unexpected)})")
+        faults.append(f"{len(unexpected)} tensors have no place in {type(model).__name__} ({some(unexpected)})")
     if other:
         shapes = [f"{name} is {list(found)}, not {list(wanted)}" for name, found, wanted in other]
-        faults.append(f"{len(other)} tensors have another shape ({_some(shapes)})")
+        faults.append(f"{len(other)} tensors have another shape ({some(shapes)})")
     faults += [str(text) for text in info.get("error_msgs", ())]
     if faults:
         config = model.config.get_text_config()
@@ -159,7 +161,7 @@ def check_finite(source: str, model: nn.Module) -> None:
                 broken.append(name)
     if broken:
         raise ModelError(
-            f"{source}: {len(broken)} tensors hold NaN or infinity ({_some(broken)}): the model is damaged, or was "
+            f"{source}: {len(broken)} tensors hold NaN or infinity ({some(broken)}): the model is damaged, or was "
             "saved by a run that diverged. Take an earlier checkpoint, or get it anew; model_name_or_path names it"
         )
 
@@ -167,16 +169,21 @@ def check_finite(source: str, model: nn.Module) -> None:
 def look_on_paper(
     source: str, *, cache_dir: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel | None:
-    """The same look from the headers of the weight files alone: the model on the meta device, or None where the files
-    are not on this machine.
+    """The same look from the headers of the weight files alone: the model on the meta device, or None where they are on
+    a hub still.
+
+    Raises:
+        ModelError: as `load_weights` would, but for what only the weights themselves show.
     """
-    folder = Path(source)
-    if not (_holds_weights(folder) if folder.is_dir() else _cached(source, cache_dir)):
+    local = Path(source).is_dir()
+    if not local and not _cached(source, cache_dir):
         return None
     config = read_config(source, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     stored = _stored(source, config, None)
-    if stored is not None and stored.method == "bitsandbytes":
-        _check_packed(source)
+    if local and stored is not None:
+        files = weight_files(Path(source))
+        if stored.method == "bitsandbytes":
+            _check_packed(source, files)
     if stored is not None and not stored.dense:  # its layers are made where weights are
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -189,43 +196,15 @@ def look_on_paper(
     )
 
 
-def _holds_weights(folder: Path) -> bool:
-    return any(any(folder.glob(kind)) for kind in WEIGHT_FILES)
-
-
 def _cached(source: str, cache_dir: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return any(isinstance(try_to_load_from_cache(source, name, cache_dir=cache_dir), str) for name in names)
+    return any(isinstance(try_to_load_from_cache(source, name, cache_dir=cache_dir), str) for name in READ)
 
 
-def tensor_headers(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """(type, shape) of every tensor of a safetensors file, by name, from its header.
-
-    Raises:
-        ModelError: the file is no safetensors file, or cut off.
-    """
-    try:
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(size, 1 << 28)))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        whole = file.stat().st_size == 8 + size + max(ends, default=0)
-        found = {n: (e["dtype"], e["shape"]) for n, e in header.items() if n != "__metadata__"}
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read ({error.strerror}): change its permissions, or get it anew") from error
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, IndexError) as error:
-        raise ModelError(f"{file} is no safetensors file ({first_line(error)}): get it anew") from error
-    if not whole:
-        raise ModelError(f"{file} is cut off or damaged, its size is not what its header says: get it anew")
-    return found
-
-
-def _check_packed(source: str) -> None:
+def _check_packed(source: str, files: list[Path]) -> None:
     """A local checkpoint whose config says that bitsandbytes has packed its weights holds what unpacks them."""
-    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
-    names = [name for file in files for name in tensor_headers(file)]
+    names = [name for file in files if file.suffix == ".safetensors" for name in tensor_headers(file)]
     if names and not any(name.endswith(".SCB") or ".quant_state." in name for name in names):
         raise ModelError(
             f"{source}: config.json says that bitsandbytes has quantised its weights, and they are whole: take "
@@ -233,17 +212,12 @@ def _check_packed(source: str) -> None:
         )
 
 
-def _check_types(source: str) -> None:
+def _check_types(source: str, files: list[Path]) -> None:
     """A local checkpoint whose config names no quantisation holds no 8-bit weights, which would be read unscaled."""
-    for file in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
+    for file in (file for file in files if file.suffix == ".safetensors"):
         for name, (kind, _) in tensor_headers(file).items():
             if kind.startswith("F8") or (re.fullmatch(r"[IU]\d+", kind) and name.endswith(".weight")):
                 raise ModelError(
                     f"{source}: {name} is held as {kind}, and config.json has no quantization_config that says how it "
                     "is scaled: get config.json of the same model, or take the model that is not quantised"
                 )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

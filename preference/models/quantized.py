@@ -9,7 +9,7 @@ from typing import Any
 from preference.errors import PreferenceError
 
 # method -> (its name, modules that read it, what pip installs)
-PACKAGES = {
+PACKAGES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "gptq": ("GPTQ", ("optimum", "gptqmodel"), "optimum gptqmodel"),
     "awq": ("AWQ", ("gptqmodel",), "gptqmodel"),
     "bitsandbytes": ("bitsandbytes", ("bitsandbytes",), "bitsandbytes"),
@@ -19,8 +19,16 @@ PACKAGES = {
     "aqlm": ("AQLM", ("aqlm",), "aqlm"),
     "hqq": ("HQQ", ("hqq",), "hqq"),
     "quanto": ("quanto", ("optimum.quanto",), "optimum-quanto"),
-    "eetq": ("EETQ", ("eetq",), "eetq"),
+    "eetq": ("EETQ", ("kernels",), "kernels"),
     "vptq": ("VPTQ", ("vptq",), "vptq"),
+    "higgs": ("HIGGS", ("flute", "fast_hadamard_transform"), "flute-kernel fast_hadamard_transform"),
+    "fbgemm_fp8": ("FBGEMM's FP8", ("fbgemm_gpu",), "fbgemm-gpu"),
+    "spqr": ("SpQR", ("spqr_quant",), "spqr_quant[gpu]"),
+    "quark": ("Quark", ("quark",), "amd-quark"),
+    "fp_quant": ("FP-Quant", ("fp_quant",), "fp_quant"),
+    "fouroversix": ("Four Over Six", ("fouroversix",), "fouroversix"),
+    "sinq": ("SINQ", ("sinq",), "sinq"),
+    "bitnet": ("BitNet", (), ""),  # transformers has all that it needs
 }
 # Methods whose weights transformers turns into plain ones while it loads them, exactly but for the type's rounding. The
 # quantised layers themselves would have no gradient, or need one kind of GPU.
@@ -69,9 +77,9 @@ def as_stored(source: str, config: Any, asked: Any = None) -> Stored | None:
     if found.get("load_in_4bit") or found.get("load_in_8bit"):
         method = "bitsandbytes"
     name, modules, packages = PACKAGES.get(method, (DENSE.get(method, method), (), ""))
-    if method != "bitsandbytes" and method not in KNOWN:
+    if method not in PACKAGES | DENSE or (method != "bitsandbytes" and method not in KNOWN):
         raise QuantizationError(
-            f"{source} is quantised with {method or 'a method that it does not name'}, which transformers cannot read: "
+            f"{source} is quantised with {method or 'a method that it does not name'}, which is not read here: "
             "take the model that is not quantised"
         )
     missing = [module for module in modules if not _there(module)]
@@ -91,6 +99,31 @@ def as_stored(source: str, config: Any, asked: Any = None) -> Stored | None:
 
     loading = Mxfp4Config(dequantize=True) if method == "mxfp4" else FineGrainedFP8Config(dequantize=True)
     return Stored(name, method, dense=True, loading=loading)
+
+
+def check_trainable(base: str, quantizer: Any, use_peft: bool) -> None:
+    """Whether a run can train over the weights of `base`, which stay quantised.
+
+    Args:
+        quantizer: transformers' of the checkpoint.
+
+    Raises:
+        QuantizationError: they are to be trained themselves, or no adapter is trained over them.
+    """
+    if not use_peft:
+        raise QuantizationError(f"the weights of {base} are quantised and cannot be trained themselves: use_peft=true")
+    if not quantizer.is_trainable:
+        raise QuantizationError(
+            f"transformers trains no adapter over the weights of {base}, as they are quantised: take the model "
+            "that is not quantised; qlora=true holds it in 4 bits"
+        )
+
+
+def quantizer_of(config: Any) -> Any:
+    """transformers' quantizer of a checkpoint whose weights stay quantised."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    return AutoHfQuantizer.from_config(stored_quantization(config), pre_quantized=True)
 
 
 def _there(module: str) -> bool:

@@ -31,6 +31,7 @@ class ModelSource:
 
     base: str
     adapter: str | None = None
+    fetched: bool = True  # False: from a hub came what a dry run needs alone, and no weights
 
     @property
     def name(self) -> str:
@@ -166,7 +167,7 @@ def find_model(
         found = resolve(name)
         config = adapter_config(found, cache_dir)
         if config is None:
-            return ModelSource(found)
+            return ModelSource(found, fetched=weights or not use_modelscope or Path(name).expanduser().exists())
         base = resolve_base(found, written_base(found, config), use_modelscope, cache_dir,
                             "--model_name_or_path BASE --adapter_name_or_path ADAPTER")  # fmt: skip
         return ModelSource(base, found)

@@ -19,6 +19,7 @@ from preference.errors import PreferenceError
 from preference.models.adapters import load_adapter, load_stack
 from preference.models.folder import ModelError, read_config, read_generation_config, read_tokenizer, reading
 from preference.models.hardware import Hardware
+from preference.models.kinds import check_kind
 from preference.models.look import load_weights
 from preference.models.quantized import as_stored
 from preference.models.sources import SourceError, adapter_config, written_base
@@ -81,7 +82,9 @@ def find_source(
     run = _read_json(run_folder / "run.json") if run_folder else {}
     try:
         config = adapter_config(name)
-    except SourceError as error:
+        if config is not None:
+            check_kind(name, changes=False)
+    except (SourceError, ModelError) as error:
         raise LoadingError(str(error)) from None
     if config is not None:
         base = base or written_base(name, config)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from preference.models.adapters import refuse_prompts
 from preference.models.hardware import detect
+from preference.models.kinds import check_kind
 from preference.serve.loading import LoadingError, Source, load_tuned_model
 
 _PROBES = (
@@ -127,7 +127,7 @@ def load_merged(
         LoadingError: the base is quantized, or the merged model answers otherwise than the adapted one.
     """
     if source.adapter:
-        refuse_prompts(source.name)
+        check_kind(source.name, changes=True)
     model = load_tuned_model(source, torch.float32, "cpu", use_modelscope)
     if getattr(model.config, "quantization_config", None) is not None:
         raise LoadingError("quantized weights cannot be merged into: name the unquantized model with --base_model")

@@ -168,7 +168,8 @@ MIXTURES = {
 @pytest.mark.parametrize("arch", MIXTURES)
 def test_routers_get_no_adapter(tmp_path, arch):
     """Linear layers, and modules of their own beside stacked experts, which get one, are saved, loaded and merged."""
-    from preference.models.adapters import add_adapter, routers
+    from preference.models.adapters import add_adapter
+    from preference.models.targets import routers
 
     model = tiny_model(arch, **MIXTURES[arch])
     model.save_pretrained(tmp_path / "base")

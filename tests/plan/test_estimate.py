@@ -349,8 +349,9 @@ def test_a_dry_run_needs_no_weights_and_leaves_the_output_folder_as_it_was(tmp_p
     folder, out = tmp_path / "model", tmp_path / "out"
     tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):
-        weights.unlink()
+    file = folder / "model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    file.write_bytes(file.read_bytes()[:header].ljust(file.stat().st_size, b"\xff"))  # whoever reads weights finds NaN
     rows = [{"question": f"q {i}", "response_chosen": f"good {i}", "response_rejected": f"bad {i}"} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = dict(
