@@ -59,15 +59,21 @@ def load_adapter(model: Any, folder: str, *, trainable: bool = False, name: str 
     except ImportError as error:  # of a package that its kind is made with
         raise ModelError(f"the adapter {folder} cannot be loaded: {first_line(error)}") from error
     except Exception as error:  # shapes, modules, kinds, whatever its config holds
+        reason = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), first_line(error))
         raise ModelError(
-            f"the adapter {folder} does not fit its base {lm.config.name_or_path}: {first_line(error)}. If another "
+            f"the adapter {folder} does not fit its base {lm.config.name_or_path}: {reason.rstrip('.')}. If another "
             "model lies there now, name the right one"
         ) from error
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if broken := [n for n, weight in state.items() if weight.is_floating_point() and not weight.isfinite().all()]:
+        raise ModelError(
+            f"the adapter {folder}: {len(broken)} tensors hold NaN or infinity ({some(broken)}): it is damaged, or was "
+            "saved by a run that diverged. Take an earlier checkpoint"
+        )
     if names is not None:
-        has = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
         _refuse_misfit(lm, folder, {
-            "have no place": sorted(n for n in names - has if not _of_vocabulary(lm, n)),
-            "are missing": sorted(has - names),
+            "have no place": sorted(n for n in names - state.keys() if not _of_vocabulary(lm, n)),
+            "are missing": sorted(state.keys() - names),
         })  # fmt: skip
     return model
 
@@ -116,9 +122,19 @@ def check_on_paper(lm: PreTrainedModel, folder: str) -> None:
 
 
 def _tensor_names(folder: str) -> set[str] | None:
-    """Names in a local adapter's file; None for a hub's, or one that is no safetensors file."""
+    """Names in a local adapter's file; None for a hub's, or one that is no safetensors file.
+
+    Raises:
+        ModelError: it holds numbers of 8 bits, which nothing says how to scale.
+    """
     file = Path(folder) / "adapter_model.safetensors"
-    return set(tensor_headers(file)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    headers = tensor_headers(file)
+    eighths = [f"{name} as {kind}" for name, (kind, _) in headers.items() if kind in ("I8", "U8") or kind[:2] == "F8"]
+    if eighths:
+        raise ModelError(f"{file} holds {some(eighths)}, and nothing says how that is scaled: get the adapter anew")
+    return set(headers)
 
 
 def _of_vocabulary(lm: PreTrainedModel, tensor: str) -> bool:

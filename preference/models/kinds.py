@@ -5,6 +5,7 @@ neither here. A kind that is not listed, a newer peft's say, has not been tried,
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 from preference.models.folder import ModelError
@@ -54,6 +55,12 @@ def check_kind(folder: str, *, changes: bool) -> None:
     if kind not in CHANGES_WEIGHTS | ONLY_ANSWERS.keys():
         reason = UNUSED.get(kind, f"it is none that was tried here, with peft {peft.__version__}")
         raise ModelError(f"the adapter {folder} is of the kind {kind} and cannot be used: {reason}; or name its base")
+    if re.match("pissa|olora|corda|loftq", str(config.get("init_lora_weights"))):
+        raise ModelError(
+            f"the adapter {folder} begins in its base's weights (init_lora_weights={config['init_lora_weights']}), and "
+            "is no change of the weights that lie there: save it converted (path_initial_model_for_weight_conversion "
+            "of peft's save_pretrained); or name its base"
+        )
     known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[getattr(peft.PeftType, kind)])}
     unread = {name: value for name, value in config.items() if name not in known and value}
     if unread:

@@ -19,7 +19,7 @@ from preference.models.hardware import Hardware
 from preference.models.look import ModelError, load_weights
 from preference.models.quantized import check_trainable
 from preference.models.sources import MERGED, ModelSource
-from preference.models.targets import find_targets, left_out, routers
+from preference.models.targets import beside_the_language, find_targets, left_out, routers
 from preference.models.weight_files import some
 
 Say = Callable[[str], None]
@@ -97,6 +97,9 @@ def load_base(
         cache_dir=args.model.cache_dir,
         trust_remote_code=args.model.trust_remote_code,
     )
+    if getattr(model.config, "auto_map", None) and not args.model.trust_remote_code:
+        say(f"warning: {source.base} comes with code of its own, and is run with that of transformers, "
+            f"{type(model).__name__}; trust_remote_code=true runs its own")  # fmt: skip
     if Path(source.base).is_dir():  # what an adapter writes down as its base, wherever it will be read from
         model.name_or_path = str(Path(source.base).resolve())
     if not is_quantized(model):
@@ -174,6 +177,8 @@ def _new_adapter(model: PreTrainedModel, args: Arguments, new_ids: Sequence[int]
     targets = find_targets(model, args.model)
     if targets.everything and (found := routers(model)):
         say(f"no adapter on the {len(found)} layers that choose experts ({found[0]}, ...)")
+    if targets.everything and (found := beside_the_language(model)):
+        say(f"no adapter on the {len(found)} layers that no text goes through ({found[0]}, ...)")
     adapted = add_adapter(model, args.model, args.run.seed, new_ids)
     if found := left_out(adapted, targets):
         say(f"warning: target_modules={args.model.target_modules} names {len(found)} layers more that peft has no "

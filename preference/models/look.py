@@ -52,6 +52,7 @@ def load_weights(
         _check_types(source, files)
     elif stored.method == "bitsandbytes" and quantization is None:
         _check_packed(source, files)
+    check_causal(source, config)
     check_scale(source, config, files, trust_remote_code)
     wanted = quantization if stored is None else stored.loading
     try:
@@ -76,9 +77,35 @@ def load_weights(
     if stored is not None and stored.dense:
         model.to(dtype)  # dequantised while it was loaded: of one type, as other weights are
     check_finite(source, model)
+    _say_untied(model)
     check_ids(model.generation_config, f"generation settings of {source}")
     _keep_unpacked(model)
     return model
+
+
+def check_causal(source: str, config: Any) -> None:
+    """Refuse a model that is no causal language model, before one is made of it: what answers must see the tokens
+    before each alone.
+
+    Raises:
+        ModelError: with what it is.
+    """
+    known = type(config) in AutoModelForCausalLM._model_mapping or bool(getattr(config, "auto_map", None))
+    masked = getattr(config.get_text_config(), "is_decoder", None) is False  # as BERT's kind is, which sees both sides
+    if not known or masked or getattr(config, "is_encoder_decoder", False):
+        names = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture named"
+        raise ModelError(
+            f"{source} is no causal language model but of the type {config.model_type} ({names}), and only those are "
+            "trained and answer here: take the language model alone, or another"
+        )
+
+
+def _say_untied(model: Any) -> None:
+    """A checkpoint that has a head of its own, and says that it is tied, is saved as what it is."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        if getattr(config, "tie_word_embeddings", False) and head is not None and head.weight is not embedding.weight:
+            config.tie_word_embeddings = False
 
 
 def check_scale(source: str, config: Any, files: list[Path], trust_remote_code: bool = False) -> None:

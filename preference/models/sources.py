@@ -15,6 +15,7 @@ from preference.errors import PreferenceError
 from preference.models.folder import LARGEST_RANK, MOST_LAYERS
 from preference.models.names import public_name
 from preference.models.starter import ROOT, ModelNotFound, resolve_model
+from preference.models.weight_files import READ
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGED = "merged_base"  # folder in output_dir: what a new adapter was laid over, where that was merged for it
@@ -75,7 +76,7 @@ def adapter_config(name: str, cache_dir: str | None = None) -> dict[str, Any] | 
     if folder.is_dir():
         if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
             raise SourceError(f"{name} holds {ADAPTER_CONFIG} but no adapter_model.safetensors: its weights are lost")
-        if any(folder.glob("model*.safetensors")) and (folder / "config.json").is_file():
+        if any((folder / weights).is_file() for weights in READ) and (folder / "config.json").is_file():
             raise SourceError(
                 f"{name} holds a whole model and an adapter: name both, --model_name_or_path for the model and "
                 "--adapter_name_or_path for the adapter, from folders of their own"

@@ -62,7 +62,8 @@ def find_targets(model: PreTrainedModel, args: ModelArguments) -> Targets:
         found = [n for n, m in model.named_modules() if _could_be_adapted(n, m, names)]
         if not any(is_named(n, [name]) for n in [*found, *stacked, *(n.rpartition(".")[0] for n in stacked)]):
             raise ModelError(f"exclude_modules: no layer that target_modules={args.target_modules} names is {name}")
-    return Targets(names, everything, [*excluded, *(routers(model) if everything else ())], whole)
+    spared = [*routers(model), *beside_the_language(model)] if everything else []
+    return Targets(names, everything, [*excluded, *spared], whole)
 
 
 def _whole_tensors(excluded: list[str], stacked: list[str]) -> list[str]:
@@ -85,13 +86,23 @@ def _could_be_adapted(layer: str, module: nn.Module, names: list[str]) -> bool:
 
 def _stacked(model: nn.Module) -> list[str]:
     """Names of the tensors that hold a layer of all experts."""
-    return [
-        f"{where}.{name}"
-        for where, module in model.named_modules()
-        if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        for name, weight in module.named_parameters(recurse=False)
-        if weight.ndim == 3
-    ]
+    counts = _expert_counts(model)
+    return [name for name, weight in model.named_parameters() if weight.ndim == 3 and len(weight) in counts]
+
+
+def _expert_counts(model: nn.Module) -> set[int]:
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    kinds = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return {getattr(config, kind) for kind in kinds if isinstance(getattr(config, kind, None), int)}
+
+
+def beside_the_language(model: PreTrainedModel) -> list[str]:
+    """Linear layers of a model for pictures or sounds too that no text goes through."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if decoder is None or model.config.get_text_config() is model.config:
+        return []
+    inside = {id(module) for module in decoder.modules()} | {id(head)}
+    return [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and id(m) not in inside]
 
 
 def settle_stacked(config: Any, model: PreTrainedModel, targets: Targets) -> None:
@@ -186,9 +197,7 @@ def _check_untied(model: PreTrainedModel, flag: str, names: list[str]) -> None:
 
 def routers(model: nn.Module) -> list[str]:
     """Layers of a mixture of experts that choose the experts: an adapter there changes which are trained at all."""
-    config = model.config.get_text_config() if hasattr(model, "config") else None
-    kinds = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    counts = {getattr(config, kind) for kind in kinds if isinstance(getattr(config, kind, None), int)}
+    counts = _expert_counts(model)
     found = []
     for name, module in model.named_modules():
         words = name.split(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BitsAndBytesConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tiny import tiny_model, tiny_tokenizer
 
@@ -106,6 +114,29 @@ def make_all(out: Path) -> dict[str, Path]:
     found["adapter_lost"] = out / "adapter_lost"
     shutil.copytree(found["adapter"], found["adapter_lost"])
     (found["adapter_lost"] / "adapter_model.safetensors").unlink()
+    t5 = T5Config(vocab_size=512, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    bert = BertConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    for kind, model in (("encoder_decoder", T5ForConditionalGeneration(t5)), ("masked", BertForMaskedLM(bert))):
+        model.save_pretrained(out / kind)
+        tiny_tokenizer().save_pretrained(out / kind)
+        found[kind] = out / kind
+    found["own_head"] = variant(out / "own_head", plain, tie_word_embeddings=True)  # of which config.json knows nothing
+
+    parts = load_file(found["adapter"] / "adapter_model.safetensors")
+    changed = {
+        "adapter_nan": {n: w * (math.nan if "q_proj.lora_B" in n else 1) for n, w in parts.items()},
+        "adapter_of_8_bits": {n: (w * 10).to(torch.int8) for n, w in parts.items()},
+        "adapter_of_other_size": {n: w.repeat(1, 2) if "lora_A" in n else w for n, w in parts.items()},
+    }
+    for kind, tensors in changed.items():
+        found[kind] = variant_of_adapter(out / kind, found["adapter"], plain)
+        save_file(tensors, found[kind] / "adapter_model.safetensors", metadata={"format": "pt"})
+    found["adapter_in_weights"] = variant_of_adapter(
+        out / "adapter_in_weights", found["adapter"], plain, init_lora_weights="pissa_niter_4"
+    )
+    found["adapter_beside_bin"] = variant_of_adapter(out / "adapter_beside_bin", found["adapter"], plain)
+    shutil.copy(plain / "config.json", found["adapter_beside_bin"])
+    torch.save(weights, found["adapter_beside_bin"] / "pytorch_model.bin")
     deeper = make_adapter(out / "deeper_adapter", make_plain(out / "deeper", num_hidden_layers=3))
     found["adapter_of_another"] = variant_of_adapter(out / "adapter_of_another", deeper, plain)
     found["adapter_over_adapter"] = variant_of_adapter(out / "adapter_over_adapter", found["adapter"], found["adapter"])
@@ -115,10 +146,10 @@ def make_all(out: Path) -> dict[str, Path]:
     return found
 
 
-def variant_of_adapter(folder: Path, adapter: Path, base: Path) -> Path:
-    """`adapter` that says it belongs to `base`."""
+def variant_of_adapter(folder: Path, adapter: Path, base: Path, **values: Any) -> Path:
+    """`adapter` that says it belongs to `base`, with other values in its config."""
     shutil.copytree(adapter, folder)
-    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)} | values
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

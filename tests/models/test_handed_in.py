@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from handed_in import expected_logits, make_all
+from handed_in import expected_logits, make_all, make_plain
 
 from preference.arguments import parse_arguments
 from preference.errors import PreferenceError
@@ -21,6 +21,7 @@ from preference.serve.merging import load_merged
 CPU = Hardware("cpu", "CPU", 0, False)
 ENTRANCES = ("train", "evaluate", "dry run", "chat", "export")
 USED = {"plain": ENTRANCES, "adapter": ENTRANCES, "fp8": ENTRANCES, "bnb4": ("train", "evaluate", "dry run", "chat")}
+USED["own_head"] = ENTRANCES
 USED["prompt_tuning"] = ("evaluate", "chat")
 REFUSED = {
     "bnb8_whole": r"says that bitsandbytes has quantised its weights, and they are whole: take quantization_config out",
@@ -39,10 +40,17 @@ REFUSED = {
     "adapter_lost": r"holds adapter_config.json but no adapter_model.safetensors: its weights are lost",
     "adapter_of_another": r"does not fit its base .*plain: 14 of its tensors have no place",
     "adapter_over_adapter": r"an adapter itself: merge that first",
+    "encoder_decoder": r"is no causal language model but of the type t5 \(T5ForConditionalGeneration\)",
+    "masked": r"is no causal language model but of the type bert \(BertForMaskedLM\)",
+    "adapter_nan": r"2 tensors hold NaN or infinity \(.*0.self_attn.q_proj.lora_B.weight, .*1.self_attn.q_proj.lora_B",
+    "adapter_of_8_bits": r"lora_A.weight as I8, .*, and nothing says how that is scaled",
+    "adapter_of_other_size": r"(size mismatch for .*lora_A|14 of its tensors have another shape)",
+    "adapter_in_weights": r"begins in its base's weights \(init_lora_weights=pissa_niter_4\)",
+    "adapter_beside_bin": r"holds a whole model and an adapter: name both",
     "model_and_adapter": r"holds a whole model and an adapter: name both",
 }
-# From headers alone 4-bit tensors are not unpacked
-UNSEEN_ON_PAPER = ("bnb4_damaged",)
+# From headers alone 4-bit tensors are not unpacked, and no values are seen
+UNSEEN_ON_PAPER = ("bnb4_damaged", "adapter_nan")
 IDS = torch.tensor([[1, 5, 9, 77, 300]])
 
 
@@ -97,3 +105,10 @@ def test_an_adapter_is_gone_on_with_to_the_bit(folders):
     assert torch.equal(model.eval()(IDS).logits, expected_logits("adapter", folders, IDS))
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"default"}
     assert model.peft_config["default"].base_model_name_or_path == str(folders["plain"])
+
+
+def test_a_model_is_saved_as_tied_only_if_it_is(folders, tmp_path):
+    own = enter("chat", str(folders["own_head"]))
+    assert not own.config.tie_word_embeddings and not torch.equal(own.lm_head.weight, own.model.embed_tokens.weight)
+    tied = make_plain(tmp_path / "tied", tie_word_embeddings=True)
+    assert enter("chat", str(tied)).config.tie_word_embeddings and look_on_paper(str(tied)).config.tie_word_embeddings

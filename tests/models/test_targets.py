@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 from test_adapters import MIXTURES
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from preference.arguments import parse_arguments
 from preference.models.adapters import add_adapter
 from preference.models.folder import ModelError
-from preference.models.targets import find_targets, left_out
+from preference.models.targets import beside_the_language, find_targets, left_out
 from tiny import tiny_model
 
 
@@ -58,3 +59,14 @@ def test_both_halves_of_a_tensor_of_experts_name_it():
 def test_what_peft_leaves_out_is_told():
     _, left = adapted("qwen2_moe")
     assert left == [f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")]
+
+
+def test_what_no_text_goes_through_gets_no_adapter():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": 512, "head_dim": 8, "num_key_value_heads": 2}
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model, args = AutoModelForCausalLM.from_config(config), parse_arguments([]).model
+    assert len(beside_the_language(model)) > 5 and not beside_the_language(tiny_model())
+    trained = [name for name, p in add_adapter(model, args, 0).named_parameters() if p.requires_grad]
+    assert len(trained) == 14 and all("language_model.layers" in name for name in trained)
