@@ -160,6 +160,7 @@ def write(
     """Merge, measure, and write every file of the export into `folder`."""
     import torch
 
+    from preference.models.limits import check_vocabulary
     from preference.serve.card import Copy, export_card
     from preference.serve.launcher import serve_script
     from preference.serve.loading import generation_config
@@ -175,6 +176,7 @@ def write(
         say(f"merged, compared in {merged.computed_in}: {merged}")
     generation = generation_config(source, model)
     stops = stop_ids(generation, template, tokenizer)
+    check_vocabulary(model, tokenizer, stops)
     generation.eos_token_id = stops
     tokenizer.chat_template = chat_template_to_save(template, tokenizer)
 

@@ -74,7 +74,13 @@ def check_vocabulary(model: Any, tokenizer: Any, ids: Iterable[int], sets: Itera
     beyond = max(found, default=(-1, ""))
     if beyond[0] >= rows:
         token, where = beyond
-        text = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else "?"
+        if token >= len(tokenizer):
+            raise ModelError(
+                f"token {token} of {where} is in neither the model's vocabulary of {rows} rows nor the tokenizer's of "
+                f"{len(tokenizer)} tokens: take it out of generation_config.json, or take the tokenizer that belongs "
+                "to the model"
+            )
+        text = tokenizer.convert_ids_to_tokens(token)
         raise ModelError(
             f"token {token} ({text!r}) of {where} is not in the model's vocabulary: that has {rows} rows, and the "
             f"tokenizer {len(tokenizer)} tokens. --add_tokens {text!r} gives the model rows for the tokenizer's new "

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import chat
+import export_model
 import orpo_train
 from preference.arguments import parse_arguments
 from preference.launch.process import run_script
@@ -148,3 +149,15 @@ def test_an_adapter_with_a_larger_vocabulary_is_gone_on_with(tmp_path):
         assert torch.equal(trained.eval()(ids).logits, expected)
         assert torch.allclose(load_tuned_model(served, torch.float32, "cpu")(ids).logits, expected, atol=1e-6)
         assert torch.allclose(merged.eval()(ids).logits, expected, atol=1e-4)
+
+
+def test_a_stop_token_beyond_the_vocabulary_is_refused(tmp_path, type_in, monkeypatch):
+    plain = make_plain(tmp_path / "plain")
+    (plain / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 99999]}))
+    said = "token 99999 of the template or a stop token is in neither the model's vocabulary of 512 rows"
+    _, end = type_in("chat.py", plain)
+    assert said in end and "take it out of generation_config.json" in end
+    monkeypatch.setattr(sys, "argv", ["export_model.py", str(plain), "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=said):
+        export_model.main()
+    assert not (tmp_path / "out").exists()
