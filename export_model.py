@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_GGUF = ("q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16")
 COMPRESSED = ("fp8", "w4a16")
+MUCH = 0.1  # nats a token
 
 
 class ExportError(PreferenceError, RuntimeError):
@@ -222,6 +223,8 @@ def save_weights(
             f"the model could not be written ({error}; {free:.1f} GB are free): set --output to another disk"
         ) from error
     say(f"compressed to {args.compressed} ({words}): {change}")
+    if change.kl > MUCH:
+        say(f"note: more than {MUCH} nats a token changes answers; compare them with chat.py, or take more bits")
     return words, change
 
 

@@ -77,7 +77,7 @@ def make(args: argparse.Namespace) -> None:
         raise PairsError(f"no question gave a pair ({why}): more --answers, a higher --temperature, or fewer --rules")
     finish(output, folder, found)
     left = "; ".join(f"{count} without: {reason}" for reason, count in without.most_common())
-    note(f"{len(found)} pairs of {len(turns)} questions in {output}{'; ' + left if left else ''}")
+    note(f"{output}: {len(found)} of {len(turns)} questions gave a pair{'; ' + left if left else ''}")
 
 
 def questions_of(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[Turn]:

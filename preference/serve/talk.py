@@ -150,7 +150,7 @@ class Talk:
             raise TalkError(f"{name} is there already: choose another name") from None
         except OSError as error:
             raise TalkError(f"{name} cannot be written: {error.strerror}") from None
-        return f"{len(self.exchanges)} turns written to {name}"
+        return f"the conversation is in {name}"
 
 
 def _markdown(messages: Iterable[dict[str, str]]) -> str:

@@ -49,7 +49,8 @@ def test_transformers_computes_what_was_measured(
 ) -> None:
     out = tmp_path / "out"
     export(monkeypatch, run, "--output", out, "--compressed", scheme)
-    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(f"compressed to {scheme}"))
+    lines = capsys.readouterr().out.splitlines()
+    (said,) = (line for line in lines if line.startswith(f"compressed to {scheme}"))
     tokenizer = AutoTokenizer.from_pretrained(out)
     questions = probes(get_conv_template("qwen"), tokenizer)
     found = [
@@ -58,6 +59,7 @@ def test_transformers_computes_what_was_measured(
     ]
     change = difference(*found)
     assert 1e-7 < change.kl < limit
+    assert any("changes answers" in line for line in lines) == (change.kl > 0.1) == (scheme == "w4a16")
     assert float(re.search(r"KL divergence (\S+)", said)[1]) == pytest.approx(change.kl, rel=0.06)
     layers = {
         name: weight.dtype
