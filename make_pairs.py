@@ -65,6 +65,9 @@ def make(args: argparse.Namespace) -> None:
     del chat  # its memory is the judge's
     scorer = page or scorer_of(args)
     note(f"scoring by {scorer.name}")
+    faulty, drawn_in_all = sum(bool(answer.faults) for row in drawn for answer in row), sum(map(len, drawn))
+    if args.person and faulty:
+        note(f"{faulty} of {drawn_in_all} answers are cut or break a rule: one can be the worst, and never the best")
     found: list[dict[str, Any]] = []
     without: Counter[str] = Counter()
     for row in rows(turns, drawn, scorer, plan, args.model, Journal(folder / "scores.jsonl")):

@@ -251,6 +251,16 @@ def test_a_person_names_best_and_worst() -> None:
         person.scores(Turn("Hi?"), texts)
 
 
+def test_a_person_is_told_what_cannot_be_the_best_and_stops(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("q\n"))
+    with pytest.raises(SystemExit) as end:
+        make(monkeypatch, *words_of(tmp_path, run, "--person", "--output", tmp_path / "o.jsonl"))
+    said = capsys.readouterr().err
+    assert end.value.code == 130 and "12 of 12 answers are cut or break a rule" in said and "goes on from here" in said
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
