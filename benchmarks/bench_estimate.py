@@ -7,7 +7,8 @@ was made, all imports done; the run has the product's trainers, three steps of o
 0.7 and 1.3 times the given ones. Estimated is what the dry run says for the micro-batch that costs most. `total` has
 what was there before in it on both sides. Linux only.
 
-Models: the starter model, and a random Qwen2-like one of 55 M parameters, untied, with a vocabulary of 32,000.
+Models: the starter model, and two random ones of 8 layers, untied, with a vocabulary of 32,000: one of Qwen2's kind (55
+M parameters), and a hybrid of Qwen3.5's, where three of four layers carry a state.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ QWEN2 = dict(
     hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
     vocab_size=32000, tie_word_embeddings=False,
 )  # fmt: skip
+HYBRID = dict(
+    linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=64, linear_value_head_dim=64, head_dim=64
+)  # fmt: skip
+RANDOM = {"small": ("qwen2", QWEN2), "hybrid": ("qwen3_5_text", QWEN2 | HYBRID)}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="words of the cases to run, with commas: small,lora,bf16,trl")
+    parser.add_argument("--only", default="", help="words of the cases to run, with commas: hybrid,lora,bf16,trl")
     parser.add_argument("--sizes", default="2x60+90+80,4x40+150+120", help="pairs x prompt+chosen+rejected tokens")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -49,7 +54,7 @@ def parse() -> argparse.Namespace:
 def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     choices = itertools.product(
-        ("small", "starter"), ("full", "lora"), ("fp32", "bf16"), ("packed", "trl"), args.sizes.split(",")
+        ("small", "starter", "hybrid"), ("full", "lora"), ("fp32", "bf16"), ("packed", "trl"), args.sizes.split(",")
     )
     for model, what, precision, engine, size in choices:
         words = {model, what, precision, engine, size}
@@ -77,7 +82,10 @@ def run_arguments(case: dict[str, Any]) -> Any:
 def model_config(case: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model("qwen2", **QWEN2) if case["model"] == "small" else AutoConfig.from_pretrained(STARTER)
+    if case["model"] not in RANDOM:
+        return AutoConfig.from_pretrained(STARTER)
+    kind, values = RANDOM[case["model"]]
+    return AutoConfig.for_model(kind, **values)
 
 
 def _memory(name: str) -> int:
@@ -127,7 +135,7 @@ def measure(case: dict[str, Any]) -> dict[str, float]:
     before = _memory("VmRSS:")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     torch.manual_seed(0)
-    if case["model"] == "small":
+    if case["model"] in RANDOM:
         model = AutoModelForCausalLM.from_config(model_config(case), dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_pretrained(STARTER, dtype=torch.float32)

@@ -175,13 +175,14 @@ from the final state of the run that it follows, its convolution from that one's
 row as it is; in the recurrence itself, runs of a level that are about as long are the rows of one call. It is called
 through the functions of transformers' modeling files, which take the kernels of `flash-linear-attention`,
 `causal-conv1d` and `mamba-ssm` where these are installed, and torch otherwise
-(`preference/engine/states/`). No kernel of these packages was run: no GPU was at hand. Their arguments were read from
-flash-linear-attention 0.6.0 and the sources of the other two, and the tests run torch in their place, called as they
-are.
+(`preference/engine/states/`). flash-linear-attention gets all runs of a level in one call that pads nothing
+(`cu_seqlens`), the convolution the whole row in one. No kernel of these packages was run: no GPU was at hand. Their
+arguments were read from flash-linear-attention 0.6.0 and the sources of the other two, and the tests run torch in their
+place, called as they are.
 
 `tests/engine/test_states.py` compares log-probabilities and the gradients of all weights, and of LoRA on all
-projections, with one plain forward per sequence, in double precision within 1e-5 (the recurrences themselves are
-written in float32): micro-batches of 1 to 8 pairs, prompts that begin alike, prompts and answers of one token, runs of
+projections, with one plain forward per sequence, in double precision (in the recurrences too, which models write in
+float32) within 1e-7: micro-batches of 1 to 8 pairs, prompts that begin alike, prompts and answers of one token, runs of
 63, 64 and 65 tokens. PEFT itself refuses adapters on the convolutions, and on `out_proj` of Mamba models.
 
 """

@@ -41,7 +41,8 @@ def four_bits(folder: Path) -> Any:
 
 
 def train_one(output: Path, run: dict) -> dict:
-    """One run: `pairs` and `eval_pairs` are (count, seed), `adapter` a kind of model; the rest is for make_trainer.
+    """One run: `pairs` and `eval_pairs` are (count, seed), `arch` and `adapter` a kind of model, the rest is for
+    make_trainer.
 
     With `single_answers`, the pairs are rows of one answer.
     Runs under strategy=fsdp come last: accelerate keeps the first it sees of it for the process.
@@ -54,7 +55,9 @@ def train_one(output: Path, run: dict) -> dict:
         rows[run["poisoned_row"]][1][0] = 509
         pairs = pairs_of(rows)
     evaluation = run.pop("eval_pairs", None)
-    model = poison(tiny_model()) if run.pop("poisoned_row", None) is not None else tiny_model()
+    model = tiny_model(run.pop("arch", "llama"))
+    if run.pop("poisoned_row", None) is not None:
+        model = poison(model)
     if (adapter := run.pop("adapter", False)) == OVER_4_BITS:
         model = lora(four_bits(output))
     elif adapter:

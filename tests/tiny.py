@@ -26,6 +26,14 @@ EXTRA = {
     "gemma3_text": dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=4096),
     "gemma": dict(head_dim=8),
     "qwen3": dict(head_dim=8),
+    "qwen3_5_text": dict(
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
     "mistral": dict(sliding_window=None),
 }

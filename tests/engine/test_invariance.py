@@ -93,6 +93,7 @@ VARIANTS = [
     for adapter in (False, True)
     for tokens in ({}, {"max_tokens_per_micro_batch": 80})
 ]
+VARIANTS[2] |= {"arch": "qwen3_5_text"}  # ORPO, LoRA, by pairs: of a model whose layers carry a state
 VARIANTS += [{"loss": "kto", "adapter": True}, {"loss": "aot", "adapter": False}]  # they know their whole batch
 VARIANTS += [{"loss": "kto", "adapter": False, "single_answers": True, "learning_rate": 1.0}]  # so that kl is not 0
 
@@ -108,8 +109,8 @@ def on_one_rank(tmp_path_factory):
 def test_on_one_rank_and_on_more(on_one_rank, tmp_path, world):
     """8 pairs a step as 1 x 4, 2 x 2 and 4 x 1 micro-batches, cut by pairs or by tokens; 3 pairs are left for the last.
 
-    Full and LoRA, ORPO, DPO, and those that depend on their whole batch, KTO of single answers (DDP alone) too, DDP
-    and (by pairs) FSDP2; an evaluation before and one after.
+    Full and LoRA, also of a model whose layers carry a state, ORPO, DPO, and those that depend on their whole batch,
+    KTO of single answers (DDP alone) too, DDP and (by pairs) FSDP2; an evaluation before and one after.
     """
     accumulation = {"gradient_accumulation_steps": 4 // world}
     ddp = [BASE | variant | accumulation for variant in VARIANTS]

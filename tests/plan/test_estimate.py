@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from preference.plan.estimate import (
 )
 from preference.plan.tracing import FEW, PaperModel, Trace
 from preference.report import trackers
-from tiny import SIZES, tiny_model, tiny_tokenizer
+from tiny import EXTRA, SIZES, tiny_model, tiny_tokenizer
 
 CPU = Hardware("cpu", "a CPU", 16 * 2**30, False)
 GPU = Hardware("cuda", "a GPU", 80 * 2**30, True)
@@ -39,7 +40,9 @@ LENGTHS = np.array([[9, 7, 5], [4, 12, 8]])
 
 
 def config(arch: str = "llama", **more):
-    extra = {"gemma3_text": dict(head_dim=8, query_pre_attn_scalar=8)}.get(arch, {})
+    extra = {"gemma3_text": dict(head_dim=8, query_pre_attn_scalar=8), "qwen3_5_text": EXTRA["qwen3_5_text"]}.get(
+        arch, {}
+    )
     return AutoConfig.for_model(arch, **(SIZES | dict(vocab_size=512, tie_word_embeddings=False) | extra | more))
 
 
@@ -158,12 +161,17 @@ def test_a_system_prompt_is_counted_once_for_a_micro_batch():
 # ---- the step on paper against a real one
 
 
-@pytest.mark.parametrize("what", ["full", "lora"])
-@pytest.mark.parametrize("half", [None, torch.bfloat16])
-@pytest.mark.parametrize("engine", ["packed", "trl"])
-def test_activations_are_those_that_a_real_step_saves(engine, half, what):
+STEPS = [("llama", *kind) for kind in product(("packed", "trl"), (None, torch.bfloat16), ("full", "lora"))]
+STEPS += [("qwen3_5_text", "packed", torch.bfloat16, "lora")]  # layers that carry a state keep their states
+
+
+@pytest.mark.parametrize("arch, engine, half, what", STEPS)
+def test_activations_are_those_that_a_real_step_saves(arch, engine, half, what):
     values = dict(use_peft=what == "lora", engine=engine)
-    sizes = config(num_hidden_layers=3, hidden_size=64, intermediate_size=128)
+    kinds = dict(layer_types=["linear_attention", "full_attention", "linear_attention"])
+    sizes = config(
+        arch, num_hidden_layers=3, hidden_size=64, intermediate_size=128, **(kinds if arch != "llama" else {})
+    )
     found = estimator(half=half, config_=sizes, **values)
     lengths = LENGTHS * 10
     trace = found.trace(lengths, False)

@@ -171,13 +171,21 @@ def test_scoring_alone_gives_what_training_started_from(run, tmp_path):
     assert "preference accuracy" in said and not (scored / "model.safetensors").exists()
 
 
-def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path):
-    whole, _ = run(output_dir=tmp_path / "whole", max_steps=4, save_steps=0.5)  # a share of the run
+@pytest.mark.parametrize("arch", ["llama", "qwen3_5_text"])
+def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path, arch):
+    """All weights in float32; and, of a model whose layers carry a state, an adapter with dropout in bfloat16."""
+    flags, weights = dict(max_steps=4), "model.safetensors"
+    if arch != "llama":
+        folder, weights = tmp_path / arch, "adapter_model.safetensors"
+        tiny_model(arch).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        flags |= dict(model_name_or_path=folder, use_peft="true", bf16="true", lora_dropout=0.1)
+    whole, _ = run(output_dir=tmp_path / "whole", save_steps=0.5, **flags)  # a share of the run
     first = tmp_path / "first"
     first.mkdir()
     (whole / "checkpoint-2").rename(first / "checkpoint-2")
-    resumed, _ = run(output_dir=first, max_steps=4, save_steps=2, resume_from_checkpoint="last")
-    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    resumed, _ = run(output_dir=first, save_steps=2, resume_from_checkpoint="last", **flags)
+    assert (resumed / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 def test_a_finished_run_is_replaced_whole_only_when_that_is_asked_for(run, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 
 from preference.engine.states.convolution import convolution as row_convolution
 from preference.engine.states.delta import gated_delta_rule
-from preference.engine.states.tree import CHUNK, Tree, current, over, over_runs, with_zeros
+from preference.engine.states.tree import CHUNK, Group, Tree, current, over, over_runs, with_zeros
 
 STEP = 2.0**-10  # time step of a token that writes a state of Mamba; small, so that it hardly decays meanwhile
 
@@ -69,21 +69,24 @@ def delta_rule(
     """The gated delta rule (Yang et al. 2024, arXiv 2412.06464), with one decay a head or, in Kimi's, one a channel.
 
     query, key [1, N, heads, K], value [1, N, heads, V], log decay g [1, N, heads] or [1, N, heads, K], beta
-    [1, N, heads]. Where all are zero, the state stays as it is.
+    [1, N, heads]. Where all are zero, the state stays as it is. flash-linear-attention runs a level of the tree in one
+    call, in which nothing is padded.
     """
-
-    if g.ndim == 3 and in_torch("fla", value):
+    in_torch_here = in_torch("fla", value)
+    if g.ndim == 3 and in_torch_here:
         return gated_delta_rule(tree, query, key, value, g, beta, use_qk_l2norm_in_kernel), None
 
-    def run(rows: list[Tensor], initial: Tensor | None, goes_on: bool) -> tuple[Tensor, Tensor | None]:
+    def run(rows: list[Tensor], initial: Tensor | None, group: Group) -> tuple[Tensor, Tensor | None]:
         q, k, v, decay, rate = rows
-        smaller = {"chunk_size": _chunk(q.shape[1], CHUNK)} if q.device.type == "cpu" else {}
+        cut: dict[str, Any] = {"cu_seqlens": group.cu_seqlens}
+        if in_torch_here:
+            cut = {"chunk_size": _chunk(group.width, CHUNK)}
         return plain(
-            q, k, v, g=decay, beta=rate, initial_state=initial, output_final_state=goes_on,
-            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **smaller,
+            q, k, v, g=decay, beta=rate, initial_state=initial, output_final_state=group.goes_on > 0,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **cut,
         )  # fmt: skip
 
-    return over_runs(tree, (query, key, value, g, beta), run), None
+    return over_runs(tree, (query, key, value, g, beta), run, padded=in_torch_here), None
 
 
 def state_space_dual(
@@ -109,11 +112,11 @@ def state_space_dual(
     dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
     dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
 
-    def run(rows: list[Tensor], initial: Tensor | None, goes_on: bool) -> tuple[Tensor, Tensor | None]:
+    def run(rows: list[Tensor], initial: Tensor | None, group: Group) -> tuple[Tensor, Tensor | None]:
         x, step, b, c = rows
-        chunk = _chunk(x.shape[1], chunk_size)
-        out = plain(x, step, A, b, c, chunk_size=chunk, D=D, initial_states=initial, return_final_states=goes_on)
-        return out if goes_on else (out, None)
+        chunk, final = _chunk(group.width, chunk_size), group.goes_on > 0
+        out = plain(x, step, A, b, c, chunk_size=chunk, D=D, initial_states=initial, return_final_states=final)
+        return out if final else (out, None)
 
     return over_runs(tree, (hidden_states, dt, B, C), run)
 
@@ -149,19 +152,19 @@ def selective_scan(
     later = torch.arange(size - 1, -1, -1, device=A.device, dtype=wide)
     swell = torch.exp(-A.to(wide) * later * STEP) / STEP
 
-    def run(rows: list[Tensor], initial: Tensor | None, goes_on: bool) -> tuple[Tensor, Tensor | None]:
-        count, width = rows[0].shape[:2]
+    def run(rows: list[Tensor], initial: Tensor | None, group: Group) -> tuple[Tensor, Tensor | None]:
+        count, width = group.rows, group.width
         none = rows[0].new_zeros(count, size, inner)
         unit, silent = columns.expand(count, -1, -1), columns.new_zeros(count, size, size)
         parts = [rows]
         if initial is not None:
             parts.insert(0, [(initial * swell).transpose(1, 2), none + STEP, unit, silent])
-        if goes_on:
+        if group.goes_on:
             parts.append([none, none, silent, unit])
         tokens = [torch.cat(part, dim=1).transpose(1, 2).contiguous() for part in zip(*parts, strict=True)]
         out = plain(tokens[0], tokens[1], A, tokens[2], tokens[3], use_mambapy=use_mambapy).transpose(1, 2)
         begin = 0 if initial is None else size
-        return out[:, begin : begin + width], out[:, begin + width :].transpose(1, 2) if goes_on else None
+        return out[:, begin : begin + width], out[:, begin + width :].transpose(1, 2) if group.goes_on else None
 
     out = over_runs(tree, (x, step, b, c), run).transpose(1, 2)
     out = out if D is None else out + hidden_states * D[:, None]

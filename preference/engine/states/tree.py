@@ -30,6 +30,8 @@ class Group:
         at: where each token of the rows stands in the packed row, [R * L]; N where a run is over.
         parents: which of the final states of the level above each run starts from, [R]; None at the root.
         goes_on: how many of these runs others start from; they come first.
+        cu_seqlens: where the runs begin and the last one ends, [R + 1], if they are not padded but one row; `at` then
+            has a place for each of their tokens.
     """
 
     rows: int
@@ -37,10 +39,12 @@ class Group:
     at: Tensor
     parents: Tensor | None
     goes_on: int
+    cu_seqlens: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
-        """[N + 1, ...], the last one zeros, -> [R, L, ...]."""
-        return x.index_select(0, self.at).unflatten(0, (self.rows, self.width))
+        """[N + 1, ...], the last one zeros, -> [R, L, ...]; of unpadded runs [1, tokens, ...]."""
+        shape = (self.rows, self.width) if self.cu_seqlens is None else (1, -1)
+        return x.index_select(0, self.at).unflatten(0, shape)
 
 
 def _parents(chains: Sequence[tuple[int, int, tuple[int, ...]]], runs: int) -> list[int]:
@@ -109,11 +113,14 @@ class Tree:
             self._made[name] = make()
         return self._made[name]
 
-    def levels(self, device: torch.device) -> tuple[list[list[Group]], Tensor]:
-        """The groups of each level from the root on, and where each of the N tokens stands in their rows, [N]."""
-        return self.once(("levels", device), lambda: self._levels(device))
+    def levels(self, device: torch.device, padded: bool = True) -> tuple[list[list[Group]], Tensor]:
+        """The groups of each level from the root on, and where each of the N tokens stands in their rows, [N].
 
-    def _levels(self, device: torch.device) -> tuple[list[list[Group]], Tensor]:
+        Not padded, the runs of a level are one group, one row.
+        """
+        return self.once(("levels", device, padded), lambda: self._levels(device, padded))
+
+    def _levels(self, device: torch.device, padded: bool) -> tuple[list[list[Group]], Tensor]:
         levels: list[list[Group]] = []
         places = torch.empty(self.length, dtype=torch.long)
         filled, states = 0, {-1: 0}  # tokens of all rows so far; of the level above, the place of each run's state
@@ -122,20 +129,21 @@ class Tree:
             level, ended, above = [], {}, set(runs)
             children = [run for run, parent in enumerate(self.parents) if parent in above]
             read = {self.parents[run] for run in children}
-            for group in _alike(runs, self.sizes):
-                width = self.sizes[group[0]]
+            for group in _alike(runs, self.sizes) if padded else [runs]:
+                width = max(self.sizes[run] for run in group)
                 group = [run for run in group if run in read] + [run for run in group if run not in read]
-                at = torch.full((len(group), width), self.length)
-                for row, run in enumerate(group):
+                begins = [0, *accumulate(width if padded else self.sizes[run] for run in group)]
+                at = torch.full((begins[-1],), self.length)
+                for begin, run in zip(begins, group, strict=False):
                     tokens = torch.arange(self.starts[run], self.starts[run + 1])
-                    at[row, : len(tokens)] = tokens
-                    places[tokens] = filled + row * width + torch.arange(len(tokens))
-                filled += at.numel()
-                parents = torch.tensor([states[self.parents[run]] for run in group]) if levels else None
+                    at[begin : begin + len(tokens)] = tokens
+                    places[tokens] = filled + begin + torch.arange(len(tokens))
+                filled += len(at)
+                parents = torch.tensor([states[self.parents[run]] for run in group]).to(device) if levels else None
                 more = sum(run in read for run in group)
                 ended |= {run: len(ended) + row for row, run in enumerate(group[:more])}
-                at, parents = at.flatten().to(device), None if parents is None else parents.to(device)
-                level.append(Group(len(group), width, at, parents, more))
+                cu_seqlens = None if padded else torch.tensor(begins).to(device)
+                level.append(Group(len(group), width, at.to(device), parents, more, cu_seqlens))
             levels.append(level)
             runs, states = children, ended
         return levels, places.to(device)
@@ -206,30 +214,31 @@ def with_zeros(x_ND: Tensor) -> Tensor:
     return torch.cat([x_ND, x_ND.new_zeros(1, *x_ND.shape[1:])])
 
 
-Run = Callable[[list[Tensor], Tensor | None, bool], tuple[Tensor, Tensor | None]]
+Run = Callable[[list[Tensor], Tensor | None, Group], tuple[Tensor, Tensor | None]]
 
 
-def over_runs(tree: Tree, tokens: Sequence[Tensor], run: Run) -> Tensor:
+def over_runs(tree: Tree, tokens: Sequence[Tensor], run: Run, padded: bool = True) -> Tensor:
     """A recurrence over all runs of a packed row.
 
     Args:
         tokens: what the recurrence reads, each [1, N, ...].
         run: from [R, L, ...] of each, zeros behind the end of a run, the states [R, ...] that the rows start from
-            (None: zeros) and whether final states are wanted, to the output [R, L, ...] and the final states. Zeros
-            must leave a state as it is.
+            (None: zeros) and the group, to the output [R, L, ...] and the final states, which are wanted of those
+            that others start from. Zeros must leave a state as it is.
+        padded: as in `Tree.levels`; [1, tokens, ...] takes the place of [R, L, ...] if not.
 
     Returns:
         The output, [1, N, ...].
     """
-    levels, places = tree.levels(tokens[0].device)
-    padded = [with_zeros(x[0]) for x in tokens]
+    levels, places = tree.levels(tokens[0].device, padded)
+    whole = [with_zeros(x[0]) for x in tokens]
     outputs: list[Tensor] = []
     states: Tensor | None = None
     for level in levels:
         ended = []
         for group in level:
             initial = None if group.parents is None else states.index_select(0, group.parents)
-            out, final = run([group.take(x) for x in padded], initial, group.goes_on > 0)
+            out, final = run([group.take(x) for x in whole], initial, group)
             outputs.append(out.flatten(0, 1))
             if group.goes_on and final is not None:
                 ended.append(final[: group.goes_on])
