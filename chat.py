@@ -18,7 +18,7 @@ import io
 import sys
 from pathlib import Path
 
-from preference.launch.process import stay_private
+from preference.launch.process import quick_imports, stay_private
 from preference.launch.tool import check_output, modelscope_asked, run_tool
 
 
@@ -29,11 +29,12 @@ def main() -> None:
 
 
 def chat(args: argparse.Namespace) -> None:
-    from preference.serve.answer_file import answer_file, read_prompts
-    from preference.serve.collect import Collector
-    from preference.serve.models import Models
-    from preference.serve.page import require_page, serve
-    from preference.serve.terminal import Terminal
+    with quick_imports():
+        from preference.serve.answer_file import answer_file, read_prompts
+        from preference.serve.collect import Collector
+        from preference.serve.models import Models
+        from preference.serve.page import require_page, serve
+        from preference.serve.terminal import Terminal
 
     check_output("--output", args.output, [args.prompts, args.model, args.base_model])
     prompts = read_prompts(args.prompts) if args.prompts else []  # before the model: a mistake shows at once

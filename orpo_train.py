@@ -26,6 +26,7 @@ from preference.launch.process import (
     begin_screen,
     leave_if_stopped,
     log_errors_in,
+    quick_imports,
     run_script,
     say,
     stay_private,
@@ -38,32 +39,33 @@ def main() -> None:
     begin_screen(args.run.lang)
     stay_private()
     follow_launcher(os.environ)
-    watch_others(os.environ, args.run.lost_after)
 
-    from preference.launch.agreement import on_every_rank
-    from preference.launch.signals import StoppedBySignal, StopSignals
-    from preference.models.hardware import detect
-    from preference.models.loading import load_tokenizer, untuned
-    from preference.models.vocabulary import add_to_tokenizer, tokens_to_add
-    from preference.plan.dry_run import on_paper
-    from preference.plan.first_budget import fit_to_memory
-    from preference.report.answers import Samples
-    from preference.report.evaluation import Evaluation
-    from preference.report.facts import plan_of, run_facts, show_plan
-    from preference.report.progress import attach_progress
-    from preference.report.results import write_results
-    from preference.report.trackers import begin_reporting, trackers
-    from preference.report.watch import serve
-    from preference.terminal.console import terminal
-    from preference.terminal.language import tr
-    from preference.tokens.datasets import sets_of
-    from preference.tokens.showing import show_pair
-    from preference.train import setup
-    from preference.train.resuming import finish, resume_after_restart
-    from preference.train.run_data import load_data
-    from preference.train.saving import save
-    from preference.train.sharding import join_deepspeed
-    from preference.train.stopping import StopTogether
+    with quick_imports():
+        watch_others(os.environ, args.run.lost_after)
+        from preference.launch.agreement import on_every_rank
+        from preference.launch.signals import StoppedBySignal, StopSignals
+        from preference.models.hardware import detect
+        from preference.models.loading import load_tokenizer, untuned
+        from preference.models.vocabulary import add_to_tokenizer, tokens_to_add
+        from preference.plan.dry_run import on_paper
+        from preference.plan.first_budget import fit_to_memory
+        from preference.report.answers import Samples
+        from preference.report.evaluation import Evaluation
+        from preference.report.facts import plan_of, run_facts, show_plan
+        from preference.report.progress import attach_progress
+        from preference.report.results import write_results
+        from preference.report.trackers import begin_reporting, trackers
+        from preference.report.watch import serve
+        from preference.terminal.console import terminal
+        from preference.terminal.language import tr
+        from preference.tokens.datasets import sets_of
+        from preference.tokens.showing import show_pair
+        from preference.train import setup
+        from preference.train.resuming import finish, resume_after_restart
+        from preference.train.run_data import load_data
+        from preference.train.saving import save
+        from preference.train.sharding import join_deepspeed
+        from preference.train.stopping import StopTogether
 
     # ---- this process, among those of the run
     leave_if_stopped()

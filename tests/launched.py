@@ -10,9 +10,33 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
+import orpo_train
+
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 400  # so many that a signal comes before the end
+STEPS = 4000  # so many that a signal comes before the end
 STARTED: list[subprocess.Popen] = []  # conftest.py ends what a failed test has left of them
+
+
+FLAGS = ("--max_steps", str(STEPS), "--logging_steps", "1", "--use_cpu", "true", "--optim", "sgd")
+
+
+def settings_of(folder: Path, output: Path) -> dict[str, str]:
+    return {
+        "model_name_or_path": str(folder / "model"), "cache_dir": str(folder / "cache"),
+        "train_file_dir": str(folder / "rows.jsonl"), "output_dir": str(output), "use_peft": "false", "bf16": "false",
+        "do_eval": "false", "per_device_train_batch_size": "2", "gradient_accumulation_steps": "2",
+    }  # fmt: skip
+
+
+def alone(folder: Path, output: Path, *words: str, **settings: str) -> None:
+    """What `launch` of run_orpo.sh would run, in this process."""
+    values = {"template_name": "qwen"} | settings_of(folder, output) | settings
+    given = [f"--{name}={value}" for name, value in values.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["orpo_train.py", *FLAGS, *words, "--defaults", *given])
+        orpo_train.main()
 
 
 def launch(
@@ -28,16 +52,11 @@ def launch(
     Args:
         within: a command that runs the one behind it.
     """
-    settings = {
-        "PYTHON": sys.executable, "model_name_or_path": str(folder / "model"), "cache_dir": str(folder / "cache"),
-        "train_file_dir": str(folder / "rows.jsonl"), "output_dir": str(output), "use_peft": "false", "bf16": "false",
-        "do_eval": "false", "per_device_train_batch_size": "2", "gradient_accumulation_steps": "2",
-        "OMP_NUM_THREADS": "1", "NPROC": "2", **settings,
-    }  # fmt: skip
+    own = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NPROC": "2"}
+    settings = own | settings_of(folder, output) | settings
     output.mkdir(parents=True, exist_ok=True)
-    flags = ["--max_steps", str(STEPS), "--logging_steps", "1", "--use_cpu", "true", "--optim", "sgd", *words]
     with output.with_suffix(".log").open("a") as log:
-        command = [*within, "sh", str(ROOT / script), *flags]
+        command = [*within, "sh", str(ROOT / script), *FLAGS, *words]
         process = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
     STARTED.append(process)
     return process

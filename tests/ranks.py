@@ -1,10 +1,17 @@
-"""Run by torchrun in tests: trains the runs of a JSON list on all ranks and writes what rank 0 logged."""
+"""`ranks.py WORLD RUNS RESULTS`, run in tests: trains the runs of a JSON list on all ranks, writes what each logged.
+
+The ranks are forks of one process that has imported everything: torchrun would import it once for each. torchrun
+itself is what tests/launch starts.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/models"), str(ROOT)]
 
 OVER_4_BITS = "over 4 bits"
-if __name__ == "__main__" and OVER_4_BITS in Path(sys.argv[1]).read_text():
+if __name__ == "__main__":
+    gc.disable()
+if __name__ == "__main__" and OVER_4_BITS in Path(sys.argv[2]).read_text():
     sys.modules.pop("bitsandbytes", None)  # tests/conftest.py keeps it from programs that need none
 
 import torch.distributed as dist  # noqa: E402
@@ -80,19 +89,50 @@ def train_one(output: Path, run: dict) -> dict:
     return {"log": trainer.state.log_history, "metrics": metrics}
 
 
-def main(runs: str, results: str) -> None:
+def train_all(runs: str, results: str) -> None:
+    """What one rank does."""
     output = Path(results).parent / "runs"
     answers = [train_one(output / str(i), run) for i, run in enumerate(json.loads(Path(runs).read_text()))]
-    everyone: list = [None] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(everyone, answers)
-    else:
-        everyone = [answers]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, answers)
+    if dist.get_rank() == 0:
         Path(results).write_text(json.dumps(everyone))
     sys.stderr.flush()
     os._exit(0)  # see end_process of orpo_train.py
 
 
+def begin_rank(rank: int, world: int, port: int, *words: str) -> None:
+    """A process that was just forked, in the environment that torchrun's agent gives one."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in values.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    train_all(*words)
+
+
+def main(world: int, *words: str) -> None:
+    """Fork the ranks and keep the store where they meet; one that fails ends the others."""
+    gc.freeze()  # tests/conftest.py says why
+    gc.enable()
+    ports, ranks = os.pipe(), []
+    for rank in range(world):
+        if (pid := os.fork()) == 0:
+            try:
+                begin_rank(rank, world, int(os.read(ports[0], 5)), *words)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        ranks.append(pid)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # its threads must not be forked
+    os.write(ports[1], f"{store.port:5}".encode() * world)
+    while ranks:
+        pid, status = os.wait()
+        ranks.remove(pid)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(int(sys.argv[1]), *sys.argv[2:])

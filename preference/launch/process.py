@@ -6,6 +6,8 @@ The only place below the scripts that reads the environment: torchrun's variable
 from __future__ import annotations
 
 import atexit
+import contextlib
+import gc
 import os
 import platform
 import shlex
@@ -13,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,6 +79,16 @@ def run_script(main: Callable[[], None], name: str) -> None:
         tell_of_failure()
         let_the_cause_speak(error, name)
         explain(error, name)
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Nothing that libraries make while they are imported is garbage: to look for it is a fifth of a start's time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def begin_screen(lang: str = "auto") -> None:

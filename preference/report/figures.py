@@ -9,12 +9,11 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, GRID = "#1b1f24", "#d5d9de"
 SERIES = ("#2563eb", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#0e7490")
@@ -62,6 +61,10 @@ class Plot:
         return path
 
     def _draw(self) -> Figure:
+        import matplotlib  # here: of the processes that train only the first draws, at its end
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
         style = {
             "font.size": 10,
             "text.color": INK,

@@ -79,9 +79,9 @@ def on_ranks(world: int, runs: list[dict], folder: Path) -> list[list[dict]]:
     """What each rank answered for each run."""
     folder.mkdir()
     (folder / "in.json").write_text(json.dumps(runs))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    script = [str(Path(__file__).parents[1] / "ranks.py"), str(folder / "in.json"), str(folder / "out.json")]
-    done = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=280)
+    script = [sys.executable, str(Path(__file__).parents[1] / "ranks.py"), str(world)]
+    words = [str(folder / "in.json"), str(folder / "out.json")]
+    done = subprocess.run([*script, *words], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "out.json").read_text())
 

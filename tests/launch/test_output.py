@@ -1,26 +1,18 @@
-"""A run's words and its terminal never end it; what stands still, or lost its launcher, does not go on for ever."""
+"""A run's words and its terminal never end it."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from launched import launch, wait_for_log, wait_for_step, workers
-from test_signals import folder  # noqa: F401  a fixture
 
 from preference.errors import of_the_system
 from preference.files import JsonLines, read_lines
-from preference.integrity import fault
 from preference.launch.process import run_script
-from preference.launch.signals import EXIT_STOPPED
-from preference.train.checkpoints import checkpoint_folders
 
 TALK = """
 import sys
@@ -77,44 +69,6 @@ def test_a_full_disk_under_a_log_is_said_once_and_later_records_are_whole(tmp_pa
     assert read_lines(lines.path) == [{"step": 1}, {"step": 4}]
     [warning] = [record.getMessage() for record in caplog.records]
     assert "metrics.jsonl cannot be written (No space left on device)" in warning
-
-
-@pytest.mark.slow
-def test_a_hangup_a_killed_launcher_and_a_rank_that_stands_still(folder, tmp_path):  # noqa: F811
-    """One after the other in one folder: each ends all ranks, and the next start resumes where it ended."""
-    output, log = tmp_path / "out", tmp_path / "out.log"
-
-    def gone(pids: list[int]) -> None:
-        end = time.monotonic() + 60
-        while any(Path(f"/proc/{pid}").exists() for pid in pids):
-            assert time.monotonic() < end, log.read_text()[-3000:]
-            time.sleep(0.1)
-
-    def last_step() -> int:
-        [newest, *_] = checkpoint_folders(output)
-        assert fault(newest) is None
-        return json.loads((newest / "trainer_state.json").read_text())["global_step"]
-
-    process = launch(folder, output)
-    wait_for_step(output, process, 3)
-    os.kill(process.pid, signal.SIGHUP)
-    assert process.wait(60) == EXIT_STOPPED, log.read_text()[-3000:]
-    first = last_step()
-
-    process = launch(folder, output)
-    wait_for_step(output, process, first + 2)
-    ranks = workers(process.pid)
-    process.kill()
-    process.wait()
-    gone(ranks)
-    second = last_step()
-    assert second > first, "the ranks saved when their launcher was gone"
-
-    process = launch(folder, output, "--lost_after", "5")
-    wait_for_step(output, process, second + 1)
-    os.kill(workers(process.pid)[1], signal.SIGSTOP)
-    wait_for_log(output, process, "rank 1 has not been heard of by rank 0 for 5 s", 1, timeout=60)
-    assert process.wait(90) == 1
 
 
 REFUSED = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.EFBIG, errno.ENOENT)

@@ -8,17 +8,20 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from launched import launch, wait_for_log, wait_for_step, workers
+from launched import alone, launch, wait_for_log, wait_for_step, workers
 from safetensors.torch import load_file
 from training import make_pairs, make_trainer, same_weights, weights_of
+from transformers import TrainerState
 
+from preference.files import read_lines
 from preference.integrity import fault
 from preference.launch.agreement import AgreementError, compare_ranks, on_every_rank
-from preference.launch.signals import EXIT_STOPPED, StoppedBySignal, StopSignals
+from preference.launch.signals import EXIT_STOPPED, SIGNALS, StoppedBySignal, StopSignals
 from preference.train.checkpoints import checkpoint_folders
 from preference.train.stopping import StopTogether
 from tiny import tiny_model, tiny_tokenizer
@@ -115,10 +118,12 @@ def test_a_system_that_lacks_signals_has_the_others(monkeypatch):
 
 def test_a_second_signal_stops_at_once_but_an_echo_does_not():
     code = (
-        "import os, signal, sys, time\nfrom preference.launch import signals\nsignals.ECHO = 0.2\n"
+        "import os, signal, sys\nfrom preference.launch import signals\n"
+        "clock = [7.0]; signals.time.monotonic = lambda: clock[0]\n"
         "s = signals.StopSignals().install()\ns.phase = sys.argv[1]\n"
-        "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM); print('working', flush=True)\n"
-        "time.sleep(0.4); os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('still', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM); clock[0] += signals.ECHO\n"
+        "os.kill(os.getpid(), signal.SIGTERM); print('working', flush=True); clock[0] += 0.1\n"
+        "os.kill(os.getpid(), signal.SIGTERM); print('still', flush=True)\n"
     )
     for phase, said in (("training", "stopping after this step"), ("evaluating", "no new checkpoint to resume from")):
         done = subprocess.run([sys.executable, "-c", code, phase], cwd=ROOT, capture_output=True, text=True)
@@ -142,38 +147,123 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_one_rank_gets_the_signal_and_all_stop_and_the_same_command_resumes(folder, tmp_path):
-    output = tmp_path / "out"
-    process = launch(folder, output)
-    wait_for_step(output, process, 3)
-    _first, second = workers(process.pid)
-    os.kill(second, signal.SIGUSR1)
-    assert process.wait(60) == EXIT_STOPPED, output.with_suffix(".log").read_text()[-3000:]
-    [checkpoint] = checkpoint_folders(output)
-    assert fault(checkpoint) is None and not (output / "model.safetensors").exists()
-    step = int(checkpoint.name.partition("-")[2])
-    process = launch(folder, output)
-    wait_for_step(output, process, step + 2)
-    os.kill(process.pid, signal.SIGTERM)  # to the launcher, which hands it on
-    assert process.wait(60) == EXIT_STOPPED
-    log = output.with_suffix(".log").read_text()
-    assert f"resuming from {checkpoint}" in log and "Traceback" not in log
+LAUNCHERS = """
+import os, sys
+from torch.distributed import run  # once for all of them
+import launch
+
+def started(script):
+    if (pid := os.fork()) == 0:
+        sys.argv = ["launch.py", "--standalone", "--nproc_per_node", "2", script]
+        os._exit(launch.main())
+    return pid
+
+def ended(pid, name):
+    print(name, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+ended(started("fails.py"), "fails.py")
+os.mkfifo("ready")
+ready = os.open("ready", os.O_RDWR)
+for number in launch.SIGNALS:
+    pid = started("waits.py")
+    for rank in "01":
+        os.read(ready, 1)
+    os.kill(pid, number)
+    ended(pid, number.name)
+"""
+WAITS = """
+import os, time
+from preference.launch.process import leave_after_signal
+from preference.launch.signals import StopSignals
+signals = StopSignals().install()
+with open("ready", "w") as ready:
+    ready.write("x")
+while not signals.received:
+    time.sleep(0.01)
+open(signals.received + os.environ["RANK"], "x").close()
+leave_after_signal(3)
+"""
+FAILS = """
+from preference.data.rows import DataError
+from preference.launch.process import run_script
+def main():
+    raise DataError("nowhere is not there")
+run_script(main, "orpo_train.py")
+"""
+
+
+def test_the_launcher_hands_every_signal_on_and_shows_once_what_is_wrong_on_all_ranks(tmp_path):
+    """To both ranks, which tell it that they have stopped: none of torchrun's own handlers is in the way."""
+    (tmp_path / "waits.py").write_text(WAITS)
+    (tmp_path / "fails.py").write_text(FAILS)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "torchrun"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHERS], env=os.environ | {"PYTHONPATH": paths}, cwd=tmp_path, capture_output=True,
+        text=True, timeout=280,
+    )  # fmt: skip
+    names = [number.name for number in SIGNALS]
+    said = done.stdout + done.stderr
+    assert done.stdout.splitlines()[0] == "fails.py 1", said
+    assert done.stderr.count("orpo_train.py: ") == done.stderr.count("nowhere is not there") == 1, said
+    assert "Traceback" not in done.stderr, said
+    assert [line for line in done.stdout.splitlines() if line[:3] == "SIG"] == [f"{n} {EXIT_STOPPED}" for n in names]
+    assert {path.name for path in tmp_path.glob("SIG*")} == {f"{name}{rank}" for name in names for rank in "01"}
 
 
 @pytest.mark.slow
-def test_a_run_with_a_dead_rank_starts_again_by_itself_and_the_second_time_ends(folder, tmp_path):
-    output, log = tmp_path / "dead", tmp_path / "dead.log"
-    process = launch(folder, output, "--save_steps", "2", MAX_RESTARTS="1")
+def test_a_rank_that_stands_still_a_dead_rank_and_a_dead_launcher(folder, tmp_path):
+    """One after the other in one folder: each ends all ranks, and what starts next resumes where that ended.
+
+    The first restarts by itself, the second time that a rank is lost the run ends.
+    """
+    output, log = tmp_path / "out", tmp_path / "out.log"
+
+    def resumed(process: subprocess.Popen, times: int) -> int:
+        wait_for_log(output, process, "resuming from", times)
+        step = int(log.read_text().rpartition("resuming from ")[2].split("checkpoint-")[1].split()[0])
+        wait_for_step(output, process, step + 3)  # two more than a checkpoint every two steps may have left there
+        return step
+
+    process = launch(folder, output, "--save_steps", "2", "--lost_after", "8", MAX_RESTARTS="1",
+                     TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")  # fmt: skip
     wait_for_step(output, process, 3)  # the checkpoint of step 2 is there
-    os.kill(workers(process.pid)[0], signal.SIGKILL)
-    wait_for_log(output, process, "resuming from", 1)
-    resumed = int(log.read_text().rpartition("resuming from ")[2].split("checkpoint-")[1].split()[0])
-    assert resumed >= 2
-    wait_for_step(output, process, resumed + 3)
+    os.kill(workers(process.pid)[1], signal.SIGSTOP)
+    wait_for_log(output, process, "rank 1 has not been heard of by rank 0 for 8 s", 1)
+    assert resumed(process, 1) >= 2 and log.read_text().count("setup: ") == 1
+    one = three_losses_of_one(folder, tmp_path / "alone")
+    assert len(one) == 3 and losses(output)[:3] == pytest.approx(one, rel=1e-5)  # two processes train as one does
     os.kill(workers(process.pid)[1], signal.SIGKILL)
     assert process.wait(120) == 1
     assert "torchrun: rank 1 ended first, with SIGKILL" in log.read_text() and "Traceback" not in log.read_text()
+
+    process = launch(folder, output)
+    first = resumed(process, 2)
+    ranks, end = workers(process.pid), time.monotonic() + 60
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.1)
+    [newest, *_] = checkpoint_folders(output)
+    assert fault(newest) is None and not (output / "model.safetensors").exists()
+    assert int(newest.name.partition("-")[2]) > first, "the ranks saved when their launcher was gone"
+
+
+def three_losses_of_one(folder: Path, output: Path) -> list[float]:
+    """Of a run of one process whose step holds the pairs of two."""
+
+    def look(self: StopTogether, args: object, state: TrainerState, control: object, **kwargs: object) -> None:
+        self.stopping = state.global_step == 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopTogether, "on_pre_optimizer_step", look)
+        with pytest.raises(StoppedBySignal, match="step 3"):
+            alone(folder, output, gradient_accumulation_steps="4")
+    return losses(output)
+
+
+def losses(output: Path) -> list[float]:
+    return [record["loss"] for record in read_lines(output / "metrics.jsonl") if "loss" in record]
 
 
 # ---- the processes of a run are alike

@@ -1,4 +1,4 @@
-"""The wrappers in torchrun/: what they start, and a run on two CPU processes that trains as one process does."""
+"""What the wrappers in torchrun/ start, and accelerate launch: two CPU processes that train as one process does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+import orpo_train
 
 ROOT = Path(__file__).resolve().parents[2]
 SHELL = shutil.which("dash") or "sh"
@@ -106,37 +108,40 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, name: str, script: str, **settings: str) -> dict:
-    """Run a script of the project on the tiny model; what it wrote about itself, in one dict."""
-    settings |= {
-        "PYTHON": sys.executable,
-        "model_name_or_path": str(folder / "model"),
-        "train_file_dir": str(folder / "train"),
-        "validation_file_dir": str(folder / "eval"),
-        "cache_dir": str(folder / "cache"),
-        "output_dir": str(folder / name),
-        "lora_dropout": "0",
-        "bf16": "false",
-    }
-    flags = ["--max_steps", "3", "--logging_steps", "1", "--sample_answers", "0", "--use_cpu", "true"]
-    result = start(ROOT / script, *flags, **settings)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+ACCELERATE = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+ELSEWHERE = ("MASTER_PORT", "WORLD_SIZE")  # what another launcher may have set
+
+
+def command_of(folder: Path, name: str, **settings: object) -> list[str]:
+    """orpo_train.py and its flags: three steps of the tiny model."""
+    flags = {
+        "model_name_or_path": folder / "model", "template_name": "qwen", "cache_dir": folder / "cache",
+        "train_file_dir": folder / "train", "validation_file_dir": folder / "eval", "output_dir": folder / name,
+        "lora_dropout": 0, "bf16": "false", "max_steps": 3, "logging_steps": 1, "sample_answers": 0, "use_cpu": "true",
+    }  # fmt: skip
+    return [str(ROOT / "orpo_train.py"), *(f"--{flag}={value}" for flag, value in (flags | settings).items())]
+
+
+def result(folder: Path) -> dict:
+    """What a run wrote about itself, in one dict."""
     files = ("trainer_state.json", "run.json", "all_results.json")
-    return {k: v for file in files for k, v in json.loads((folder / name / file).read_text()).items()}
+    return {k: v for file in files for k, v in json.loads((folder / file).read_text()).items()}
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tiny_run: Path) -> None:
-    one = train(tiny_run, "one", "run_orpo.sh", per_device_train_batch_size="2", gradient_accumulation_steps="2")
-    two = train(
-        tiny_run,
-        "two",
-        "torchrun/run_single_node.sh",
-        NPROC="2",
-        per_device_train_batch_size="2",
-        gradient_accumulation_steps="1",
-    )  # fmt: skip
-    assert (one["world_size"], two["world_size"]) == (1, 2)
+def test_accelerate_launch_starts_the_script_itself_and_two_processes_train_as_one_does(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the wrappers, whose runs are held to one process in test_signals.py and tests/train/test_fsdp.py."""
+    monkeypatch.setattr(sys, "argv", command_of(tiny_run, "one", per_device_train_batch_size=8))
+    orpo_train.main()
+    environment = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *ACCELERATE, "--multi_gpu"]
+    command = [*launch, *command_of(tiny_run, "two", per_device_train_batch_size=2, gradient_accumulation_steps=2)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (result(tiny_run / name) for name in ("one", "two"))
+    assert (one["world_size"], two["world_size"]) == (1, 2) and one["pairs_per_step"] == two["pairs_per_step"] == 8
     for key in ("loss", "grad_norm", "rewards/accuracies", "log_odds_ratio"):
         numbers = [[entry[key] for entry in run["log_history"] if key in entry] for run in (one, two)]
         assert len(numbers[0]) == 3, key
@@ -149,28 +154,3 @@ def test_two_processes_train_as_one_does(tiny_run: Path) -> None:
     assert weights[0] and any(v.abs().max() > 0 for v in weights[0].values())
     for name, value in weights[0].items():
         assert (weights[1][name] - value).abs().max() < 1e-5, name
-
-
-@pytest.mark.slow
-def test_what_is_wrong_on_all_processes_is_said_once(tiny_run: Path) -> None:
-    settings = {"model_name_or_path": str(tiny_run / "model"), "train_file_dir": str(tiny_run / "nowhere")}
-    output = {"output_dir": str(tiny_run / "refused"), "cache_dir": str(tiny_run / "cache"), "PYTHON": sys.executable}
-    result = start(ROOT / "torchrun/run_single_node.sh", "--use_cpu", "true", NPROC="2", **settings, **output)
-    assert result.returncode == 1
-    assert result.stderr.count("orpo_train.py: ") == 1 and f"{tiny_run / 'nowhere'}" in result.stderr
-    assert "Traceback" not in result.stderr and result.stderr.count("setup: ") == 1
-
-
-@pytest.mark.slow
-def test_accelerate_launch_starts_the_script_itself(tiny_run: Path) -> None:
-    """Two processes without the wrappers train on one batch of both."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [ROOT / "orpo_train.py", "--model_name_or_path", tiny_run / "model", "--template_name", "qwen"]
-    command += ["--train_file_dir", tiny_run / "train", "--cache_dir", tiny_run / "cache", "--do_eval", "false"]
-    command += ["--output_dir", tiny_run / "direct", "--max_steps", "1", "--use_cpu", "true"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "WORLD_SIZE")}
-    done = subprocess.run([*launch, "--multi_gpu", *map(str, command)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    run = json.loads((tiny_run / "direct" / "run.json").read_text())
-    assert (run["world_size"], run["pairs_per_step"]) == (2, 16)

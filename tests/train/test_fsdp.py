@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import build
-from launched import launch, wait_for_step
+from launched import alone, launch, wait_for_step, workers
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_signals import EXIT_STOPPED, folder  # noqa: F401  a fixture
@@ -29,31 +32,56 @@ def done(process, output: Path) -> None:
     assert process.wait(200) == 0, output.with_suffix(".log").read_text()[-4000:]
 
 
+WORDS = {
+    "true": ["--max_steps", "4", "--optim", "adamw_torch", "--sample_tokens", "4", "--save_steps", "2"],
+    "false": ["--max_steps", "24", "--optim", "adamw_torch", "--sample_tokens", "4", "--save_steps", "4"],
+}
+
+
+def settings_with(folder: Path, use_peft: str) -> dict[str, str]:  # noqa: F811
+    """With evaluation and sample answers before and after, two micro-batches a step, and Adam's state saved."""
+    return {
+        "use_peft": use_peft, "do_eval": "true", "validation_file_dir": str(folder / "rows.jsonl"),
+        "learning_rate": "1e-3",
+    } | ({"lora_dropout": "0"} if use_peft == "true" else {})  # fmt: skip
+
+
+def start(folder: Path, output: Path, use_peft: str):  # noqa: F811
+    return launch(folder, output, *WORDS[use_peft], strategy="fsdp", **settings_with(folder, use_peft))
+
+
+@pytest.fixture(scope="module")
+def shared(folder):  # noqa: F811
+    """shared(use_peft): the folder of an undisturbed run on two processes."""
+
+    @functools.cache
+    def run(use_peft: str) -> Path:
+        output = folder / f"shared-{use_peft}"
+        done(start(folder, output, use_peft), output)
+        return output
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("use_peft", ["false", "true"])
-def test_shared_out_weights_train_as_whole_ones_do(folder, tmp_path, use_peft):  # noqa: F811
-    """With evaluation and sample answers before and after, two micro-batches a step, and Adam's state saved."""
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    words = ["--max_steps", "4", "--optim", "adamw_torch", "--sample_tokens", "4", "--save_steps", "2"]
-    settings = {"use_peft": use_peft, "do_eval": "true", "validation_file_dir": str(folder / "rows.jsonl"),
-                "learning_rate": "1e-3", "lora_dropout": "0"}  # fmt: skip
-    done(launch(folder, alone, *words, script="run_orpo.sh", **settings | {"gradient_accumulation_steps": "4"}), alone)
-    done(launch(folder, shared, *words, strategy="fsdp", **settings), shared)
-    one, two = losses(alone), losses(shared)
-    assert len(one) == 4
-    for a, b in zip(one, two, strict=True):
+def test_shared_out_weights_train_as_whole_ones_do(folder, shared, tmp_path, use_peft):  # noqa: F811
+    one, two = tmp_path / "alone", shared(use_peft)
+    alone(folder, one, *WORDS[use_peft], **settings_with(folder, use_peft) | {"gradient_accumulation_steps": "4"})
+    assert len(losses(one)) == len(losses(two)) == int(WORDS[use_peft][1])
+    for a, b in zip(losses(one), losses(two), strict=True):
         assert b == pytest.approx(a, rel=1e-6)
-    evaluations = [json.loads((output / "all_results.json").read_text()) for output in (alone, shared)]
+    evaluations = [json.loads((output / "all_results.json").read_text()) for output in (one, two)]
     for name in ("base_eval_loss", "eval_loss"):
         assert evaluations[1][name] == pytest.approx(evaluations[0][name], rel=1e-6)
-    samples = [json.loads((output / "samples.json").read_text()) for output in (alone, shared)]
+    samples = [json.loads((output / "samples.json").read_text()) for output in (one, two)]
     assert samples[0] == samples[1]
     name = "adapter_model.safetensors" if use_peft == "true" else "model.safetensors"
-    expected, actual = load_file(alone / name), load_file(shared / name)
+    expected, actual = load_file(one / name), load_file(two / name)
     assert expected.keys() == actual.keys()
     assert all((expected[key] - actual[key]).abs().max() < 1e-5 for key in expected)
-    checkpoint = shared / "checkpoint-4"
-    assert fault(checkpoint) is None
+    [checkpoint, *_] = checkpoint_folders(two)
+    assert fault(checkpoint) is None and checkpoint.name == f"checkpoint-{WORDS[use_peft][1]}"
 
     def load(path: Path) -> torch.nn.Module:
         if use_peft == "false":
@@ -61,25 +89,24 @@ def test_shared_out_weights_train_as_whole_ones_do(folder, tmp_path, use_peft): 
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), path)
 
     ids = torch.tensor([[1, 5, 9]])
-    logits = [load(path)(ids).logits for path in (alone, shared, checkpoint)]
+    logits = [load(path)(ids).logits for path in (one, two, checkpoint)]
     assert torch.allclose(logits[1], logits[0], atol=1e-4) and torch.equal(logits[1], logits[2])
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_stopped_and_resumes(folder, tmp_path):  # noqa: F811
+def test_one_rank_of_a_sharded_run_gets_a_signal_and_all_stop_and_it_resumes(folder, shared, tmp_path):  # noqa: F811
     """Losses of the steps after the stop are those of an undisturbed run; Adam's state was gathered and dealt again."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = ["--max_steps", "24", "--optim", "adamw_torch"]
-    done(launch(folder, whole, *words, strategy="fsdp"), whole)
-    process = launch(folder, parts, *words, "--save_steps", "4", strategy="fsdp")
+    parts = tmp_path / "parts"
+    process = start(folder, parts, "false")
     wait_for_step(parts, process, 5)
-    process.terminate()
-    code = process.wait(60)
-    assert code == EXIT_STOPPED, parts.with_suffix(".log").read_text()[-3000:]
-    assert checkpoint_folders(parts)
-    done(launch(folder, parts, *words, "--save_steps", "4", strategy="fsdp"), parts)
-    assert "resuming from" in parts.with_suffix(".log").read_text()
-    assert losses(parts) == losses(whole)
+    os.kill(workers(process.pid)[1], signal.SIGUSR1)
+    code, log = process.wait(60), parts.with_suffix(".log")
+    assert code == EXIT_STOPPED, log.read_text()[-3000:]
+    [checkpoint, *_] = checkpoint_folders(parts)
+    assert fault(checkpoint) is None and not (parts / "model.safetensors").exists()
+    done(start(folder, parts, "false"), parts)
+    assert f"resuming from {checkpoint}" in log.read_text() and "Traceback" not in log.read_text()
+    assert losses(parts) == losses(shared("false"))
 
 
 def test_the_head_is_called_where_it_closes_a_group(monkeypatch):
