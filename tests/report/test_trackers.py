@@ -21,6 +21,7 @@ from preference.report.trackers import TRACKERS, ReportingError, trackers
 
 QUESTION = "What helps against a cold"
 FOLDERS = {"tensorboard": "out/runs", "wandb": "out/wandb", "swanlab": "out/swanlog", "trackio": "trackio"}
+ROOT = Path(orpo_train.__file__).parent
 LOCALLY = {"WANDB_MODE": "offline", "SWANLAB_MODE": "local"}
 
 
@@ -58,24 +59,30 @@ def test_a_folder_is_not_taken_for_a_package(tmp_path: Path, monkeypatch: pytest
         trackers("tracker")
 
 
-def train(folder: Path, name: str, **environment: str) -> subprocess.CompletedProcess:
-    """A run of three steps that reports to `name`, started from an empty folder."""
+def words_of(folder: Path, name: str) -> list[str]:
+    """A run of three steps that reports to `name`."""
+    flags = dict(
+        model_name_or_path=folder / "base", train_file_dir=folder / "rows.jsonl", output_dir=folder / "out",
+        template_name="qwen", cache_dir=folder / "cache", max_steps=3, logging_steps=1, use_cpu="true", bf16="false",
+        html_report="false", sample_tokens=4, report_to=name, validation_split_percentage=25,
+    )  # fmt: skip
+    return [f"--{flag}={value}" for flag, value in flags.items()]
+
+
+def start(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """A program that is started from an empty folder."""
     for place in ("cwd", "home"):
         (folder / place).mkdir()
     make_base(folder / "base")
     answers = {"response_chosen": "Rest.", "response_rejected": "Who knows."}
     rows = [json.dumps({"question": f"{QUESTION}, case {i}?"} | answers) for i in range(8)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
-    flags = dict(
-        model_name_or_path=folder / "base", train_file_dir=folder / "rows.jsonl", output_dir=folder / "out",
-        template_name="qwen", cache_dir=folder / "cache", max_steps=3, logging_steps=1, use_cpu="true", bf16="false",
-        html_report="false", sample_tokens=4, report_to=name, validation_split_percentage=25,
-    )  # fmt: skip
-    command = [sys.executable, Path(orpo_train.__file__), *(f"--{flag}={value}" for flag, value in flags.items())]
     homes = {"HOME": str(folder / "home"), "TRACKIO_DIR": str(folder / "trackio")}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "SWANLAB"))}
     environment = inherited | homes | environment
-    return subprocess.run(command, cwd=folder / "cwd", env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder / "cwd", env=environment, capture_output=True, text=True
+    )
 
 
 def shown_runs(name: str, folder: Path) -> int:
@@ -85,36 +92,62 @@ def shown_runs(name: str, folder: Path) -> int:
     return len([path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()])
 
 
+@pytest.fixture(scope="module")
+def reported(
+    outside: tuple[socket.socket, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess]:
+    """The folder of a run that reports to all trackers that are here, and what it said."""
+    folder = tmp_path_factory.mktemp("reported")
+    words = words_of(folder, ",".join(filter(installed, TRACKERS)))
+    return folder, start(folder, orpo_train.__file__, *words, **LOCALLY, **outside[1])
+
+
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_tracker_gets_the_metrics_and_nothing_leaves(
-    name: str, tmp_path: Path, outside: tuple[socket.socket, dict[str, str]]
+    name: str, reported: tuple[Path, subprocess.CompletedProcess], outside: tuple[socket.socket, dict[str, str]]
 ) -> None:
     if not installed(name):
         pytest.skip(f"{name} is not installed: pip install {name}")
-    listener, proxy = outside
-    done = train(tmp_path, name, **LOCALLY, **proxy)
+    folder, done = reported
     assert done.returncode == 0, done.stderr[-3000:]
     with pytest.raises(BlockingIOError):
-        listener.accept()
-    kept = [path.read_bytes() for path in (tmp_path / FOLDERS[name]).rglob("*") if path.is_file()]
+        outside[0].accept()
+    kept = [path.read_bytes() for path in (folder / FOLDERS[name]).rglob("*") if path.is_file()]
     assert any(b"train/loss" in file for file in kept) and any(b"eval/loss" in file for file in kept)
     assert QUESTION in done.stdout  # what is printed is not sent
     assert not any(QUESTION.encode() in file for file in kept)
-    assert not list((tmp_path / "cwd").iterdir())
-    assert shown_runs(name, tmp_path / FOLDERS[name]) == 1
+    assert not list((folder / "cwd").iterdir())
+    assert shown_runs(name, folder / FOLDERS[name]) == 1
     if name == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events = EventAccumulator(str(next((tmp_path / "out" / "runs").iterdir()))).Reload()
+        events = EventAccumulator(str(next((folder / "out" / "runs").iterdir()))).Reload()
         assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
         assert {event.step for event in events.Scalars("eval/loss")} == {0, 3}  # before and after
 
 
-@pytest.mark.parametrize("name", ["wandb", "swanlab"])
-def test_without_a_login_it_says_how_to_stay_here(name: str, tmp_path: Path) -> None:
-    if not installed(name):
-        pytest.skip(f"{name} is not installed: pip install {name}")
-    done = train(tmp_path, name)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].endswith(f"To keep it on this machine set {reporting.OFFLINE[name]}")
+ONE_BY_ONE = """
+import json, sys
+import orpo_train
+from preference.launch.process import run_script
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["orpo_train.py", *words]
+    try:
+        run_script(orpo_train.main, "orpo_train.py")
+    except SystemExit as end:
+        print("ended:", str(end.code).splitlines()[-1], file=sys.stderr, flush=True)
+"""
+
+
+def test_without_a_login_it_says_how_to_stay_here(tmp_path: Path) -> None:
+    names = [name for name in ("wandb", "swanlab") if installed(name)]
+    if not names:
+        pytest.skip("neither wandb nor swanlab is installed: pip install wandb swanlab")
+    runs = json.dumps([words_of(tmp_path, name) for name in names])
+    done = start(tmp_path, "-c", ONE_BY_ONE, runs, PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert "Traceback" not in done.stderr
+    ends = [line for line in done.stderr.splitlines() if line.startswith("ended:")]
+    assert len(ends) == len(names), done.stderr
+    for end, name in zip(ends, names, strict=True):
+        assert end.endswith(f"To keep it on this machine set {reporting.OFFLINE[name]}")
     assert "template:" not in done.stdout  # nothing was loaded

@@ -19,10 +19,8 @@ from tuned import make_base
 from conversation import get_conv_template
 from preference.serve import gguf as gguf_export
 from preference.serve import merging
-from preference.serve.gguf import compare, interleave, tensors, write_gguf
+from preference.serve.gguf import TensorReader, compare, interleave, tensors, write_gguf
 from preference.serve.gguf_tokenizer import GGUFError, vocabulary
-from preference.serve.loading import find_source, load_template, load_tokenizer
-from preference.serve.merging import probes
 from tiny import CORPUS, tiny_model, tiny_tokenizer
 
 
@@ -97,6 +95,19 @@ def test_llama_3_scaling_is_written_as_transformers_computes_it() -> None:
 def test_query_rows_are_interleaved() -> None:
     rows = np.arange(16)[:, None] * np.ones((1, 3))
     assert interleave(rows, 2)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+
+
+def test_reading_back_passes_over_the_vocabulary_and_over_nothing_else(tmp_path: Path) -> None:
+    path = gguf_of(tiny_model(), tmp_path, sentencepiece_tokenizer_with_template())
+    whole, quick = gguf.GGUFReader(path), TensorReader(path)
+    assert {type(field.contents()) for field in whole.fields.values()} >= {list, str, int}
+    lists = {name for name, field in whole.fields.items() if isinstance(field.contents(), list)}
+    assert {"tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"} <= lists
+    assert whole.fields.keys() == quick.fields.keys()
+    for name in whole.fields.keys() - lists:
+        assert quick.fields[name].contents() == whole.fields[name].contents(), name
+    assert [tensor.name for tensor in quick.tensors] == [tensor.name for tensor in whole.tensors]
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(quick.tensors, whole.tensors, strict=True))
 
 
 def test_reading_back_finds_a_wrong_tensor(tmp_path: Path) -> None:
@@ -182,6 +193,12 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def sentencepiece_tokenizer_with_template() -> PreTrainedTokenizerFast:
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    return tokenizer
+
+
 def test_a_space_goes_where_most_prompts_have_one() -> None:
     tokenizer = sentencepiece_tokenizer()
     for prompts, space, differ in (
@@ -199,8 +216,7 @@ TEXTS = ["Name three fresh juices.</s>", "感冒 2024, naïve 🙂?", "see a doc
 
 
 def test_a_sentencepiece_tokenizer_survives(tmp_path: Path) -> None:
-    tokenizer = sentencepiece_tokenizer()
-    tokenizer.chat_template = "{{ messages }}"
+    tokenizer = sentencepiece_tokenizer_with_template()
     gguf_of(tiny_model(), tmp_path, tokenizer, writes_bos=True)
     found = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     for text in TEXTS:
@@ -246,30 +262,3 @@ def test_real_tokenizers_are_recognised(shared: Path, tmp_path: Path, name: str,
     vocab = vocabulary(tokenizer, rows)
     assert vocab.pre == pre and len(vocab.tokens) == len(vocab.types) == rows
     assert bool(vocab.scores) == (name == "llama2") != bool(vocab.merges)
-
-
-@pytest.mark.slow
-def test_the_starter_model_is_exported_to_gguf(
-    starter_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    out = tmp_path / "smol"
-    export(monkeypatch, starter_model, "--output", out, "--gguf", "q8_0", "--dtype", "bfloat16")
-    said = capsys.readouterr().out
-    assert "smol-q8_0.gguf: read back" in said and "Prompts as in training (template smollm2)" in said
-    assert (out / "Modelfile").read_text().endswith('PARAMETER stop "<|im_end|>"\n')
-    source = find_source(str(starter_model))
-    tokenizer = load_tokenizer(source)
-    questions = probes(load_template(source, tokenizer)[0], tokenizer)
-    exact = AutoModelForCausalLM.from_pretrained(starter_model, dtype=torch.float32)
-    found = AutoModelForCausalLM.from_pretrained(out, gguf_file="smol-q8_0.gguf", dtype=torch.float32)
-    read_back, expected = merging.logits_of(found, questions), merging.logits_of(exact, questions)
-    assert merging.difference(expected, read_back).kl < 5e-3
-    with torch.no_grad():  # the rest is the format's own rounding, and nothing else
-        for weight in exact.parameters():
-            if weight.ndim == 2:
-                q8 = gguf.GGMLQuantizationType.Q8_0
-                weight.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), q8), q8)))
-    assert (merging.logits_of(exact, questions) - read_back).abs().max() < 1e-3
-    read = AutoTokenizer.from_pretrained(out, gguf_file="smol-q8_0.gguf")
-    for text in [*TEXTS, tokenizer.decode(questions[0][0])]:
-        assert read.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)

@@ -1,7 +1,10 @@
-"""What llama.cpp itself makes of an exported file: the tokens, the prompts and the probabilities of training."""
+"""What llama.cpp and transformers make of an exported file: the tokens, prompts and probabilities of training."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import random
 import subprocess
@@ -12,17 +15,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from exported import export
-from test_gguf import gguf_of, sentencepiece_tokenizer
+from test_gguf import TEXTS, gguf_of, sentencepiece_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from conversation import get_conv_template
+from preference.serve import merging
+from preference.serve.loading import find_source, load_template, load_tokenizer
+from preference.serve.merging import probes
 from preference.serve.ollama import prompts_of, writes_bos
 from tiny import tiny_model
 
-pytestmark = pytest.mark.skipif(not find_spec("xllamacpp"), reason="no llama.cpp: pip install -r requirements-dev.txt")
+needs_llama = pytest.mark.skipif(not find_spec("xllamacpp"), reason="no llama.cpp: pip install -r requirements-dev.txt")
 SERVER = """
 import os, sys, xllamacpp
 server = None
@@ -102,20 +109,33 @@ def check_prompts(call: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, 
         assert call("tokenize", content=prompt, add_special=True, parse_special=True)["tokens"] == ids, prompt
 
 
+@pytest.fixture(scope="module")
+def exported(starter_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, str]]:
+    """exported(quantization, dtype): the folder of the starter model's export, made once, and what was said."""
+
+    @functools.cache
+    def make(quantization: str, dtype: str) -> tuple[Path, str]:
+        out = tmp_path_factory.mktemp(quantization) / "smol"
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+            export(patch, starter_model, "--output", out, "--gguf", quantization, "--dtype", dtype)
+        return out, said.getvalue()
+
+    return make
+
+
+@needs_llama
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization, bound", [("f16", 0.05), ("q8_0", 0.5)])
+@pytest.mark.parametrize("quantization, dtype, bound", [("f16", "float32", 0.05), ("q8_0", "bfloat16", 0.5)])
 def test_the_starter_model_answers_there_as_here(
-    starter_model: Path,
     root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    exported: Callable[[str, str], tuple[Path, str]],
     quantization: str,
+    dtype: str,
     bound: float,
     llama: Llama,
 ) -> None:
     """Each token that llama.cpp writes has here the log-probability that it has there, and next to none is likelier."""
-    out = tmp_path / "smol"
-    export(monkeypatch, starter_model, "--output", out, "--gguf", quantization, "--dtype", "float32")
+    out, _ = exported(quantization, dtype)
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     questions = ["Name two summer drinks.", "What is a noun?", "How do I boil an egg?"]
@@ -134,6 +154,33 @@ def test_the_starter_model_answers_there_as_here(
             assert abs(row[token].item() - there) < bound and row.max() - row[token] < bound
 
 
+@pytest.mark.slow
+def test_the_starter_model_is_exported_to_gguf(
+    starter_model: Path, exported: Callable[[str, str], tuple[Path, str]]
+) -> None:
+    """And read back by transformers; here, as the export is made once for this and for llama.cpp."""
+    out, said = exported("q8_0", "bfloat16")
+    assert "smol-q8_0.gguf: read back" in said and "Prompts as in training (template smollm2)" in said
+    assert (out / "Modelfile").read_text().endswith('PARAMETER stop "<|im_end|>"\n')
+    source = find_source(str(starter_model))
+    tokenizer = load_tokenizer(source)
+    questions = probes(load_template(source, tokenizer)[0], tokenizer)
+    exact = AutoModelForCausalLM.from_pretrained(starter_model, dtype=torch.float32)
+    found = AutoModelForCausalLM.from_pretrained(out, gguf_file="smol-q8_0.gguf", dtype=torch.float32)
+    read_back, expected = merging.logits_of(found, questions), merging.logits_of(exact, questions)
+    assert merging.difference(expected, read_back).kl < 5e-3
+    with torch.no_grad():  # the rest is the format's own rounding, and nothing else
+        for weight in exact.parameters():
+            if weight.ndim == 2:
+                q8 = gguf.GGMLQuantizationType.Q8_0
+                weight.copy_(torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), q8), q8)))
+    assert (merging.logits_of(exact, questions) - read_back).abs().max() < 1e-3
+    read = AutoTokenizer.from_pretrained(out, gguf_file="smol-q8_0.gguf")
+    for text in [*TEXTS, tokenizer.decode(questions[0][0])]:
+        assert read.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
+
+
+@needs_llama
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, arch, template",
@@ -155,6 +202,7 @@ def test_real_tokenizers_cut_there_as_here(
     check_prompts(llama(gguf_of(model, tmp_path, tokenizer, prompts=prompts_of(conv), **options)), tokenizer, root)
 
 
+@needs_llama
 def test_a_sentencepiece_tokenizer_cuts_there_as_here(root: Path, tmp_path: Path, llama: Llama) -> None:
     """One that puts a space before the very first word alone: its prompts begin with a control token."""
     tokenizer = sentencepiece_tokenizer()
