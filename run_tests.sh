@@ -16,6 +16,14 @@ if [ ! -d models/SmolLM2-135M-Instruct ]; then # without it the tests that need 
     "$PYTHON" -c 'from preference.models.starter import ensure_starter_model; ensure_starter_model()' || true
 fi
 
+# The report is tested in a real browser where there is one; a machine of continuous integration gets it meanwhile.
+browser=
+if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 ||
+        echo "no Chromium could be installed: the browser tests will be skipped, and say so" &
+    browser=$!
+fi
+
 if [ $# = 0 ]; then
     PATH=$(dirname "$PYTHON"):$PATH
     export PATH
@@ -32,11 +40,7 @@ if [ $# = 0 ]; then
     [ -z "$hostile" ] || wait "$hostile"
 fi
 
-# The report is tested in a real browser where there is one; a machine of continuous integration gets it.
-if [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 ||
-        echo "no Chromium could be installed: the browser tests will be skipped, and say so"
-fi
+[ -z "$browser" ] || wait "$browser"
 
 # Two worker processes of one thread each use two cores better than one process of two threads: the models of the tests are tiny.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false

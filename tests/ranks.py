@@ -1,7 +1,7 @@
 """`ranks.py WORLD RUNS RESULTS`, run in tests: trains the runs of a JSON list on all ranks, writes what each logged.
 
 The ranks are forks of one process that has imported everything: torchrun would import it once for each. torchrun
-itself is what tests/launch starts.
+itself is what tests/launch starts; under it `ranks.py RUNS RESULTS` is one rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/models"), str(ROOT)]
 OVER_4_BITS = "over 4 bits"
 if __name__ == "__main__":
     gc.disable()
-if __name__ == "__main__" and OVER_4_BITS in Path(sys.argv[2]).read_text():
+if __name__ == "__main__" and OVER_4_BITS in Path(sys.argv[-2]).read_text():
     sys.modules.pop("bitsandbytes", None)  # tests/conftest.py keeps it from programs that need none
 
 import torch.distributed as dist  # noqa: E402
@@ -135,4 +135,7 @@ def main(world: int, *words: str) -> None:
 
 
 if __name__ == "__main__":
+    if "RANK" in os.environ:
+        gc.enable()
+        train_all(*sys.argv[1:])
     main(int(sys.argv[1]), *sys.argv[2:])

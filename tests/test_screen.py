@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,9 +68,29 @@ def test_a_kernel_that_nobody_needs_is_not_asked_for(
     assert capsys.readouterr().err == "broken library\n"
 
 
-@pytest.mark.parametrize("script", ["orpo_train.py", "chat.py", "export_model.py"])
-def test_a_hostile_name_on_the_command_line(script: str, root: Path, tmp_path: Path) -> None:
-    words = {"orpo_train.py": ["--train_file_dir", HOSTILE[:-1]]}.get(script, [HOSTILE[:-1]])
-    words += ["--output", str(tmp_path / "o")] if script == "export_model.py" else []
-    done = subprocess.run([sys.executable, root / script, *words], cwd=tmp_path, capture_output=True, timeout=120)
-    assert done.returncode != 0 and b"\x1b" not in done.stdout + done.stderr and b"\x07" not in done.stderr
+EACH = """
+import json, os, runpy, sys
+import preference.serve.models, preference.train.setup  # once for all of them
+for script, *words in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        sys.argv = [script, *words]
+        runpy.run_path(script, run_name="__main__")
+        sys.exit()
+    print("ended:", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_a_hostile_name_on_the_command_line(root: Path, tmp_path: Path) -> None:
+    name = HOSTILE[:-1]
+    commands = {
+        "orpo_train.py": ["--train_file_dir", name], "chat.py": [name], "export_model.py": [name, "--output", "o"],
+    }  # fmt: skip
+    words = json.dumps([[str(root / script), *rest] for script, rest in commands.items()])
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, words], cwd=tmp_path, env=environment, capture_output=True, timeout=600
+    )
+    assert b"\x1b" not in done.stdout + done.stderr and b"\x07" not in done.stderr
+    assert done.stdout.count(b"ended: 1\n") == len(commands), done
+    said = done.stderr.decode()
+    assert all(f"{script}: " in said for script in commands) and said.count("owned") >= len(commands), said

@@ -81,7 +81,7 @@ def on_ranks(world: int, runs: list[dict], folder: Path) -> list[list[dict]]:
     (folder / "in.json").write_text(json.dumps(runs))
     script = [sys.executable, str(Path(__file__).parents[1] / "ranks.py"), str(world)]
     words = [str(folder / "in.json"), str(folder / "out.json")]
-    done = subprocess.run([*script, *words], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*script, *words], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "out.json").read_text())
 

@@ -12,14 +12,20 @@ import pytest
 
 from tiny import tiny_model, tiny_tokenizer
 
-IMPORT_ALL = """
-import importlib, pkgutil, sys
+TRAIN_AND_IMPORT_ALL = """
+import importlib, pkgutil, runpy, sys
+site = sys.argv.pop(1)
+sys.argv[0] = site + "/bin/preference-train"
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
 import preference
 names = [m.name for m in pkgutil.walk_packages(preference.__path__, "preference.") if not m.name.endswith("__main__")]
 for name in [*names, "orpo_train", "conversation", "chat", "export_model"]:
     module = importlib.import_module(name)
-    assert module.__file__.startswith(sys.argv[1]), module.__file__
-print(len(names))
+    assert module.__file__.startswith(site), module.__file__
+print("modules:", len(names))
 """
 
 
@@ -48,15 +54,8 @@ def run(installed: Path, cwd: Path, *words: str | Path) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
-def test_every_module_of_the_wheel_imports(installed: Path, tmp_path: Path, root: Path) -> None:
-    done = run(installed, tmp_path, "-c", IMPORT_ALL, str(installed))
-    assert done.returncode == 0, done.stderr
-    modules = [path for path in (root / "preference").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
-    assert int(done.stdout) >= len(modules)
-
-
-@pytest.mark.slow
-def test_the_commands_of_the_wheel_run(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_wheel_run_and_every_module_imports(installed: Path, tmp_path: Path, root: Path) -> None:
+    """Training first, in the same process: nothing is there then that it does not import itself."""
     for command in ("preference-train", "preference-convert", "preference-chat", "preference-export"):
         done = run(installed, tmp_path, installed / "bin" / command, "--help")
         assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
@@ -67,8 +66,11 @@ def test_the_commands_of_the_wheel_run(installed: Path, tmp_path: Path, monkeypa
         "model_name_or_path": "model", "train_file_dir": "rows.jsonl", "output_dir": "out", "dry_run": "true",
         "use_cpu": "true", "template_name": "qwen",
     }  # fmt: skip
-    done = run(installed, tmp_path, installed / "bin" / "preference-train", *(f"--{k}={v}" for k, v in flags.items()))
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    done = run(installed, tmp_path, "-c", TRAIN_AND_IMPORT_ALL, str(installed), *words)
     assert done.returncode == 0 and "the first pair, as the model sees it" in done.stdout, done.stderr
+    modules = [path for path in (root / "preference").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    assert int(done.stdout.rpartition("modules: ")[2]) >= len(modules)
 
 
 def make_model(folder: Path) -> None:

@@ -10,6 +10,7 @@ began. After each kill every folder that has a checkpoint's name must be a good 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import random
 import shutil
@@ -134,6 +135,7 @@ def campaign(kills: int, seed: int, work: Path, report: Callable[[str], None] = 
     import train  # noqa: F401  imported before the forks
     from training import make_trainer  # noqa: F401
 
+    gc.freeze()  # what was imported is not searched for garbage at the end of each training
     draw = random.Random(seed)
     whole = work / "whole"
     expected = finish(whole)
