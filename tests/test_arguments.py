@@ -376,7 +376,8 @@ DECLARED = """    frobs: int = flag(
     )
 """
 USE = """
-import sys
+import gc, sys
+gc.disable()
 from types import SimpleNamespace as Fake
 from preference.arguments import parse_arguments
 assert "torch" not in sys.modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -23,9 +24,18 @@ KNOW_NOTHING_OF = {  # an exact stage knows tensors alone
 }
 
 
-def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+def imports_of(path: Path) -> list[tuple[int, str]]:
     """(line, dotted name) of every import of the project in a file, at its top or within a function."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return imports_in(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports_in(text: str) -> list[tuple[int, str]]:
+    return list(each_import(text))
+
+
+def each_import(text: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "preference":
             for alias in node.names:
                 yield node.lineno, f"{node.module}.{alias.name}"

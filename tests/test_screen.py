@@ -69,8 +69,10 @@ def test_a_kernel_that_nobody_needs_is_not_asked_for(
 
 
 EACH = """
-import json, os, runpy, sys
-import preference.serve.models, preference.train.setup  # once for all of them
+import gc, json, os, runpy, sys
+gc.disable()
+import preference.serve.models, preference.report.results, preference.train.setup  # once for all of them
+gc.freeze()
 for script, *words in json.loads(sys.argv[1]):
     if os.fork() == 0:
         sys.argv = [script, *words]
