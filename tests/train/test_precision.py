@@ -2,7 +2,8 @@
 
 The matrix {ddp, fsdp, zero2} x {bf16, fp16, fp32} x {LoRA, all weights, LoRA over 4 bits} x {orpo, dpo}: an evaluation
 before, three steps and one after, of answers of 800 tokens, on two processes as on one. In the suite it is the part
-that costs little and that tests/engine/test_invariance.py has not; WHOLE_MATRIX=1 runs all of it. zero2 needs
+that costs little and that tests/engine/test_invariance.py has not; WHOLE_MATRIX=1 runs all of it (36 on two processes,
+which takes longer than the launch's limit where cores are busy: benchmarks/LOG.md has its figures). zero2 needs
 DeepSpeed.
 """
 
@@ -25,8 +26,8 @@ PRECISIONS = {"bf16": {"bf16": True}, "fp16": {"fp16": True}, "fp32": {}}
 KINDS = {"lora": True, "all": False, "qlora": OVER_4_BITS}
 LOSSES = ("orpo", "dpo")
 MATRIX = [(precision, kind, loss) for precision in PRECISIONS for kind in KINDS for loss in LOSSES]
-SUITE = [run for run in MATRIX if run[0] == "bf16"]
-SUITE += [("fp16", "lora", "dpo"), ("fp16", "all", "orpo"), ("fp32", "qlora", "dpo")]
+SUITE = [("bf16", "all", "orpo"), ("bf16", "all", "dpo"), ("bf16", "lora", "dpo"), ("bf16", "qlora", "dpo"),
+         ("fp16", "lora", "dpo"), ("fp16", "all", "orpo")]  # fmt: skip
 # relative differences between one process and two, by what the products are rounded to
 NEAR = {"bf16": {"loss": 5e-3, "logps/chosen": 2e-3, "logps/rejected": 2e-3, "grad_norm": 2e-2},
         "fp16": {"loss": 1e-3, "logps/chosen": 3e-4, "logps/rejected": 3e-4, "grad_norm": 3e-3},
@@ -71,6 +72,8 @@ def hold_to(answer: dict, one: dict, run: tuple[str, str, str], strategy: str) -
 def test_two_processes_compute_as_one_does(on_one, tmp_path):
     """Under ddp and fsdp; every other run of fsdp evaluates before it trains, which shards the model then."""
     runs = [(strategy, run) for strategy in ("ddp", "fsdp") for run in chosen()]
+    if not os.environ.get("WHOLE_MATRIX"):  # ddp was equal to the bit in every run of it
+        runs = [(strategy, run) for strategy, run in runs if strategy == "fsdp" or run in SUITE[2::2]]
     options = [{"strategy": s, "evaluate_before": i % 2 == 0} if s == "fsdp" else {} for i, (s, _) in enumerate(runs)]
     given = [run_of(*run, processes=2, **extra) for (_, run), extra in zip(runs, options, strict=True)]
     far = []
