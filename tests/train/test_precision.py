@@ -55,8 +55,10 @@ def on_one(tmp_path_factory):
 
 def hold_to(answer: dict, one: dict, run: tuple[str, str, str], strategy: str) -> list[str]:
     """What of a run on two processes is further from that on one than the rounding of its products."""
-    far = []
-    for name, near in NEAR[run[0]].items():
+    far, bounds = [], dict(NEAR[run[0]])
+    if strategy == "zero2" and run[:2] == ("bf16", "all"):  # DeepSpeed holds the weights that are trained in bfloat16
+        bounds["loss"] = 2e-2  # DPO's differences of sums over 800 tokens: 1.2e-2 was seen
+    for name, near in bounds.items():
         ours, theirs = logged(answer, name), logged(one, name)
         assert len(ours) == len(theirs) == (3 if ours else 0) and (ours or name == "grad_norm")
         if ours != pytest.approx(theirs, rel=near):
