@@ -12,6 +12,7 @@ nothing could be written, 2 for a wrong option.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
@@ -235,9 +236,10 @@ def convert(
         if written and not special:
             unfinished.replace(output)
     finally:
+        progress.bar.close()  # what is said of an error stands on a line of its own
         if not special:
-            unfinished.unlink(missing_ok=True)
-        progress.bar.close()
+            with contextlib.suppress(OSError):  # where nothing could be written there is nothing to remove
+                unfinished.unlink(missing_ok=True)
     return written
 
 

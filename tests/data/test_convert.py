@@ -202,6 +202,20 @@ def test_output_that_cannot_be(tmp_path, capsys):
         assert message in capsys.readouterr().err and path.read_bytes() == lines(triple(1))
 
 
+def test_a_disk_that_takes_nothing_is_said_on_a_line_of_its_own(tmp_path, capsys, monkeypatch):
+    """Read-only: the file can neither be made nor removed."""
+    path = write(tmp_path, lines(triple(1)))
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("preference.tokens.convert._open", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert script.main([str(path), "--output", str(tmp_path / "out.jsonl")]) == 1
+    last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert last.startswith("error: Read-only file system: ") and "set --output to a place" in last
+
+
 def test_report_in_a_new_folder_and_of_an_input_that_is_not_there(tmp_path, capsys):
     path, report = write(tmp_path, lines(triple(1))), tmp_path / "new" / "er" / "r.json"
     assert script.main([str(path), "--output", str(tmp_path / "o.jsonl"), "--report", str(report), "--seed", "3"]) == 0

@@ -21,6 +21,7 @@ from transformers import TrainerState
 from preference.files import read_lines
 from preference.integrity import fault
 from preference.launch.agreement import AgreementError, compare_ranks, on_every_rank
+from preference.launch.process import leave_after_signal
 from preference.launch.signals import EXIT_STOPPED, SIGNALS, StoppedBySignal, StopSignals
 from preference.train.checkpoints import checkpoint_folders
 from preference.train.stopping import StopTogether
@@ -106,6 +107,13 @@ def test_one_process_of_a_machine_says_it(capfd):
         signals = StopSignals(silent)
         signals._handle(signal.SIGINT, None)
         assert signals.received == "SIGINT" and ("SIGINT: " in capfd.readouterr().err) != silent
+
+
+def test_a_run_that_is_stopped_before_its_first_step_has_nothing_to_resume(capsys):
+    for step, said in ((0, "there is nothing to resume"), (3, "resumes from the checkpoint of step 3")):
+        with pytest.raises(SystemExit) as end:
+            leave_after_signal(step)
+        assert end.value.code == EXIT_STOPPED and said in capsys.readouterr().out
 
 
 def test_a_system_that_lacks_signals_has_the_others(monkeypatch):

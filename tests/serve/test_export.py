@@ -26,6 +26,8 @@ from tiny import tiny_model
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_base(tmp_path_factory.mktemp("models") / "base")
     (folder / "LICENSE").write_text("Apache")
+    (folder.parent / "secret").write_text("of this machine")
+    (folder / "NOTICE").symlink_to(folder.parent / "secret")
     return folder
 
 
@@ -38,7 +40,8 @@ def test_the_folder_holds_all_that_serving_needs(
     assert (logits(AutoModelForCausalLM.from_pretrained(out)) - adapted(run, base)).abs().max() < 1e-5
     assert AutoTokenizer.from_pretrained(out).chat_template == get_conv_template("qwen").jinja()
     assert GenerationConfig.from_pretrained(out).eos_token_id == [2, 0]
-    assert (out / "LICENSE").read_text() == "Apache"
+    assert (out / "LICENSE").read_text() == "Apache" and not (out / "NOTICE").exists()  # a link is not followed
+    assert not [file for file in (*out.glob("*.json"), out / "README.md") if str(base.parent) in file.read_text()]
     card = (out / "README.md").read_text()
     assert re.match(r"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- orpo\n---\n", card)
     assert "7 rows read, 5 kept" in card and "2 empty_answer" in card and "| train.jsonl | 5 | 3 |" in card

@@ -300,6 +300,11 @@ def test_a_disk_too_small_is_refused_with_the_numbers_before_training(tmp_path, 
     with pytest.raises(CheckpointError, match="0.10 GB free, and 3 checkpoints of 0.07 GB"):
         resolve_start(trainer, "auto", IDENTITY)
     check_disk(tmp_path, trainer.model, trainer.args, 0)  # no checkpoints, a small model
+    usage = usage._replace(free=1_000_000)
+    with pytest.raises(
+        CheckpointError, match="0.00 GB free, and 0 checkpoints of 0.07 GB and the model of 0.00 GB are"
+    ):
+        check_disk(tmp_path, trainer.model, trainer.args, 0)  # the final save alone
 
 
 # ---- identity
