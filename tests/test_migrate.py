@@ -163,12 +163,37 @@ def test_words_for_off_and_for_float16() -> None:
     assert found.flags == {"target_modules": "q_proj", "fp16": "true"} and not found.left
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [", "just text"])
-def test_what_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("", "holds no settings"), ("- a\n- b\n", "holds no settings"), ("a: [", "cannot be read"),
+     ("just text", "holds no settings"), (LAUGHS, "more than 20 aliases"), ("a: &a [*a]\nseed: *a", "100000 values"),
+     ("seed: 1\nloss_type: ipo\nseed: 2", "seed is written twice"), ("b: {c: 1, c: 2}", "c is written twice"),
+     ("seed: " + "[" * 50_000, "50 levels"), ("#" * (1 << 20) + "\n", "longer than 1048576"),
+     ("seed: !!python/object/apply:os.getcwd []", "cannot be read")],
+    ids=lambda value: value[:20],
+)  # fmt: skip
+def test_what_is_no_config_is_refused(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(MigrationError, match="c.yaml"):
+    with pytest.raises(MigrationError, match=f"c.yaml.*{said}") as error:
         read_foreign(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"seed": 1, "seed": 2}')
+    for path, said in ((tmp_path, "Is a directory"), (tmp_path / "c", "No such file"), (tmp_path / "c.json", "twice")):
+        with pytest.raises(MigrationError, match=rf"^{path} cannot be read: [\w ]*{said}"):
+            read_foreign(str(path))
+
+
+def test_no_value_acts_on_a_terminal_or_is_too_long_to_read() -> None:
+    """Digits beyond those that Python makes a number of, and an escape sequence on its way into the command."""
+    found = migrate({"loss_type": "ipo", "seed": "9" * 5000, "cutoff_len": "9" * 5000, "output_dir": "a\x1b]0;t\x07"})
+    assert found.flags == {"loss": "ipo"} and {key for key, _ in found.left} == {"seed", "cutoff_len", "output_dir"}
 
 
 def test_values_that_a_flag_does_not_take_are_left_with_the_reason() -> None:

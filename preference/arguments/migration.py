@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from preference.arguments.parsing import FLAGS
 from preference.flags.declaration import ArgumentError
 from preference.flags.peers import ELSEWHERE, elsewhere
+from preference.screen import ACTING
 
 TOOLS = {  # by keys that only one of them has
     "LLaMA-Factory": {"stage", "finetuning_type", "cutoff_len", "pref_loss", "pref_beta", "dataset_dir", "lora_target"},
@@ -26,6 +28,8 @@ TOOLS = {  # by keys that only one of them has
 BETAS = ("pref_beta", "rl_beta", "rlhf_beta", "beta", "dpo_beta", "simpo_beta", "orpo_alpha", "orpo_lambda")
 LOSSES = {"sigmoid": "dpo", "kto_pair": "kto", "sigmoid_norm": "sigmoid_norm", "simpo": "simpo", "orpo": "orpo"}
 ADAPTERS = {"lora": "true", "qlora": "true", "full": "false", "none": "false", "": "false"}
+# Characters of a config, and what they may hold: none has a tenth of it
+LONGEST, ALIASES, DEPTH, VALUES = 1 << 20, 20, 50, 100_000
 OTHER_STAGES = {"sft", "pt", "rm", "ppo", "grpo", "rloo", "gkd", "reward", "pretrain"}
 
 
@@ -51,28 +55,58 @@ def read_foreign(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        found = json.loads(text) if path.endswith(".json") else yaml.load(text, Loader=_loader())
+        with Path(path).open(encoding="utf-8-sig") as file:
+            text = file.read(LONGEST + 1)
+        found = json.loads(text, object_pairs_hook=_once) if path.endswith(".json") else _of_yaml(text)
+        if len(text) > LONGEST or _values(found) > VALUES:
+            raise ValueError(f"it is longer than {LONGEST} characters, or has more than {VALUES} values")
     except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise MigrationError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise MigrationError(f"{path} cannot be read: {reason}") from None
     if not isinstance(found, dict) or not found:
         raise MigrationError(f"{path} holds no settings (name: value lines)")
     return {str(key): value for key, value in found.items()}
 
 
-def _loader() -> Any:
+def _of_yaml(text: str) -> Any:
     """YAML in which scalars stay the text that was written (1e-4 is no number in YAML 1.1), but for null."""
     import yaml
 
     class Texts(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            return super().construct_mapping(node, deep)
 
     keep = {"tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"}
     Texts.yaml_implicit_resolvers = {
         first: [(tag, regexp) for tag, regexp in resolvers if tag in keep]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    return Texts
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # as far as it is good: what is deep takes long
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)  # each may double what the ones before it stand for
+        if depth > DEPTH or aliases > ALIASES:
+            raise ValueError(f"it has more than {ALIASES} aliases (*name) or {DEPTH} levels: write out what they are")
+    return yaml.load(text, Loader=Texts)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these entries. Raises ValueError where a name stands twice: one of them would be lost."""
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is written twice: keep one")
+    return dict(pairs)
+
+
+def _values(found: Any) -> int:
+    """How many values there are when every alias is written out; more than VALUES of one that holds itself."""
+    waiting, count = [found], 0
+    while waiting and count <= VALUES:
+        value = waiting.pop()
+        count += 1
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return count
 
 
 def tool_of(config: Mapping[str, Any]) -> str:
@@ -107,6 +141,8 @@ def migrate(config: Mapping[str, Any], tool: str | None = None) -> Migration:
 def _take(found: Migration, key: str, name: str, text: str) -> None:
     try:
         FLAGS[name].parse(text)
+        if ACTING.search(text):
+            raise ArgumentError(f"{name} holds a control character")
     except ArgumentError as error:
         found.left.append((key, str(error)))
     else:
@@ -197,7 +233,7 @@ def _dataset(found: Migration, key: str, value: Any, loss: str) -> Iterator[tupl
 def _length(found: Migration, key: str, value: Any, loss: str) -> Iterator[tuple[str, str]]:
     """One limit of prompt and answer together: there are two here, whose sum counts."""
     text = _text(value)
-    if not text.isdecimal() or int(text) < 2:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 2:
         found.left.append((key, "it is no number of tokens"))
         return
     yield "max_source_length", str(int(text) - int(text) // 2)

@@ -19,6 +19,7 @@ FALSE = ("false", "no", "off", "n", "f", "0")
 WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 SHOWN, LONGEST_ERROR = 80, 400  # characters of a value, of what is wrong with it
 LARGEST = 2**32 - 1  # whole numbers end up in C sooner or later, and nothing else here is as large
+LONGEST_NUMBER = 50  # digits that are read of a whole number: more of them are too large all the same
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
 
@@ -145,7 +146,8 @@ class Flag:
             word = text.strip().lower()
             return True if word in TRUE else False if word in FALSE else None
         if self.kind is int:
-            return int(text) if WHOLE.fullmatch(text.strip()) else None
+            digits = text.strip()
+            return int(digits[:LONGEST_NUMBER]) if WHOLE.fullmatch(digits) else None  # as large as need be
         if self.kind is float:
             return float(text) if NUMBER.fullmatch(text.strip()) else None
         if self.choices and text != self.default and text not in self.names:

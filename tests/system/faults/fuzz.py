@@ -1,7 +1,8 @@
 """Hostile input of every kind, made at random for as long as it may take: each ends well or with one sentence.
 
     python tests/system/faults/fuzz.py --minutes 60              all kinds, in turns
-    python tests/system/faults/fuzz.py --minutes 5 --only rows   one: rows, flags, config, prompts, exams, models
+    python tests/system/faults/fuzz.py --minutes 5 --only rows   one: rows, flags, config, foreign, prompts, exams or
+                                                                 models
 
 A traceback, an answer after more than 20 seconds of CPU, a message of several lines or with a control character is a
 finding: it is printed with the seed that makes it again (--seed N --only KIND --times 1), and the exit status is 1.
@@ -35,7 +36,7 @@ SLOW = 20.0  # CPU seconds
 ODD = [
     None, True, 0, -1, 1.5, 1e308, 10**30, float("nan"), "", " ", "x", "\0", "\ud800", "\x1b]0;t\x07", "\u202eabc",
     "é" * 300, "{{", "{% for i in range(10**9) %}x{% endfor %}", "../../etc/passwd", [], {}, [[]], [None], {"a": {}},
-    [1, "a"], "1e400", "<|im_end|>", "<s>", "a,b:c", "--seed", "\u200b", "٣", "[" * 3000,
+    [1, "a"], "1e400", "<|im_end|>", "<s>", "a,b:c", "--seed", "\u200b", "٣", "[" * 3000, "9" * 5000,
 ]  # fmt: skip
 TEMPLATES = ["{{", "{{ 1/0 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ 9**9**9 }}", "{{ messages }}", ""]
 Kind = Callable[[random.Random, Path], None]
@@ -118,13 +119,36 @@ def config(draw: random.Random, work: Path) -> None:
     """YAML files of flags."""
     from preference.arguments import parse_arguments
 
-    lines = [f"{name}: {value}" for name, value in _words(draw)]
+    parse_arguments(["--config", str(odd_yaml(draw, work / "run.yaml", _words(draw)))], environ={})
+
+
+def odd_yaml(draw: random.Random, path: Path, words: list[tuple[str, str]]) -> Path:
+    """A YAML file of names and values, and of a line that means harm."""
+    lines = [f"{name}: {value}" for name, value in words]
     odd = ["a: &x [*x]", "- 1", "? {}", "!!python/object:os.system {}", "\t", "{" * 50, "---", "seed: 0x1"]
-    lines.append(draw.choice(odd))
+    doubled = [f"b{i}: &b{i} [*b{i - 1}, *b{i - 1}]" for i in range(1, draw.choice([2, 8, 60]))]
+    lines += [draw.choice([*odd, "<<: *b", "\n".join(["b0: &b0 x", *doubled, f"seed: *b{len(doubled)}"])])]
     draw.shuffle(lines)
     content = "\n".join(lines).encode("utf-8", "surrogatepass")
-    (work / "run.yaml").write_bytes(damaged(draw, content) if draw.random() < 0.4 else content)
-    parse_arguments(["--config", str(work / "run.yaml")], environ={})
+    path.write_bytes(damaged(draw, content) if draw.random() < 0.4 else content)
+    return path
+
+
+def foreign(draw: random.Random, work: Path) -> None:
+    """Configs of other toolkits, translated."""
+    from preference.arguments.migration import TOOLS, migrate, read_foreign
+
+    keys = sorted({key for tool in TOOLS.values() for key in tool} | {"learning_rate", "lora_rank", "beta", "bf16"})
+    values = [str(value) for value in ODD if not isinstance(value, dict)] + ["dpo", "lora", "4", "[a, b]", "steps"]
+    words = [(draw.choice(keys), draw.choice(values)) for _ in range(draw.randint(1, 6))]
+    path = work / "c.json"
+    if draw.random() < 0.3:
+        odd_file(draw, path, dict(words))
+    else:
+        path = odd_yaml(draw, work / "c.yaml", words)
+    for flag, text in migrate(read_foreign(str(path))).flags.items():
+        if ACTING.search(text) or "\0" in text:
+            raise AssertionError(f"--{flag} holds a control character")
 
 
 @functools.cache
@@ -202,7 +226,7 @@ def models(draw: random.Random, work: Path) -> None:
     main()
 
 
-KINDS: dict[str, Kind] = {kind.__name__: kind for kind in (rows, flags, config, prompts, exams, models)}
+KINDS: dict[str, Kind] = {kind.__name__: kind for kind in (rows, flags, config, foreign, prompts, exams, models)}
 
 
 # ---- the campaign
