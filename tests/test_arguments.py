@@ -281,6 +281,8 @@ def test_no_number_asks_for_more_than_any_machine_has(word):
         (["--"], "belongs to no flag"),
         (["-seed", "3"], "belongs to no flag"),
         (["--config"], "needs a value: a YAML file"),
+        (["--config=\0"], "embedded null byte"),
+        (["--config=\ud800"], "surrogates not allowed"),
         (["--dry_run", "--max_steps", "0"], "max_steps takes a whole number"),
     ],
 )

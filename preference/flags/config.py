@@ -35,13 +35,16 @@ def read_config(path: str) -> list[Entry]:
     try:
         with Path(path).open(encoding="utf-8-sig") as file:
             text = file.read(LONGEST + 1)
-        if len(text) > LONGEST:
-            raise ArgumentError(f"--config {path}: longer than {LONGEST} characters: that is no list of flags")
+    except (OSError, ValueError) as error:  # no UTF-8, or no name that a file can have
+        raise ArgumentError(f"--config {path!r}: {' '.join(str(error).split())}") from None
+    if len(text) > LONGEST:
+        raise ArgumentError(f"--config {path}: longer than {LONGEST} characters: that is no list of flags")
+    try:
         return _entries(path, yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ArgumentError(f"--config {path}{line}: not YAML: {error.problem or error.context}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise ArgumentError(f"--config {path}: {' '.join(str(error).split())}") from None
 
 
