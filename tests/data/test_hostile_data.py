@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from reading import lines, places, read, triple, write
 
+from preference.data.formats.base import Pair
+from preference.data.formats.context import complete
 from preference.data.rows import DataReport, load_rows
 from preference.data.sources import find_sources
 
@@ -127,3 +129,10 @@ def test_text_that_nobody_can_see_is_empty(tmp_path, text):
     assert report.dropped == {"empty_prompt": 1, "empty_answer": 1, "empty_turn": 1}
     kept, _ = read(write(tmp_path, lines(triple(0, question="\u200bvisible"))))
     assert len(kept) == 1
+
+
+def test_what_stands_beside_a_row_without_a_question_is_left():
+    """A format that is forced on a dialogue finds no question there; a text in `history` does not end the run."""
+    pair = Pair(None, "good", "bad")
+    complete(pair, {"history": "x", "context": "y"}, [("history", "history"), ("context", "context")])
+    assert pair == Pair(None, "good", "bad")

@@ -71,8 +71,8 @@ def _history(pair: Pair, column: str, value: Any) -> None:
 
 def _question(pair: Pair, kind: str, text: str) -> None:
     question = pair.question if pair.prompt is None else pair.prompt
-    if not text.strip() or text.strip() in question:
-        return
+    if not isinstance(question, str) or not text.strip() or text.strip() in question:
+        return  # a row without a question is dropped as one
     in_front = kind == "context"
     joined = f"{text.strip()}\n\n{question}" if in_front else f"{question}\n{text}"
     pair.question, pair.prompt = joined, None
