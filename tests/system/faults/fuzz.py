@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "data"), str(ROOT / "tests" / "serve"), str(ROOT)]
 
 from preference.errors import PreferenceError  # noqa: E402  the path is set above
-from preference.screen import ACTING  # noqa: E402
+from preference.screen import ACTING, shown  # noqa: E402
 
 SLOW = 20.0  # CPU seconds
 ODD = [
@@ -240,7 +240,9 @@ def outcome(kind: str, seed: int) -> tuple[str, str | None]:
             try:
                 KINDS[kind](random.Random(f"{kind} {seed}"), Path(work))
             except (PreferenceError, ValueError, OSError) as error:
-                said = str(error) if isinstance(error, PreferenceError) else f"{type(error).__name__}: {error}"
+                said = f"{type(error).__name__}: {error}"
+                if isinstance(error, PreferenceError):
+                    said = shown(str(error))  # as run_script says it
                 if not isinstance(error, PreferenceError):
                     fault = "".join(traceback.format_exception(error))
             except SystemExit as end:
@@ -250,13 +252,13 @@ def outcome(kind: str, seed: int) -> tuple[str, str | None]:
                     raise
                 said, fault = "raised", "".join(traceback.format_exception(error))
         spent = time.process_time() - began
-    shown = f"{said}\n{out.getvalue()}\n{err.getvalue()}"
-    if "Traceback" in shown:
-        fault = fault or shown
+    seen = f"{said}\n{out.getvalue()}\n{err.getvalue()}"
+    if "Traceback" in seen:
+        fault = fault or seen
     if spent > SLOW:
         fault = fault or f"took {spent:.0f} CPU seconds"
-    if kind == "models" and ACTING.search(shown.replace("\r", "")):  # scripts print it; elsewhere the printer cleans it
-        fault = fault or f"a control character is shown: {ACTING.search(shown.replace(chr(13), ''))}"
+    if kind == "models" and ACTING.search(seen.replace("\r", "")):  # scripts print it; elsewhere the printer cleans it
+        fault = fault or f"a control character is shown: {ACTING.search(seen.replace(chr(13), ''))}"
     return ("refused" if said else "well"), fault
 
 
